@@ -1,0 +1,7 @@
+"""nn.Module + inputs -> Program. The only room that calls torch.export."""
+
+from fxopt.capture.capture import capture
+from fxopt.capture.inputs import derive_inputs, normalize_inputs
+from fxopt.capture.model_checks import check_model, in_mode
+
+__all__ = ["capture", "check_model", "derive_inputs", "in_mode", "normalize_inputs"]

@@ -1,0 +1,203 @@
+"""The capture: torch.export (non-strict) with dynamic sizes, brought into the one dialect."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fxopt.capture.dialect import to_program
+from fxopt.capture.inputs import derive_inputs, normalize_inputs
+from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.errors import CaptureError, InputError
+from fxopt.program import Mode, Program
+from fxopt.signature import forward_signature, unbind
+
+_ADVICE = (
+    (
+        ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked", ".item()"),
+        "the model's control flow or sizes depend on tensor values: express the choice with "
+        "torch.where or torch.cond, or bound the value with torch._check",
+    ),
+    (
+        ("pytree", "flatten", "Unsupported output", "output type"),
+        "an input or output type isn't registered as a pytree: return tensors, tuples, dicts or "
+        "a ModelOutput, or register the type with torch.utils._pytree.register_pytree_node",
+    ),
+    (
+        ("fake tensor", "FakeTensor", "Meta", "meta implementation"),
+        "an operator has no fake (meta) implementation: add one with torch.library.register_fake",
+    ),
+)
+_DEFAULT_ADVICE = (
+    "call torch.export.export(model, ...) on it alone to see the whole trace, and move what it "
+    "points at out of forward"
+)
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    mode: Mode = "eval",
+) -> Program:
+    """The graph of `model` on inputs like `example_inputs`, with every size dynamic that can be.
+
+    `example_inputs` left out: derived from the model's transformers config. Parameters and buffers
+    are the model's own tensors; tied ones stay tied. The model's mode flags are restored.
+
+    Raises `ModelError` for a model that can't be captured at all, `InputError` for inputs that the
+    model itself rejects, `NotCapturedError` when no inputs are given and none can be derived, and
+    `CaptureError` for a construct that can't become a graph.
+    """
+    check_model(model)
+    signature = forward_signature(model)
+    named = normalize_inputs(
+        signature, derive_inputs(model) if example_inputs is None else example_inputs
+    )
+    notes: list[str] = []
+    if _would_return_cache(model, named):
+        named["use_cache"] = False
+        notes.append("captured with use_cache=False: the key/value cache is not an output")
+    _check_devices(model, named)
+    with in_mode(model, mode):
+        exported = _export(model, named)
+    program = to_program(exported, model, signature, named, mode)
+    notes += _fixed_size_notes(program)
+    return replace(program, notes=tuple(notes))
+
+
+def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+    """Export on `named`, its batch doubled when it is 1 (a size of 1 can't be traced as dynamic)."""
+    doubled = _double_batch(named)
+    if doubled is not None:
+        try:
+            return _export_dynamic(model, doubled)
+        except Exception:
+            pass  # not a batch after all: capture it as it is, with the axis fixed to 1
+    try:
+        return _export_dynamic(model, named)
+    except Exception as error:
+        _blame_inputs(model, named)
+        raise _capture_error(model, error) from error
+
+
+def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+    args, kwargs = unbind(forward_signature(model), named)
+    dims = pytree.tree_map(_dynamic_axes, (args, kwargs))
+    # torch checks dynamic_shapes against **kwargs by the name of the parameter that collects them,
+    # so the dims of each leaf go along as a flat list under the same tree.
+    shapes = _shapes_for(model, dims)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _shapes_for(model: nn.Module, dims: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = dims
+    return (*args, *kwargs.values()) if not kwargs else _named_shapes(model, args, kwargs)
+
+
+def _named_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parameters = forward_signature(model).parameters
+    positional = dict(zip(parameters, args, strict=False))
+    named = {name: dim for name, dim in kwargs.items() if name in parameters}
+    extra = {name: dim for name, dim in kwargs.items() if name not in parameters}
+    collector = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    return {**positional, **named, **({collector: extra} if extra and collector else {})}
+
+
+def _dynamic_axes(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return None
+    return {axis: Dim.AUTO for axis, size in enumerate(leaf.shape) if size > 1}
+
+
+def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
+    if not all(tensor.ndim and tensor.shape[0] == 1 for tensor in tensors):
+        return None
+
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(double, dict(named))  # type: ignore[no-any-return]
+
+
+def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
+    config = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False) or getattr(config, "is_decoder", None) is False:
+        return False
+    takes_cache = "past_key_values" in forward_signature(model).parameters
+    return takes_cache and "use_cache" not in named and "past_key_values" not in named
+
+
+def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    for leaf in pytree.tree_leaves(dict(named)):
+        if isinstance(leaf, Tensor) and len(devices) == 1 and leaf.device not in devices:
+            (device,) = devices
+            raise InputError(
+                f"an example input is on {leaf.device}, but the model is on {device}. Move the "
+                f"inputs with .to('{device}') or the model with .to('{leaf.device}')."
+            )
+
+
+def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
+    """Raise `InputError` when the eager model can't take the inputs either."""
+    args, kwargs = unbind(forward_signature(model), named)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} itself rejects the example inputs: "
+            f"{type(error).__name__}: {_first_line(error)} (at {_user_line(error)}). Give inputs "
+            "that the model accepts."
+        ) from error
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    text = f"{type(error).__name__}: {error}"
+    advice = next(
+        (advice for marks, advice in _ADVICE if any(mark in text for mark in marks)), _DEFAULT_ADVICE
+    )
+    return CaptureError(
+        f"{type(model).__name__} can't be captured as a graph.\n"
+        f"  construct: {type(error).__name__}: {_first_line(error)}\n"
+        f"  at: {_user_line(error)}\n"
+        f"  try: {advice}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0]
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the traceback that isn't torch's own."""
+    torch_folder = str(Path(torch.__file__).parent)
+    own_folder = str(Path(__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((torch_folder, own_folder, "<"))
+    ]
+    if not frames:
+        return "unknown line"
+    last = frames[-1]
+    return f"{last.filename}:{last.lineno}  {last.line}"
+
+
+def _fixed_size_notes(program: Program) -> list[str]:
+    return [
+        f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
+        for tensor in program.signature.tensors
+        for axis, size in enumerate(tensor.sizes)
+        if size == 1
+    ]

@@ -1,0 +1,338 @@
+"""From what torch.export gives to the one dialect of the house.
+
+    lifted parameters      -> get_attr nodes named as in the model's state_dict
+    tied parameters        -> one get_attr name, the others recorded as aliases
+    guards, assertions     -> dropped (the signature checks the inputs of every call)
+    no_grad, autocast off  -> their bodies inlined
+    dropout in eval        -> dropped
+    in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    OutputKind,
+    SymIntArgument,
+    TensorArgument,
+)
+
+from fxopt.capture.writes import functional, is_local_write, writes
+from fxopt.errors import CaptureError
+from fxopt.program import Mode, Program, drop_dead_nodes
+from fxopt.signature import Range, Signature, TensorInput, describe_leaves
+
+aten = torch.ops.aten
+
+_ASSERTIONS = {
+    "_assert_async",
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "_functional_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
+_DROPOUT = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+_NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
+_STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+def to_program(
+    exported: ExportedProgram,
+    model: nn.Module,
+    forward: inspect.Signature,
+    named: Mapping[str, Any],
+    mode: Mode,
+) -> Program:
+    """The exported graph as a Program over the model's own tensors.
+
+    `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
+    objects, effect tokens and enabled autocast regions.
+    """
+    if not all(is_local_write(node) for node in exported.graph.nodes if writes(node)):
+        exported = exported.run_decompositions({})
+    return _Translation(exported, model, mode).program(forward, named)
+
+
+class _Translation:
+    """One walk over an exported graph that builds the program's graph node by node."""
+
+    def __init__(self, exported: ExportedProgram, model: nn.Module, mode: Mode) -> None:
+        self.exported = exported
+        self.model = model
+        self.mode = mode
+        self.graph = fx.Graph()
+        self.state: dict[str, Tensor] = {}
+        self.module_types: dict[str, str] = {"": type(model).__name__}
+        self.nodes: dict[fx.Node, Any] = {}
+        self.same_tensor: dict[fx.Node, list[fx.Node]] = {}
+        self.canonical, self.aliases = _tied_names(model)
+
+    def program(self, forward: inspect.Signature, named: Mapping[str, Any]) -> Program:
+        placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        specs = self.exported.graph_signature.input_specs
+        leaves = describe_leaves(named)
+        inputs: list[TensorInput | object] = []
+        example = []
+        user_leaves = iter(leaves)
+        pending = []
+        for node, spec in zip(placeholders, specs, strict=True):
+            if spec.kind == InputKind.USER_INPUT:
+                path, leaf = next(user_leaves)
+                if isinstance(spec.arg, ConstantArgument):
+                    inputs.append(leaf)
+                    self.nodes[node] = spec.arg.value
+                else:
+                    inputs.append(self._placeholder(node, path))
+                    example.append(leaf)
+            elif spec.kind in _STATE_KINDS and isinstance(spec.arg, TensorArgument):
+                pending.append((node, spec.target))
+            else:
+                raise CaptureError(
+                    f"{type(self.model).__name__} passes a {spec.kind.name.lower()} ({node.name}) "
+                    "through its graph; only tensors can be captured. Move the object out of forward."
+                )
+        for node, target in pending:
+            self._attribute(node, target)
+        body = [n for n in self.exported.graph.nodes if n.op not in ("placeholder", "output")]
+        self._inline(body, self.exported.graph_module)
+        out_constants = self._outputs()
+        drop_dead_nodes(self.graph, self.mode)
+        in_spec = pytree.tree_structure(dict(named))
+        out_spec = self.exported.call_spec.out_spec
+        assert out_spec is not None
+        ranges = {str(symbol): _range(bounds) for symbol, bounds in self.exported.range_constraints.items()}
+        signature = Signature(forward, in_spec, tuple(inputs), ranges, out_spec, out_constants)
+        program = Program(
+            graph=self.graph,
+            state=self.state,
+            signature=signature,
+            example=tuple(example),
+            mode=self.mode,
+            name=type(self.model).__name__,
+            aliases=self.aliases,
+            non_persistent=frozenset(_non_persistent(self.model)),
+            module_types=self.module_types,
+        )
+        return program.with_graph(self.graph)
+
+    def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
+        value = node.meta["val"]
+        name = re.sub(r"\W+", "_", path).strip("_") or "input"
+        new = self.graph.placeholder(name)
+        new.meta = {"val": value, "module_path": "", "source": ""}
+        self.nodes[node] = new
+        sizes = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+        return TensorInput(path, value.dtype, value.device, sizes)
+
+    def _attribute(self, node: fx.Node, target: str) -> None:
+        tensor = _lookup(self.model, target)
+        if tensor is None:
+            constant = {**self.exported.state_dict, **self.exported.constants}[target]
+            assert isinstance(constant, Tensor)
+            tensor = constant
+        name = self.canonical.get(target, target)
+        if name not in self.state:
+            self.state[name] = tensor
+            new = self.graph.get_attr(name)
+            new.meta = {"val": node.meta["val"], "module_path": "", "source": ""}
+            self.nodes[node] = new
+        else:
+            known = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name)
+            self.nodes[node] = known
+
+    def _inline(self, body: list[fx.Node], owner: fx.GraphModule) -> None:
+        for node in body:
+            if node.op == "get_attr":
+                self.nodes[node] = getattr(owner, str(node.target))
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                self._inline_region(node)
+            elif getattr(node.target, "__name__", "").split(".")[0] in _ASSERTIONS:
+                continue
+            elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
+                self.nodes[node] = self._value(node.args[0])
+            elif writes(node):
+                self._copy_functional(node)
+            else:
+                self._copy(node)
+
+    def _copy_functional(self, node: fx.Node) -> None:
+        """`x.op_(...)` as `op(x, ...)`: later uses of x, under any of its names, see the result."""
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        names = self.same_tensor.setdefault(written, [written])
+        names.append(node)
+        self.same_tensor[node] = names
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        new = self.graph.call_function(functional(node), args, kwargs)
+        new.meta = self._meta(node)
+        self.nodes.update(dict.fromkeys(names, new))
+
+    def _copy(self, node: fx.Node) -> None:
+        new = self.graph.node_copy(node, self._value)
+        new.meta = self._meta(node)
+        self.nodes[node] = new
+
+    def _meta(self, node: fx.Node) -> dict[str, Any]:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = ""
+        for entry_path, kind in stack.values():
+            if entry_path in _NO_MODULE:
+                continue
+            path = entry_path.partition("@")[0]  # torch marks the second call of a shared module
+            self.module_types.setdefault(path, _class_name(kind))
+        return {
+            "val": node.meta.get("val"),
+            "module_path": path,
+            "source": _source(node.meta.get("stack_trace")),
+            "nn_module_stack": stack,
+            "stack_trace": node.meta.get("stack_trace"),
+        }
+
+    def _value(self, node: Any) -> Any:
+        return self.nodes[node] if isinstance(node, fx.Node) else node
+
+    def _inline_region(self, node: fx.Node) -> None:
+        """Replace a no_grad or autocast region by its body."""
+        kind = node.target.name()  # type: ignore[union-attr]
+        skip = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(kind)
+        if skip is None or (kind == "wrap_with_autocast" and node.args[2]):
+            what = "an enabled torch.autocast region" if skip else f"the higher-order operator {kind}"
+            raise CaptureError(
+                f"{type(self.model).__name__} holds {what}, which the graph dialect doesn't take, at "
+                f"{_source(node.meta.get('stack_trace')) or 'an unknown line'}. Move it out of "
+                "forward (precision is placed by a pass), or rewrite the branch with torch.where."
+            )
+        module = self._value(node.args[skip])
+        assert isinstance(module, fx.GraphModule)
+        inner = [n for n in module.graph.nodes if n.op == "placeholder"]
+        for placeholder, argument in zip(inner, node.args[skip + 1 :], strict=True):
+            self.nodes[placeholder] = self._value(argument)
+        body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
+        self._inline(body, module)
+        (results,) = next(iter(reversed(module.graph.nodes))).args
+        values = [self._value(result) for result in results]  # type: ignore[union-attr]
+        if kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train":
+            values = [self._detach(value) for value in values]
+        self.nodes[node] = values
+        for user in node.users:
+            assert user.target.__name__ == "getitem"  # type: ignore[union-attr]
+            index = user.args[1]
+            assert isinstance(index, int)
+            self.nodes[user] = values[index]
+
+    def _detach(self, value: fx.Node) -> fx.Node:
+        new = self.graph.call_function(aten.detach.default, (value,))
+        new.meta = dict(value.meta)
+        return new
+
+    def _outputs(self) -> dict[int, object]:
+        """Close the graph with its state writes and output; return the constant output leaves."""
+        specs = self.exported.graph_signature.output_specs
+        (results,) = next(iter(reversed(self.exported.graph.nodes))).args
+        constants: dict[int, object] = {}
+        outputs: list[fx.Node] = []
+        index = 0
+        names = {node.name: node for node in self.exported.graph.nodes}
+        for result, spec in zip(results, specs, strict=True):  # type: ignore[arg-type]
+            if spec.kind == OutputKind.USER_OUTPUT:
+                value = self._value(result)
+                if isinstance(value, fx.Node):
+                    outputs.append(value)
+                else:
+                    constants[index] = value
+                index += 1
+            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                self._write(spec, names, self._value(result))
+            else:
+                raise CaptureError(f"the graph returns a {spec.kind.name.lower()}; only tensors can be")
+            assert not isinstance(spec.arg, SymIntArgument) or isinstance(value, fx.Node)
+        output = self.graph.output(tuple(outputs))
+        output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
+        return constants
+
+    def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            target = self.canonical.get(spec.target, spec.target)
+            place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
+        else:
+            place = self.nodes[names[spec.target]]
+        new = self.graph.call_function(aten.copy_.default, (place, value))
+        new.meta = {
+            "val": place.meta["val"],
+            "module_path": value.meta["module_path"],
+            "source": value.meta["source"],
+        }
+
+
+def _tied_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """(every state name -> first name of its tensor, further name -> first name)."""
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in tensors:
+        canonical[name] = first.setdefault(id(tensor), name)
+    return canonical, {name: kept for name, kept in canonical.items() if name != kept}
+
+
+def _lookup(model: nn.Module, target: str) -> Tensor | None:
+    path, _, name = target.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(path), name)
+    except AttributeError:
+        return None
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def _non_persistent(model: nn.Module) -> list[str]:
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    ]
+
+
+def _class_name(kind: Any) -> str:
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _source(trace: str | None) -> str:
+    """`file.py:line  code` of the innermost frame outside torch; the path from its package on."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]+))?', trace or "")
+    if not frames:
+        return ""
+    outside = [frame for frame in frames if "/torch/" not in frame[0].replace("\\", "/")]
+    file, line, code = (outside or frames)[-1]
+    parts = PurePath(file).parts
+    start = parts.index("site-packages") + 1 if "site-packages" in parts else len(parts) - 1
+    return f"{'/'.join(parts[start:])}:{line}  {code}".rstrip()
+
+
+def _range(bounds: Any) -> Range:
+    def number(value: Any) -> int | None:
+        try:
+            return int(value)
+        except (OverflowError, TypeError, ValueError, AttributeError):
+            return None
+
+    low, high = number(bounds.lower), number(bounds.upper)
+    return Range(low or 0, high if high is not None and high < 2**62 else None)

@@ -1,0 +1,96 @@
+"""Example inputs: the user's in one form, or derived from a transformers config where it tells all.
+
+Sizes are small, since they only steer the capture and the judge; ids are drawn from the vocabulary
+with a fixed seed, so that the same model is captured in the same way every time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import InputError, NotCapturedError
+from fxopt.signature import bind, describe_leaves
+
+_BATCH, _LENGTH, _SAMPLES = 2, 16, 4000
+
+
+def normalize_inputs(
+    signature: inspect.Signature, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+) -> dict[str, Any]:
+    """Example inputs (a tensor, a tuple of positionals or a dict of keywords) as {name: value}.
+
+    Raises `InputError` for another container, no tensor inside, or a tensor without entries.
+    """
+    if isinstance(example_inputs, Tensor):
+        named = bind(signature, (example_inputs,), {})
+    elif isinstance(example_inputs, Mapping):
+        named = bind(signature, (), dict(example_inputs))
+    elif isinstance(example_inputs, (tuple, list)):
+        named = bind(signature, tuple(example_inputs), {})
+    else:
+        raise InputError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments, not {type(example_inputs).__name__}"
+        )
+    tensors = [(path, leaf) for path, leaf in describe_leaves(named) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError("example_inputs hold no tensor; give at least one")
+    for path, tensor in tensors:
+        if not tensor.numel():
+            raise InputError(
+                f"example input {path} has shape {tuple(tensor.shape)} and so no entries; capture "
+                "and judgement need at least one row. The result accepts empty batches."
+            )
+    return named
+
+
+def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Example inputs of a transformers text, vision, audio-encoder or decoder model.
+
+    Text: `input_ids` and `attention_mask` int64[2, 16], the second row padded at its end; vision:
+    `pixel_values` float[2, channels, height, width]; audio: `input_features` float[2, mels,
+    frames] or `input_values` float[2, samples]. Raises `NotCapturedError` when the config
+    doesn't say what the inputs are; a shape is never guessed.
+    """
+    config = getattr(model, "config", None)
+    names = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", None)
+    generator = torch.Generator().manual_seed(0)
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(floating)
+
+    inputs: dict[str, Tensor] = {}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        pass
+    elif main == "input_ids" and hasattr(config, "vocab_size"):
+        length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH) or _LENGTH)
+        low = min(3, config.vocab_size - 1)
+        shape = (_BATCH, length)
+        inputs["input_ids"] = torch.randint(low, config.vocab_size, shape, generator=generator)
+        if "attention_mask" in names:
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+            inputs["attention_mask"][-1, (3 * length) // 4 :] = 0
+    elif main == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = draw(_BATCH, getattr(config, "num_channels", 3), height, width)
+    elif "input_features" in names and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        inputs["input_features"] = draw(_BATCH, config.num_mel_bins, frames)
+    elif main == "input_values" and hasattr(config, "conv_stride"):
+        inputs["input_values"] = draw(_BATCH, _SAMPLES)
+    if not inputs:
+        raise NotCapturedError(
+            f"no example inputs can be derived from {type(model).__name__}: it has no transformers "
+            "config that says what its inputs are. Pass example_inputs=(...) or call the "
+            "result once; the capture then uses the inputs of that call."
+        )
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -1,0 +1,188 @@
+"""Claims: what a pass promises about outputs, each in its own unit, and how it is measured.
+
+All three compare one tensor of the reference with one of the rewritten program:
+
+    Exact           out = ref, bit for bit (a NaN never passes)
+    Close(r, a)     max|out - ref| <= a + r * max|ref|          relative to the tensor's own scale
+    Sqnr(d)         10 log10( sum ref^2 / sum (out - ref)^2 ) >= d       decibels, higher is truer
+
+NaN and infinity pass no claim unless the reference holds the same infinity at the same place (an
+attention mask does, legitimately). Integer and boolean outputs can't be "close": they must be equal,
+except under `Sqnr(d)`, where the share of equal entries must reach 1 - 10^(-d/20), the same noise
+amplitude ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import PassError
+
+# A reassociated sum of n products errs by about sqrt(n) eps; these leave a few hundred eps, which
+# is what a deep model accumulates, and a planted fault exceeds by orders of magnitude.
+_RTOL = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One claim judged: whether it holds, the worst figure in the claim's unit, and its text."""
+
+    holds: bool
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The outputs are the same numbers, bit for bit."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+    def measure(self, reference: Tensor, output: Tensor) -> Measured:
+        """Judge `output` against `reference` (same shape and dtype); value = largest difference."""
+        fault = _fault(reference, output)
+        if fault:
+            return Measured(False, math.inf, fault)
+        error = _largest_difference(reference, output)
+        return Measured(error == 0.0, error, f"largest difference {error:.2e}")
+
+
+@dataclass(frozen=True)
+class Close:
+    """The outputs agree up to rounding, measured against each tensor's largest magnitude.
+
+    `rtol` left out is taken from the dtype: 1e-9 for float64, 1e-4 for float32, 5e-3 for float16
+    and 4e-2 for bfloat16. `atol` counts in the outputs' own unit.
+    """
+
+    rtol: float | None = None
+    atol: float = 1e-7
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None and not 0.0 <= value < math.inf:
+                raise PassError(f"Close({name}={value!r}): {name} must be a finite number >= 0")
+
+    def __str__(self) -> str:
+        return "close" if self.rtol is None else f"close(rtol={self.rtol:g})"
+
+    def measure(self, reference: Tensor, output: Tensor) -> Measured:
+        """Judge `output` against `reference`; value = max|out - ref| / max|ref|."""
+        fault = _fault(reference, output)
+        if fault:
+            return Measured(False, math.inf, fault)
+        error = _largest_difference(reference, output)
+        if not reference.is_floating_point():
+            return Measured(error == 0.0, error, f"largest integer difference {error:g}")
+        scale = _largest_magnitude(reference)
+        rtol = _RTOL.get(reference.dtype, 1e-4) if self.rtol is None else self.rtol
+        relative = error / scale if scale else (0.0 if error == 0.0 else math.inf)
+        return Measured(
+            error <= self.atol + rtol * scale,
+            relative,
+            f"relative error {relative:.2e} (allowed {rtol:g})",
+        )
+
+
+@dataclass(frozen=True)
+class Sqnr:
+    """The signal-to-quantization-noise ratio is at least `db` decibels.
+
+    Source: Gray and Neuhoff, "Quantization", IEEE Trans. Inf. Theory 44 (1998); 20 dB is a relative
+    error of 0.1, 40 dB one of 0.01.
+    """
+
+    db: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.db < math.inf:
+            raise PassError(f"Sqnr({self.db!r}): the floor must be a finite number of dB above 0")
+
+    def __str__(self) -> str:
+        return f"sqnr >= {self.db:g} dB"
+
+    def measure(self, reference: Tensor, output: Tensor) -> Measured:
+        """Judge `output` against `reference`; value = the ratio in decibels (inf when equal)."""
+        fault = _fault(reference, output)
+        if fault:
+            return Measured(False, -math.inf, fault)
+        if not (reference.is_floating_point() or reference.is_complex()):
+            share = (reference == output).double().mean().item() if reference.numel() else 1.0
+            floor = 1.0 - 10.0 ** (-self.db / 20.0)
+            text = f"{share:.4f} of integer entries equal (needs {floor:.4f})"
+            return Measured(share >= floor, math.inf if share == 1.0 else -20 * math.log10(1 - share), text)
+        value = sqnr(reference, output)
+        return Measured(value >= self.db, value, f"{value:.1f} dB")
+
+
+Claim: TypeAlias = Exact | Close | Sqnr
+
+
+def sqnr(reference: Tensor, output: Tensor) -> float:
+    """10 log10(sum ref^2 / sum (out - ref)^2) in decibels over all finite entries; inf when equal.
+
+    Computed in float64; entries where both hold the same infinity count as equal.
+    """
+    ref, out = _wide(reference), _wide(output)
+    same = ref == out
+    ref, out = ref.masked_fill(same & ref.isinf(), 0.0), out.masked_fill(same & out.isinf(), 0.0)
+    noise = (out - ref).abs().square().sum().item()
+    signal = ref.abs().square().sum().item()
+    if math.isnan(noise):
+        return -math.inf
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _fault(reference: Tensor, output: Tensor) -> str | None:
+    """What makes the two incomparable or the output unacceptable under every claim."""
+    if reference.shape != output.shape:
+        return f"shape {tuple(output.shape)} where the original has {tuple(reference.shape)}"
+    if reference.dtype != output.dtype:
+        return f"dtype {output.dtype} where the original has {reference.dtype}"
+    if not output.dtype.is_floating_point and not output.dtype.is_complex:
+        return None
+    if bool(output.isnan().any()):
+        count = int(output.isnan().sum())
+        origin = ", and so has the original" if bool(reference.isnan().any()) else ""
+        return f"{count} of {output.numel()} entries are NaN{origin}"
+    wrong = output.isinf() & (output != reference.to(output.device))
+    if bool(wrong.any()):
+        return f"{int(wrong.sum())} of {output.numel()} entries are infinite"
+    return None
+
+
+def _largest_difference(reference: Tensor, output: Tensor) -> float:
+    if not reference.numel():
+        return 0.0
+    if reference.dtype == torch.bool or not (reference.is_floating_point() or reference.is_complex()):
+        different = reference != output
+        if not bool(different.any()):
+            return 0.0
+        return max((reference.double() - output.double()).abs().max().item(), 1.0)
+    ref, out = _wide(reference), _wide(output)
+    difference = (out - ref).abs().masked_fill(ref == out, 0.0)
+    worst = difference.max().item()
+    return math.inf if math.isnan(worst) else worst
+
+
+def _largest_magnitude(reference: Tensor) -> float:
+    finite = _wide(reference).abs()
+    finite = finite[finite.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0

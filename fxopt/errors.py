@@ -1,0 +1,53 @@
+"""The errors a user can meet: one child of `FxoptError` per room of the house.
+
+A message says what went wrong, at which node (printed) and from which source line where there is
+one, and what to do next. It is raised before anything is changed.
+"""
+
+
+class FxoptError(Exception):
+    """Base of every error that fxopt raises on purpose."""
+
+
+class InputError(FxoptError, ValueError):
+    """The inputs of a call don't fit the captured program: structure, dtype, rank, size, device."""
+
+
+class ModelError(FxoptError, TypeError):
+    """What was handed over as a model can't be transformed as it is."""
+
+
+class CaptureError(FxoptError):
+    """The model holds a construct that can't become a graph; names it, its line, what to try."""
+
+
+class NotCapturedError(FxoptError):
+    """The graph was asked for before the first call provided the inputs to capture it with."""
+
+
+class WellFormedError(FxoptError):
+    """A program holds what the dialect doesn't allow; names the node and its neighbours."""
+
+
+class PassError(FxoptError, ValueError):
+    """A pass list or a pass option is wrong: unknown name, class for instance, order, value."""
+
+
+class RewriteError(FxoptError):
+    """A rule misbehaved while rewriting: it loops, or built something that can't be typed."""
+
+
+class EquivalenceError(FxoptError):
+    """A pass broke its claim: says which pass, claimed against measured, and the guilty node."""
+
+
+class KernelError(FxoptError):
+    """A kernel can't run here, or isn't in the code that lowering generated."""
+
+
+class LowerError(FxoptError):
+    """Lowering is impossible here: no compiler, no such backend."""
+
+
+class SaveError(FxoptError):
+    """A saved program can't be written or read: damaged, truncated, hostile, other version."""

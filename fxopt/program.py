@@ -1,0 +1,202 @@
+"""Program: the frozen value that walks through the house.
+
+A program is a graph in the one dialect, the tensors its `get_attr` nodes name, and the calling
+convention of the model it came from. Passes take one and return another; nothing edits one in
+place. Tensors that no pass touches are the model's own, shared and never copied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxopt.errors import FxoptError
+from fxopt.signature import Signature
+
+Mode = Literal["eval", "train"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was left as it is: the reason and the node (its module path and name)."""
+
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tensor that isn't computed yet: `make(*sources)`, of known shape and dtype.
+
+    Fusing three weights and then quantizing the result needs the fused floats for a moment only;
+    a recipe holds the sources, which are shared with the model, instead of their concatenation.
+    """
+
+    make: Callable[..., Tensor]
+    sources: tuple[Tensor | Recipe, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+
+    def materialize(self) -> Tensor:
+        """Compute the tensor; a `Parameter` when its sources were trainable."""
+        with torch.no_grad():
+            value = self.make(*(materialize(source) for source in self.sources))
+        return torch.nn.Parameter(value) if self.requires_grad else value
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the rewriting driver did to make a program from its predecessor; only it writes this.
+
+    `fired` counts firings by rule; `replaced` pairs each replaced node's name in the predecessor
+    with the node that now holds its value; `refused` says what was left alone.
+    """
+
+    fired: Mapping[str, int] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
+
+    def then(self, later: Changes) -> Changes:
+        """These changes followed by `later` ones."""
+        counts = Counter(self.fired)
+        counts.update(later.fired)
+        replaced = {old: later.replaced.get(new, new) for old, new in self.replaced.items()}
+        refused = dict.fromkeys((*self.refused, *later.refused))
+        return Changes(dict(counts), {**later.replaced, **replaced}, tuple(refused))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model: `graph` over `state`, called as `signature` says.
+
+    `state` maps each `get_attr` target to its tensor (or recipe); `aliases` maps further names of a
+    tied tensor to the one in `state`; `module_types` gives the class name of each module path, for
+    printing; `example` holds the graph's input tensors at capture; `notes` what the user must know;
+    `changes` what the driver did to it since the step began.
+    """
+
+    graph: fx.Graph
+    state: Mapping[str, Tensor | Recipe]
+    signature: Signature
+    example: tuple[Tensor, ...]
+    mode: Mode = "eval"
+    name: str = "Model"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    non_persistent: frozenset[str] = frozenset()
+    module_types: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    changes: Changes = Changes()
+
+    def __post_init__(self) -> None:
+        for name in ("state", "aliases", "module_types"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes, in calling order."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node; its argument is a flat tuple of nodes."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode that all `meta["val"]` of this program belong to."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+        raise FxoptError("the program holds no tensor at all; there is nothing to optimise")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that `get_attr` target `name` stands for, computed now if it is a recipe."""
+        return materialize(self.state[name])
+
+    def with_graph(
+        self, graph: fx.Graph, added: Mapping[str, Tensor | Recipe] | None = None
+    ) -> Program:
+        """This program with another graph, with `added` state, without state nobody reads."""
+        used = {node.target for node in graph.nodes if node.op == "get_attr"}
+        state = {name: t for name, t in {**self.state, **(added or {})}.items() if name in used}
+        aliases = {name: kept for name, kept in self.aliases.items() if kept in state}
+        return replace(self, graph=graph, state=state, aliases=aliases)
+
+    def materialized(self) -> Program:
+        """This program with every recipe computed, one after the other."""
+        state = {name: materialize(tensor) for name, tensor in self.state.items()}
+        return replace(self, state=state)
+
+    def parameter_bytes(self) -> int:
+        """Bytes of all state tensors, tied ones counted once."""
+        return sum(
+            tensor.shape.numel() * tensor.dtype.itemsize for tensor in self.state.values()
+        )
+
+    def node_count(self) -> int:
+        """Number of operations: nodes that compute, without inputs, constants and output."""
+        return sum(node.op == "call_function" for node in self.graph.nodes)
+
+
+def materialize(tensor: Tensor | Recipe) -> Tensor:
+    """The tensor itself, or what its recipe computes."""
+    return tensor.materialize() if isinstance(tensor, Recipe) else tensor
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that the node came from, such as `encoder.layer.0.output`."""
+    return str(node.meta.get("module_path", ""))
+
+
+def label(node: fx.Node) -> str:
+    """How messages name a node: module path (where there is one) and node name."""
+    path = module_path(node)
+    return f"{path} ({node.name})" if path else node.name
+
+
+def source_line(node: fx.Node) -> str:
+    """The model's source line that the node came from, as `file:line  code`; empty if unknown."""
+    return str(node.meta.get("source", ""))
+
+
+def fake(node: Any) -> Any:
+    """The fake value of a node; any other value as it is."""
+    return node.meta["val"] if isinstance(node, fx.Node) else node
+
+
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
+    """Whether dropping an unused `node` changes nothing: no write, and no random draw in training."""
+    if node.op in ("placeholder", "output"):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    if node.target._schema.is_mutable:
+        return False
+    return mode == "eval" or _RANDOM not in node.target.tags
+
+
+def drop_dead_nodes(graph: fx.Graph, mode: Mode = "eval") -> list[str]:
+    """Erase pure nodes that nobody uses, last first; return the names of the operations erased."""
+    erased = []
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node, mode):
+            if node.op == "call_function":
+                erased.append(node.name)
+            graph.erase_node(node)
+    return erased

@@ -1,0 +1,181 @@
+"""The driver: rules to their fixed point on a copy of the graph.
+
+A worklist holds each node once; a firing puts the new nodes, the users of the replaced value and
+its operands back. So the work is proportional to the nodes plus the firings for rules that look at
+a bounded neighbourhood. The driver counts; a rule can't say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
+
+from fxopt.errors import RewriteError
+from fxopt.program import Changes, Program, Refusal, is_pure, label
+from fxopt.rewriting.edit import Edit
+from fxopt.rewriting.pattern import Match, Target
+from fxopt.rewriting.rule import Rule
+
+_DEEPEST = 32
+"""A value rewritten more often than this, one rewrite on top of the other, is a loop."""
+
+
+def rewrite(program: Program, rules: Sequence[Rule], skip: Collection[str] = ()) -> Program:
+    """A new program: `rules` applied until none fires; nodes named in `skip` stay as they are.
+
+    The result's `changes` hold the firings and refusals, after those that `program` came with.
+    Raises `RewriteError` for rules that loop or build what can't take the root's place.
+    """
+    return _Driver(program, rules, frozenset(skip)).run()
+
+
+class _Driver:
+    def __init__(self, program: Program, rules: Sequence[Rule], skip: frozenset[str]) -> None:
+        self.program = program
+        self.skip = skip
+        self.edit = Edit(program)
+        self.rules: dict[Target, list[Rule]] = defaultdict(list)
+        for rule in rules:
+            for target in rule.targets():
+                self.rules[target].append(rule)
+        self.queue: deque[fx.Node] = deque()
+        self.queued: set[fx.Node] = set()
+        self.gone: set[fx.Node] = set()
+        self.fired: Counter[str] = Counter()
+        self.refused: dict[tuple[str, fx.Node], Refusal] = {}
+        self.origin = {node: node.name for node in self.edit.graph.nodes}
+        self.depth: Counter[fx.Node] = Counter()
+
+    def run(self) -> Program:
+        self._enqueue(self.edit.graph.nodes)
+        while self.queue:
+            node = self.queue.popleft()
+            self.queued.discard(node)
+            if node not in self.gone and self.origin.get(node) not in self.skip:
+                self._visit(node)
+        self._sweep()
+        return self._result()
+
+    def _visit(self, node: fx.Node) -> None:
+        for rule in self.rules.get(node.target, ()):  # type: ignore[call-overload]
+            match = rule.match(node)
+            if match is None:
+                continue
+            reason = rule.reason_to_refuse(match)
+            if reason is None:
+                self._fire(rule, match)
+                return
+            self.refused[rule.name, node] = Refusal(reason, label(node))
+
+    def _fire(self, rule: Rule, match: Match) -> None:
+        self.edit.start(min(match.roots) if len(match.roots) > 1 else match.root)
+        result = rule.rewrite(match, self.edit)
+        results = (result,) if isinstance(result, fx.Node) else tuple(result)
+        if len(results) != len(match.roots):
+            raise RewriteError(
+                f"rule {rule.name} returned {len(results)} values for the {len(match.roots)} of its "
+                f"pattern, at {label(match.root)}"
+            )
+        depth = 1 + max(self.depth[root] for root in match.roots)
+        if depth > _DEEPEST:
+            raise RewriteError(
+                f"rule {rule.name} loops: the value of {label(match.root)} was rewritten {_DEEPEST} "
+                "times in a row. Make the pattern not match its own result."
+            )
+        for root, new in zip(match.roots, results, strict=True):
+            self._check_type(rule, root, new)
+        for node in self.edit.new_nodes:
+            self.depth[node] = depth
+        self.fired[rule.name] += 1
+        self._replace(match, results)
+
+    def _replace(self, match: Match, results: Sequence[fx.Node]) -> None:
+        touched: dict[fx.Node, None] = dict.fromkeys(self.edit.new_nodes)
+        for root, new in zip(match.roots, results, strict=True):
+            touched.update(dict.fromkeys((new, *root.users)))
+            name = self.origin.get(root)
+            if name is not None:
+                self.origin.setdefault(new, name)
+            root.replace_all_uses_with(new, propagate_meta=False)
+        for root in match.roots:
+            touched.update(dict.fromkeys(self._erase(root)))
+        self._enqueue(touched)
+
+    def _erase(self, node: fx.Node) -> list[fx.Node]:
+        """Erase `node` and what only it used; return the operands that live on."""
+        alive = []
+        stack = [node]
+        while stack:
+            dead = stack.pop()
+            if dead in self.gone or dead.users or not is_pure(dead, self.program.mode):
+                continue
+            operands = dead.all_input_nodes
+            self.edit.before_erasing(dead)
+            self.edit.graph.erase_node(dead)
+            self.edit.erased(dead)
+            self.gone.add(dead)
+            for operand in operands:
+                if operand.users:
+                    alive.append(operand)
+                else:
+                    stack.append(operand)
+        return [operand for operand in alive if operand not in self.gone]
+
+    def _sweep(self) -> None:
+        for node in reversed(self.edit.graph.nodes):
+            if not node.users and is_pure(node, self.program.mode):
+                self.edit.graph.erase_node(node)
+                self.gone.add(node)
+
+    def _enqueue(self, nodes: Collection[fx.Node] | fx.graph._node_list) -> None:
+        for node in nodes:
+            if node not in self.queued and node.target in self.rules:
+                self.queued.add(node)
+                self.queue.append(node)
+
+    def _check_type(self, rule: Rule, root: fx.Node, new: fx.Node) -> None:
+        old_value, new_value = root.meta["val"], new.meta["val"]
+        if not (isinstance(old_value, Tensor) and isinstance(new_value, Tensor)):
+            return
+        same = old_value.dtype == new_value.dtype and old_value.device == new_value.device
+        if not same or not _same_shape(old_value.shape, new_value.shape):
+            raise RewriteError(
+                f"rule {rule.name} replaced {label(root)}, a {_kind(old_value)}, by a "
+                f"{_kind(new_value)}; the two sides of a rule must have one type"
+            )
+
+    def _result(self) -> Program:
+        if not self.fired and not self.gone:
+            refused = tuple(dict.fromkeys(self.refused.values()))
+            changes = self.program.changes.then(Changes(refused=refused))
+            return replace(self.program, changes=changes)
+        alive = set(self.edit.graph.nodes)
+        replaced = {
+            name: node.name
+            for node, name in self.origin.items()
+            if node in alive and node.name != name
+        }
+        refused = tuple(
+            dict.fromkeys(refusal for (_, node), refusal in self.refused.items() if node in alive)
+        )
+        changes = self.program.changes.then(Changes(dict(self.fired), replaced, refused))
+        changed = self.program.with_graph(self.edit.graph, self.edit.added)
+        return replace(changed, changes=changes)
+
+
+def _same_shape(old: torch.Size, new: torch.Size) -> bool:
+    if len(old) != len(new):
+        return False
+    return all(
+        has_free_symbols(a) or has_free_symbols(b) or int(a) == int(b)
+        for a, b in zip(old, new, strict=True)
+    )
+
+
+def _kind(value: Tensor) -> str:
+    return f"{value.dtype}{tuple(value.shape)} on {value.device}"

@@ -1,0 +1,125 @@
+"""Edit: the only hands that touch a graph, on the driver's copy of it.
+
+Every node built here gets its fake value (computed by running the operator on fake tensors, which
+also checks the call), and inherits module path and source line from the node it replaces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxopt.errors import RewriteError
+from fxopt.program import Program, Recipe, label, materialize
+
+
+class Edit:
+    """A graph under construction: a copy of a program's graph plus new state."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.added: dict[str, Tensor | Recipe] = {}
+        self._fake_mode: FakeTensorMode = program.fake_mode
+        self._root: fx.Node | None = None
+        self._new: list[fx.Node] = []
+        self._copy()
+
+    def _copy(self) -> None:
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.program.graph.nodes:
+            new = self.graph.node_copy(node, copies.__getitem__)
+            new.meta = dict(node.meta)
+            copies[node] = new
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        assert first is not None
+        self._first_operation = first
+        self._constants = {n.target: n for n in self.graph.nodes if n.op == "get_attr"}
+
+    def start(self, root: fx.Node) -> None:
+        """Begin a rewrite at `root`: new nodes go before it and inherit its origin."""
+        self._root, self._new = root, []
+
+    @property
+    def new_nodes(self) -> list[fx.Node]:
+        """What has been built since `start`."""
+        return self._new
+
+    def call(self, target: torch._ops.OpOverload | Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of `target` before the root, typed. Raises `RewriteError` if it can't be typed."""
+        assert self._root is not None
+        with self.graph.inserting_before(self._root):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {
+            key: self._root.meta[key]
+            for key in ("module_path", "source", "nn_module_stack", "stack_trace")
+            if key in self._root.meta
+        }
+        node.meta["val"] = self._type(node)
+        self._new.append(node)
+        return node
+
+    def constant(self, name: str, tensor: Tensor | Recipe) -> fx.Node:
+        """A new state tensor under `name` (made unique), as a node at the head of the graph."""
+        unique = self._unique(name)
+        self.added[unique] = tensor
+        with self.graph.inserting_before(self._head()):
+            node = self.graph.get_attr(unique)
+        with self._fake_mode:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        node.meta = {"val": value, "module_path": "", "source": ""}
+        self._constants[unique] = node
+        self._new.append(node)
+        return node
+
+    def state(self, node: fx.Node) -> Tensor | Recipe:
+        """The tensor or recipe behind a `get_attr` node."""
+        name = str(node.target)
+        return self.added[name] if name in self.added else self.program.state[name]
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The value behind a `get_attr` node, computed now if it is a recipe."""
+        return materialize(self.state(node)).detach()
+
+    def is_tied(self, node: fx.Node) -> bool:
+        """Whether the tensor behind a `get_attr` node has other names or other uses."""
+        name = str(node.target)
+        return name in self.program.aliases.values()
+
+    def erased(self, node: fx.Node) -> None:
+        """Note that the driver erased `node`."""
+        if node is self._first_operation:
+            raise AssertionError("the head is moved before it is erased")
+        if node.op == "get_attr" and self._constants.get(node.target) is node:
+            del self._constants[node.target]
+
+    def before_erasing(self, node: fx.Node) -> None:
+        """Keep the head of the operations valid when its first node goes."""
+        if node is self._first_operation:
+            self._first_operation = node.next
+
+    def _head(self) -> fx.Node:
+        while self._first_operation.prev.op not in ("placeholder", "get_attr", "root"):
+            self._first_operation = self._first_operation.prev
+        return self._first_operation
+
+    def _unique(self, name: str) -> str:
+        taken = self.program.state.keys() | self.added.keys() | self.program.aliases.keys()
+        if name not in taken:
+            return name
+        return next(f"{name}_{n}" for n in range(1, 1 << 20) if f"{name}_{n}" not in taken)
+
+    def _type(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        try:
+            with self._fake_mode, torch.no_grad():
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            assert self._root is not None
+            raise RewriteError(
+                f"a rewrite at {label(self._root)} built a call that can't be typed: "
+                f"{node.target}{tuple(args)}: {type(error).__name__}: {error}"
+            ) from error

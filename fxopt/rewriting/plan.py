@@ -1,0 +1,153 @@
+"""Pass and Plan: decide, show, act.
+
+A pass is a frozen dataclass. `plan` looks and touches nothing; the plan can be printed, and sites
+can be taken out of it; `apply` acts on a copy through the driver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from fxopt.claim import Claim, Close
+from fxopt.program import Program, Refusal, label
+from fxopt.rewriting.driver import rewrite
+from fxopt.rewriting.rule import Rule
+
+
+class Stage(IntEnum):
+    """Where in a list a pass makes sense; a list must not go down. `ANY` fits everywhere but last."""
+
+    ANY = 0
+    STRUCTURE = 1
+    NUMERICS = 2
+    KERNELS = 3
+    LOWER = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that a plan will change: the rule, the node's name and how messages name it."""
+
+    rule: str
+    node: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass will do to one program: its sites and its refusals. `excluded` nodes are spared."""
+
+    spec: str
+    sites: tuple[Site, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    excluded: frozenset[str] = frozenset()
+
+    def without(self, nodes: Collection[str]) -> Plan:
+        """This plan with the sites at `nodes` taken out."""
+        sites = tuple(site for site in self.sites if site.node not in nodes)
+        return replace(self, sites=sites, excluded=self.excluded | set(nodes))
+
+    def __str__(self) -> str:
+        counts = Counter(site.rule for site in self.sites)
+        lines = [f"plan of {self.spec}"]
+        lines += [f"  {rule}: {count} sites" for rule, count in counts.items()] or ["  nothing to do"]
+        lines += [f"  refused {refusal}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+class Pass(ABC):
+    """A rewrite of the whole program with a claim about its outputs.
+
+    A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`, and its
+    `repr` can be pasted back. `name` is its name in a textual spec such as `int8-linear{mode=dynamic}`.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.ANY
+    claim: Claim = Close()
+
+    @abstractmethod
+    def plan(self, program: Program) -> Plan:
+        """What this pass will change in `program`, and what it refuses and why."""
+
+    @abstractmethod
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """A new program with `plan` carried out through `fxopt.rewriting.rewrite`."""
+
+    @property
+    def spec(self) -> str:
+        """The textual form that parses back to this pass: `name{option=value, ...}`."""
+        return spec_text(self)
+
+
+class RulePass(Pass):
+    """A pass that is a set of rules taken to their fixed point."""
+
+    @abstractmethod
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """The rules for `program`."""
+
+    def plan(self, program: Program) -> Plan:
+        """The sites where a rule matches now, and those where it refuses to."""
+        return plan_rules(program, self.rules(program), repr(self))
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Rewrite to the fixed point, sparing the plan's excluded nodes."""
+        return rewrite(program, self.rules(program), plan.excluded)
+
+
+@dataclass(frozen=True)
+class SingleRule(RulePass):
+    """A user's rule as a pass of its own."""
+
+    rule: Rule
+    name: ClassVar[str] = "rule"
+
+    @property
+    def claim(self) -> Claim:  # type: ignore[override]
+        """The rule's own claim."""
+        return self.rule.claim
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """The one rule."""
+        return (self.rule,)
+
+    def __repr__(self) -> str:
+        return f"{self.rule.name}()"
+
+
+def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
+    """Match every rule at every node of `program` without touching anything."""
+    by_target: dict[Any, list[Rule]] = {}
+    for rule in rules:
+        for target in rule.targets():
+            by_target.setdefault(target, []).append(rule)
+    sites: list[Site] = []
+    refusals: dict[Refusal, None] = {}
+    for node in program.graph.nodes:
+        for rule in by_target.get(node.target, ()):
+            match = rule.match(node)
+            if match is None:
+                continue
+            reason = rule.reason_to_refuse(match)
+            if reason is None:
+                sites.append(Site(rule.name, node.name, label(node)))
+                break
+            refusals[Refusal(reason, label(node))] = None
+    return Plan(spec, tuple(sites), tuple(refusals))
+
+
+def spec_text(pass_: Pass) -> str:
+    """`name{field=value, ...}` with the fields that differ from their defaults."""
+    options = []
+    for field in dataclasses.fields(pass_):  # type: ignore[arg-type]
+        value = getattr(pass_, field.name)
+        if value != field.default:
+            options.append(f"{field.name}={value}")
+    return pass_.name + (f"{{{', '.join(options)}}}" if options else "")

@@ -1,0 +1,239 @@
+"""How a call of the model becomes the graph's inputs, and its results the model's own output type.
+
+A call is bound to the model's `forward` signature, so keyword order doesn't matter; arguments that
+are `None` or equal to their default are dropped, so that leaving them out and spelling them out are
+one thing. What remains is a dict {argument name: value} whose tensor leaves are the graph's
+placeholders, in that order; its other leaves (a flag, a number) were constants of the capture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fxopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """What one placeholder takes: its path among the arguments, dtype, device type and sizes.
+
+    A size is an int where the capture specialised it, else the name of a dynamic size; two equal
+    names must have equal sizes in a call.
+    """
+
+    path: str
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.dtype}[{', '.join(map(str, self.sizes))}] on {self.device}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a dynamic size as the capture found them; `high` None when there is none."""
+
+    low: int
+    high: int | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The calling convention of a captured model; turns calls into leaves and leaves into outputs."""
+
+    forward: inspect.Signature
+    in_spec: pytree.TreeSpec
+    leaves: tuple[TensorInput | object, ...]
+    ranges: Mapping[str, Range]
+    out_spec: pytree.TreeSpec
+    out_constants: Mapping[int, object]
+
+    @property
+    def tensors(self) -> tuple[TensorInput, ...]:
+        """The graph's placeholders, in order."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorInput))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The argument names that the program was captured with, in order."""
+        return tuple(self.in_spec.context)
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Arguments that hold no tensor and are fixed in the graph, as {name: value}."""
+        values = pytree.tree_unflatten(list(self.leaves), self.in_spec)
+        return {
+            name: value
+            for name, value in values.items()
+            if not any(isinstance(leaf, TensorInput) for leaf in pytree.tree_leaves(value))
+        }
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call in placeholder order.
+
+        Raises `InputError` when the call doesn't fit what was captured: another structure, another
+        constant, or a tensor of another dtype, device, rank or fixed size.
+        """
+        given = bind(self.forward, args, kwargs)
+        for name, value in self.constants.items():
+            given.setdefault(name, value)
+        if set(given) != set(self.names):
+            raise InputError(self._structure_text(given))
+        leaves, spec = pytree.tree_flatten({name: given[name] for name in self.names})
+        if spec != self.in_spec:
+            raise InputError(
+                f"the arguments are nested otherwise than at capture: got {spec}, captured "
+                f"{self.in_spec}. Transform the model again with example_inputs of that structure."
+            )
+        tensors = []
+        sizes: dict[str, tuple[int, str]] = {}
+        for leaf, expected in zip(leaves, self.leaves, strict=True):
+            if isinstance(expected, TensorInput):
+                self._check_tensor(leaf, expected, sizes)
+                tensors.append(leaf)
+            elif leaf != expected:
+                raise InputError(
+                    f"{self._path_of(expected)} is {leaf!r} in this call, but the graph was "
+                    f"captured with {expected!r}. Transform the model again with example_inputs "
+                    "that hold the new value."
+                )
+        return tensors
+
+    def unflatten(self, outputs: Sequence[Tensor]) -> Any:
+        """The model's own output type, made of the graph's output tensors."""
+        remaining = iter(outputs)
+        leaves = [
+            self.out_constants[index] if index in self.out_constants else next(remaining)
+            for index in range(self.out_spec.num_leaves)
+        ]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def _path_of(self, constant: object) -> str:
+        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.leaves), self.in_spec))
+        return next((_path_text(path) for path, leaf in paths if leaf is constant), "an argument")
+
+    def _structure_text(self, given: Mapping[str, Any]) -> str:
+        missing = [name for name in self.names if name not in given]
+        extra = [name for name in given if name not in self.names]
+        parts = [f"the graph was captured with the arguments ({', '.join(self.names)})"]
+        if missing:
+            parts.append(f"this call leaves out {', '.join(missing)}")
+        if extra:
+            parts.append(f"this call adds {', '.join(extra)}")
+        return (
+            "; ".join(parts) + ". Call it with the same arguments, or transform the model again with "
+            "example_inputs that hold these."
+        )
+
+    def _check_tensor(
+        self, value: object, expected: TensorInput, sizes: dict[str, tuple[int, str]]
+    ) -> None:
+        if not isinstance(value, Tensor):
+            raise InputError(f"{expected.path} must be a tensor ({expected}), not {value!r:.80}")
+        if value.dtype != expected.dtype:
+            raise InputError(
+                f"{expected.path} has dtype {value.dtype}, but the graph was captured with "
+                f"{expected.dtype}. Convert it with .to({expected.dtype})."
+            )
+        if value.ndim != len(expected.sizes):
+            raise InputError(
+                f"{expected.path} has rank {value.ndim} and shape {tuple(value.shape)}, but the "
+                f"graph takes rank {len(expected.sizes)}: {expected}."
+            )
+        for axis, (size, wanted) in enumerate(zip(value.shape, expected.sizes, strict=True)):
+            self._check_size(expected, axis, size, wanted, sizes)
+
+    def _check_size(
+        self,
+        expected: TensorInput,
+        axis: int,
+        size: int,
+        wanted: int | str,
+        sizes: dict[str, tuple[int, str]],
+    ) -> None:
+        if isinstance(wanted, int):
+            if size != wanted:
+                raise InputError(
+                    f"{expected.path} has size {size} on axis {axis}, but the model fixes it to "
+                    f"{wanted}: {expected}."
+                )
+            return
+        known, path = sizes.setdefault(wanted, (size, f"{expected.path} axis {axis}"))
+        if known != size:
+            raise InputError(
+                f"{expected.path} has size {size} on axis {axis}, but {path} has {known}; "
+                "the model needs them equal."
+            )
+        limit = self.ranges.get(wanted)
+        if limit is not None and limit.high is not None and size > limit.high:
+            raise InputError(
+                f"{expected.path} has size {size} on axis {axis}; the model takes at most "
+                f"{limit.high} there."
+            )
+
+
+def forward_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of `model.forward` without annotations that need the model's module."""
+    return inspect.signature(model.forward)
+
+
+def bind(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A call as {argument name: value}, `None` and default values dropped.
+
+    Keywords that land in `**kwargs` keep their own names; what lands in `*args` stays a tuple under
+    its parameter's name. Raises `InputError` where the call doesn't fit the signature.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs don't fit forward{signature}: {error}. Give a tuple of positional "
+            "arguments or a dict of keyword arguments."
+        ) from error
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update({key: inner for key, inner in value.items() if inner is not None})
+        elif value is not None and not _is_default(value, parameter.default):
+            named[name] = value
+    return named
+
+
+def unbind(
+    signature: inspect.Signature, named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The (args, kwargs) that call `forward` with what `bind` returned."""
+    known = {name: value for name, value in named.items() if name in signature.parameters}
+    extra = {name: value for name, value in named.items() if name not in signature.parameters}
+    bound = inspect.BoundArguments(signature, dict(known))  # type: ignore[arg-type]
+    return tuple(bound.args), {**bound.kwargs, **extra}
+
+
+def describe_leaves(named: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Each leaf of {argument name: value} with a readable path such as `inputs[0]` or `mask`."""
+    paths, _ = pytree.tree_flatten_with_path(dict(named))
+    return [(_path_text(path), leaf) for path, leaf in paths]
+
+
+def _path_text(path: Sequence[Any]) -> str:
+    first, *rest = path
+    return str(first.key) + "".join(str(key) for key in rest)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if isinstance(value, Tensor) or default is inspect.Parameter.empty:
+        return False
+    if isinstance(value, (bool, int, float, str)):
+        return type(value) is type(default) and value == default
+    return value is default
