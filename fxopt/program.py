@@ -8,12 +8,13 @@ place. Tensors that no pass touches are the model's own, shared and never copied
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -140,6 +141,36 @@ class Program:
         state = {name: materialize(tensor) for name, tensor in self.state.items()}
         return replace(self, state=state)
 
+    def outline(self) -> Program:
+        """This program with its tensors on the meta device: enough to print it, none of its memory."""
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in self.state.items()
+        }
+        return replace(self, state=state, example=())
+
+    def on_device(self, device: torch.device) -> Program:
+        """This program for inputs on `device`: device arguments, fake values and signature moved.
+
+        The caller moves the state.
+        """
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, FakeTensor) else value
+
+        with self.fake_mode:
+            for node in self.graph.nodes:
+                new = graph.node_copy(node, copies.__getitem__)
+                new.args, new.kwargs = pytree.tree_map_only(
+                    torch.device, lambda _: device, (new.args, new.kwargs)
+                )
+                new.meta = {**node.meta, "val": pytree.tree_map(moved, node.meta["val"])}
+                copies[node] = new
+        example = tuple(tensor.to(device) for tensor in self.example)
+        return replace(self, graph=graph, signature=self.signature.on_device(device), example=example)
+
     def parameter_bytes(self) -> int:
         """Bytes of all state tensors, tied ones counted once."""
         return sum(
@@ -200,3 +231,19 @@ def drop_dead_nodes(graph: fx.Graph, mode: Mode = "eval") -> list[str]:
                 erased.append(node.name)
             graph.erase_node(node)
     return erased
+
+
+def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes (or strides) are provably equal, symbolic sizes compared as expressions.
+
+    Asking `==` of symbolic sizes would record a guard; comparing expressions doesn't.
+    """
+    return len(one) == len(other) and all(map(_same_size, one, other))
+
+
+def _same_size(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    if isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt):
+        return False
+    return bool(one == other)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,14 @@ class Signature:
             for name, value in values.items()
             if not any(isinstance(leaf, TensorInput) for leaf in pytree.tree_leaves(value))
         }
+
+    def on_device(self, device: torch.device) -> Signature:
+        """This convention for tensors on `device`."""
+        leaves = tuple(
+            replace(leaf, device=device) if isinstance(leaf, TensorInput) else leaf
+            for leaf in self.leaves
+        )
+        return replace(self, leaves=leaves)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in placeholder order.
@@ -142,6 +150,11 @@ class Signature:
             raise InputError(
                 f"{expected.path} has dtype {value.dtype}, but the graph was captured with "
                 f"{expected.dtype}. Convert it with .to({expected.dtype})."
+            )
+        if value.device != expected.device:
+            raise InputError(
+                f"{expected.path} is on {value.device}, but the model is on {expected.device}. Move it "
+                f"with .to('{expected.device}')."
             )
         if value.ndim != len(expected.sizes):
             raise InputError(

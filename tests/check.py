@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,21 +14,21 @@ from torch import Tensor, nn
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.evaluate import evaluate
-from fxopt.program import Program
-from fxopt.rewriting import Applied
+from fxopt.program import Changes, Program
+from fxopt.rewriting import Pass
 
 Call: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 
 def check(
-    pass_: Any,
+    pass_: Pass,
     model: nn.Module,
     inputs: Call,
     fires: Mapping[str, int] | int,
     *,
     others: Sequence[Call] = (),
-) -> Applied:
-    """Run `pass_` on `model` and assert all that a pass owes; returns what it did.
+) -> Program:
+    """Run `pass_` on `model` and assert all that a pass owes; returns its result.
 
     `fires` is the exact number of firings, by rule or in all. The claim is judged against the eager
     model on `inputs`, on `inputs` with another batch size and on `others`. Asserted as well: a
@@ -40,38 +41,40 @@ def check(
 
     plan = pass_.plan(program)
     assert str(pass_.plan(program)) == str(plan), "planning twice gives two plans"
-    applied: Applied = pass_.apply(program, plan)
+    result = pass_.apply(program, plan)
 
-    assert_fired(applied, fires)
-    wellformed.check(applied.program)
-    assert_unchanged(pass_, applied.program)
+    assert_fired(result, fires)
+    wellformed.check(result)
+    assert_unchanged(pass_, result)
     assert str(program.graph) == text, "the input program's graph was edited"
     assert list(program.state) == list(state), "the input program's state was edited"
     assert all(program.state[name] is tensor for name, tensor in state.items())
-    kept = [name for name in state if name in applied.program.state]
-    assert all(applied.program.state[name] is state[name] for name in kept), "state was copied"
-    assert_state_equal(model, before)
+    kept = [name for name in state if name in result.state]
+    assert all(result.state[name] is state[name] for name in kept), "untouched state was copied"
+    computed = result.materialized()
     for call in (inputs, grown(inputs), *others):
-        assert_close_to_model(pass_.claim, model, applied.program, call)
+        assert_close_to_model(pass_.claim, model, computed, call)
     assert_state_equal(model, before)
-    return applied
+    return result
 
 
-def assert_fired(applied: Applied, fires: Mapping[str, int] | int) -> None:
+def assert_fired(result: Program, fires: Mapping[str, int] | int) -> None:
     """The firings are these, neither more nor fewer; rules that fired nowhere needn't be named."""
-    fired = {rule: count for rule, count in applied.fired.items() if count}
+    fired = {rule: count for rule, count in result.changes.fired.items() if count}
+    refused = [str(refusal) for refusal in result.changes.refused]
     if isinstance(fires, int):
-        assert sum(fired.values()) == fires, f"fired {fired}; refused {_listed(applied)}"
+        assert sum(fired.values()) == fires, f"fired {fired}; refused {refused}"
     else:
         wanted = {rule: count for rule, count in fires.items() if count}
-        assert fired == wanted, f"fired {fired}; refused {_listed(applied)}"
+        assert fired == wanted, f"fired {fired}; refused {refused}"
 
 
-def assert_unchanged(pass_: Any, program: Program) -> None:
+def assert_unchanged(pass_: Pass, program: Program) -> None:
     """Running `pass_` on its own result fires nowhere and gives the same graph."""
+    program = replace(program, changes=Changes())
     again = pass_.apply(program, pass_.plan(program))
-    assert not sum(again.fired.values()), f"a second run fired {dict(again.fired)}"
-    assert str(again.program.graph) == str(program.graph), "a second run changed the graph"
+    assert not sum(again.changes.fired.values()), f"a second run fired {again.changes.fired}"
+    assert str(again.graph) == str(program.graph), "a second run changed the graph"
 
 
 def assert_state_equal(model: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -119,7 +122,3 @@ def grown(call: Call) -> Call:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-
-def _listed(applied: Applied) -> list[str]:
-    return [str(refusal) for refusal in applied.refused]

@@ -303,7 +303,7 @@ _DTYPES = st.sampled_from([torch.float32] * 4 + [torch.float64])
 
 
 def _sizes(ranks: int) -> st.SearchStrategy[list[tuple[int, ...]]]:
-    """Sizes of the example (at least 2: a size of 1 would be fixed by the capture), and of two more."""
+    """Sizes of the example, at least 2 since the capture would fix a 1, and of two other calls."""
     example = st.tuples(*[st.integers(2, 5)] * ranks)
     other = st.tuples(*[st.integers(1, 9)] * ranks)
     return st.tuples(example, other, other).map(list)

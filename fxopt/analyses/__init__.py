@@ -1,0 +1,5 @@
+"""Facts about a program as frozen values; nothing is changed here."""
+
+from fxopt.analyses.linears import LINEAR_TARGETS, Linear, as_linear, refuse_shared_weight
+
+__all__ = ["LINEAR_TARGETS", "Linear", "as_linear", "refuse_shared_weight"]

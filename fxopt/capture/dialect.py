@@ -5,6 +5,7 @@
     guards, assertions     -> dropped (the signature checks the inputs of every call)
     no_grad, autocast off  -> their bodies inlined
     dropout in eval        -> dropped
+    view                   -> reshape, which a rewrite of strides can't break
     in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
 """
 
@@ -27,6 +28,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
 from fxopt.capture.writes import functional, is_local_write, writes
 from fxopt.errors import CaptureError
@@ -49,6 +51,7 @@ _DROPOUT = {
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
 }
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
@@ -138,7 +141,7 @@ class _Translation:
         new = self.graph.placeholder(name)
         new.meta = {"val": value, "module_path": "", "source": ""}
         self.nodes[node] = new
-        sizes = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+        sizes = tuple(int(s) if not has_free_symbols(s) else str(s) for s in value.shape)
         return TensorInput(path, value.dtype, value.device, sizes)
 
     def _attribute(self, node: fx.Node, target: str) -> None:
@@ -186,6 +189,8 @@ class _Translation:
 
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self._value)
+        if new.target in _VIEWS:
+            new.target = aten.reshape.default
         new.meta = self._meta(node)
         self.nodes[node] = new
 

@@ -1,8 +1,8 @@
 """Latency of callables measured side by side, so that a busy machine is unfair to all alike.
 
-Every round times each system once, in the same order (A B A B), after warm-up rounds that are thrown
-away until the times have settled. A drift of the machine then hits all systems of a round, and the
-ratio of two systems, taken round by round, hardly feels it.
+Every round times each system once, in the same order (A B A B), after warm-up rounds that are
+thrown away until the times have settled. A drift of the machine then hits all systems of a round,
+and the ratio of two systems, taken round by round, hardly feels it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def latency(
     """The latency of each system, measured in turns.
 
     Takes `repeats` rounds, fewer once the timed rounds have used up `seconds` for each system, but
-    never fewer than 3. Warm-up has the same budget of its own, after the first call of each system, which may
-    compile. A system that takes less than 5 ms is called several times per sample. Where a system
-    works on CUDA, its devices are synchronised before and after each sample. Gradients are whatever the
-    caller's context says.
+    never fewer than 3. Warm-up has the same budget of its own, after the first call of each system,
+    which may compile. A system that takes less than 5 ms is called several times per sample. Where
+    a system works on CUDA, its devices are synchronised before and after each sample. Whether
+    gradients are recorded is up to the caller.
 
     Raises `ValueError` for no systems, `repeats` below 1 or `seconds` not above 0.
     """
@@ -99,7 +99,7 @@ def summarize(milliseconds: Sequence[float]) -> Latency:
 def ratio(a: Latency, b: Latency) -> Ratio:
     """`a / b` round by round, so above 1 means that `a` is slower.
 
-    Both must come from one call of `latency`; raises `ValueError` where their samples don't pair up.
+    Both must come from one call of `latency`; raises `ValueError` where samples don't pair up.
     """
     if not a.samples or len(a.samples) != len(b.samples):
         raise ValueError(

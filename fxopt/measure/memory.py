@@ -2,9 +2,10 @@
 
 On a CPU the kernel's high-water mark of resident memory (`VmHWM` in proc(5)) is set back before
 the call and read after it. It sees what an allocator's own count can't: the scratch and packing
-buffers of oneDNN and MKL, and those of compiled code. Two things would make it lie, and both are ruled
-out: freed memory that malloc kept is handed back first (`malloc_trim`), and a trial allocation of
-known size must be seen in full, else nothing is measured (another malloc may be preloaded).
+buffers of oneDNN and MKL, and those of compiled code. Two things would make it lie, and both are
+ruled out: freed memory that malloc kept is handed back first (`malloc_trim`), and a trial
+allocation of known size must be seen in full, else nothing is measured (another malloc may be
+preloaded).
 """
 
 from __future__ import annotations

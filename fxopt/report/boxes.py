@@ -12,28 +12,44 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import networkx
+
 from fxopt.report.picture import GraphPicture, PictureNode
 
-_VIEWS = frozenset(
-    "alias clone contiguous detach expand flatten permute reshape select slice squeeze t to "
-    "transpose unflatten unsqueeze view _to_copy _unsafe_view".split()
-)
+_VIEWS = {
+    *("alias", "clone", "contiguous", "detach", "expand", "flatten", "permute", "reshape"),
+    *("select", "slice", "squeeze", "t", "to", "transpose", "unflatten", "unsqueeze", "view"),
+    *("_to_copy", "_unsafe_view"),
+}
+# The operations that cost: matrix products, convolutions, attention, table look-ups.
+_HEAVY = ("linear", "addmm", "matmul", "mm", "bmm", "conv", "attention", "embedding", "einsum")
+# A graph of no more operations than this is drawn whole; in a larger one small ones are folded.
+_LARGE = 40
+# A module without submodules, costly or changed operations becomes one node from this many on.
+_SMALL = 5
+# A module's own operations beside its submodules get a box of their own from this many on.
+_OWN_GROUP = 6
+_OWN = "own operations"
 
 
 @dataclass(eq=False)
 class Op:
-    """One drawn operation: the nodes of a folded chain, the last of which gives its value.
+    """One drawn operation: one node, a folded chain or a folded small module, in graph order.
 
-    `owner` is the name of the module that has lent it, for a module of one operation.
+    `owner` is the name of the module that has lent it, for a module of one operation; `summary` is
+    the label of a folded module.
     """
 
     nodes: list[PictureNode]
     owner: str = ""
+    summary: str = ""
 
     @property
     def label(self) -> str:
         """What the node says: `query · linear`, `view · transpose`, `unsqueeze ×3`."""
-        counts = Counter(node.op for node in self.nodes)
+        if self.summary:
+            return f"{self.owner}.{self.summary}" if self.owner else self.summary
+        counts = Counter(node.op.strip("_") for node in self.nodes)
         names = [name if times == 1 else f"{name} ×{times}" for name, times in counts.items()]
         text = " · ".join(names[:2]) + (" …" if len(names) > 2 else "")
         return f"{self.owner} · {text}" if self.owner else text
@@ -42,6 +58,16 @@ class Op:
     def kind(self) -> str:
         """Input, op or output."""
         return self.nodes[-1].kind
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether it does the costly work of a model."""
+        return any(word in node.op for node in self.nodes for word in _HEAVY)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a reader can do without it: neither costly nor changed, nor input or output."""
+        return self.kind == "op" and not (self.is_heavy or self.changed)
 
     @property
     def changed(self) -> bool:
@@ -77,16 +103,22 @@ def build(picture: GraphPicture) -> Boxes:
     ops = _fold_chains(picture.nodes)
     made_by = {node.name: op for op in ops for node in op.nodes}
     root = _grow_tree(picture, ops, made_by)
+    if len(ops) > _LARGE:
+        _group_own(root, made_by)
     copies = _Copies()
     _collapse(root, made_by, copies)
+    folded: dict[Op, Op] = {}
+    if len(ops) > _LARGE:
+        _fold_small(root, folded)
     _simplify(root)
     edges = {}
     for op in ops:
         for name in (name for node in op.nodes for name in node.inputs if name in made_by):
             ends = copies.original(made_by[name], op)
-            if ends is not None and ends[0] is not ends[1]:
-                edges[id(ends[0]), id(ends[1])] = ends
-    return Boxes(root, list(edges.values()))
+            if ends is not None:
+                source, target = (folded.get(end, end) for end in ends)
+                edges[source, target] = source is not target
+    return Boxes(root, [ends for ends, distinct in edges.items() if distinct])
 
 
 def operations(box: Box) -> Iterator[Op]:
@@ -153,6 +185,41 @@ def _grow_tree(picture: GraphPicture, ops: Sequence[Op], made_by: Mapping[str, O
     return root
 
 
+def _group_own(box: Box, made_by: Mapping[str, Op]) -> None:
+    """Put larger groups of a module's own small operations (a mask, rotary positions) in a box.
+
+    Only groups that joining can't make feed themselves through a submodule.
+    """
+    flow = networkx.DiGraph()
+    holder: dict[Op, Op | Box] = {}
+    for child in box.children:
+        flow.add_node(child)
+        if isinstance(child, Box):
+            _group_own(child, made_by)
+            holder.update(dict.fromkeys(operations(child), child))
+        else:
+            holder[child] = child
+    for op, target in holder.items():
+        for name in (name for node in op.nodes for name in node.inputs if name in made_by):
+            source = holder.get(made_by[name], target)
+            if source is not target:
+                flow.add_edge(source, target)
+    own = [child for child in box.children if isinstance(child, Op) and child.is_small]
+    if len(own) == len(box.children):
+        return
+    for members in networkx.weakly_connected_components(flow.subgraph(own)):
+        if len(members) >= _OWN_GROUP and not _feeds_itself(flow, members):
+            group = Box(box.path, _OWN, "", [op for op in own if op in members])
+            box.children[box.children.index(group.children[0])] = group
+            box.children = [child for child in box.children if child not in members]
+
+
+def _feeds_itself(flow: networkx.DiGraph, members: set[Op]) -> bool:
+    after = set().union(*(networkx.descendants(flow, op) for op in members)) - members
+    before = set().union(*(networkx.ancestors(flow, op) for op in members)) - members
+    return bool(after & before)
+
+
 class _Copies:
     """Which operation stands for which, and which copies of a run an operation belongs to."""
 
@@ -216,6 +283,22 @@ def _structure(box: Box, made_by: Mapping[str, Op]) -> tuple[object, ...]:
     return tuple(rows)
 
 
+def _fold_small(box: Box, folded: dict[Op, Op]) -> None:
+    for index, child in enumerate(box.children):
+        if not isinstance(child, Box):
+            continue
+        ops = [inner for inner in child.children if isinstance(inner, Op)]
+        plain = all(op.is_small for op in ops) and child.times == 1
+        nodes = [node for op in ops for node in op.nodes]
+        if plain and len(ops) == len(child.children) and len(nodes) >= _SMALL:
+            summary = f"{child.title} · {child.kind or f'{len(nodes)} operations'}"
+            one = Op(nodes, summary=summary if child.title != _OWN else f"{len(nodes)} operations")
+            folded.update(dict.fromkeys(ops, one))
+            box.children[index] = one
+        else:
+            _fold_small(child, folded)
+
+
 def _simplify(box: Box) -> None:
     """A box of one operation lends it its name; a box of one box becomes one with it."""
     for index, child in enumerate(box.children):
@@ -230,4 +313,5 @@ def _simplify(box: Box) -> None:
             box.children[index] = only
         elif isinstance(only, Box) and child.times == 1:
             only.title = f"{child.title}.{only.title}"
+            only.kind = only.kind or child.kind
             box.children[index] = only

@@ -1,27 +1,22 @@
 """Where the boxes, operations and wires of a picture go: a layered layout, one box at a time.
 
-Each box is laid out on its own, innermost first. Its parts and the values that enter or leave it
-stand in rows, so that data always flows downwards (Sugiyama, Tagawa and Toda, "Methods for visual
-understanding of hierarchical system structures", 1981): rows by longest path, a value that passes a
-row holds a place in it, order within rows by barycentre, and horizontal places by least squares
-under the order. So no wire ever crosses a node, and none leaves a box but through its edge.
+Each box is laid out on its own, innermost first; values enter it at the top and leave it at the
+bottom. So no wire ever crosses a node, and none leaves a box but through its edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from fxopt.report.boxes import Box, Boxes, Op, operations
+from fxopt.report.rows import Cell, Link, entry_of, exit_of, in_rows
 
 _CHARACTER = 6.4
 _OP_HEIGHT = 22.0
 _ROW_GAP = 16.0
-_COLUMN_GAP = 10.0
 _PADDING = 8.0
 _HEADER = 20.0
-_SWEEPS = 8
 
 
 @dataclass
@@ -57,28 +52,6 @@ class Drawing:
     wires: list[Wire] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class _Cell:
-    """What takes a place in a row: an operation, a box, or a passing, entering or leaving value."""
-
-    item: Op | Box | None
-    value: Op | None
-    width: float
-    height: float
-    row: int = 0
-    x: float = 0.0
-    drawing: Drawing | None = None
-    entries: dict[Op, float] = field(default_factory=dict)
-    exits: dict[Op, float] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Link:
-    source: _Cell
-    target: _Cell
-    value: Op
-
-
 def lay_out(boxes: Boxes) -> Drawing:
     """The drawing of the outermost box."""
     return _lay_out_box(boxes.root, boxes.edges)[0]
@@ -91,53 +64,105 @@ def _lay_out_box(
     inside = set(operations(box))
     own = [edge for edge in edges if edge[0] in inside or edge[1] in inside]
     cells, holder = _cells_of(box, own)
-    entering = {a: _Cell(None, a, 2.0, 0.0) for a, _ in own if a not in inside}
-    leaving = {a: _Cell(None, a, 2.0, 0.0) for a, b in own if b not in inside}
-    links: dict[tuple[_Cell, _Cell, Op], _Link] = {}
+    entering = {a: Cell(None, a, 2.0, 0.0) for a, _ in own if a not in inside}
+    leaving = {a: Cell(None, a, 2.0, 0.0) for a, b in own if b not in inside}
+    links: dict[tuple[Cell, Cell, Op], Link] = {}
     for a, b in own:
         source = holder[a] if a in inside else entering[a]
         target = holder[b] if b in inside else leaving[a]
         if source is not target:
-            links[source, target, a] = _Link(source, target, a)
-    order = [*entering.values(), *cells, *leaving.values()]
-    _rank(order, list(links.values()), set(entering.values()), set(leaving.values()))
-    rows, hops = _rows_of(order, list(links.values()))
-    _order(rows, hops)
-    _place(rows, hops)
-    return _draw(box, rows, hops, entering, leaving)
+            links[source, target, a] = Link(source, target, a)
+    rows, hops = in_rows(
+        [*entering.values(), *cells, *leaving.values()],
+        list(links.values()),
+        first=set(entering.values()),
+        last=set(leaving.values()),
+    )
+    return _draw(box, rows, hops)
 
 
-def _cells_of(box: Box, edges: Sequence[tuple[Op, Op]]) -> tuple[list[_Cell], dict[Op, _Cell]]:
+def _cells_of(box: Box, edges: Sequence[tuple[Op, Op]]) -> tuple[list[Cell], dict[Op, Cell]]:
     cells = []
-    holder: dict[Op, _Cell] = {}
+    holder: dict[Op, Cell] = {}
     for child in box.children:
         if isinstance(child, Op):
-            cell = _Cell(child, None, len(child.label) * _CHARACTER + 16.0, _OP_HEIGHT)
+            cell = Cell(child, None, len(child.label) * _CHARACTER + 16.0, _OP_HEIGHT)
             holder[child] = cell
         else:
             drawing, entries, exits = _lay_out_box(child, edges)
-            cell = _Cell(child, None, drawing.width, drawing.height, 0, 0.0, drawing, entries, exits)
+            cell = Cell(
+                child, None, drawing.width, drawing.height, 0, 0.0, drawing, entries, exits
+            )
             holder.update(dict.fromkeys(operations(child), cell))
         cells.append(cell)
     return cells, holder
 
 
-def _rank(
-    order: Sequence[_Cell], links: Sequence[_Link], first: set[_Cell], last: set[_Cell]
+def _draw(
+    box: Box, rows: Sequence[Sequence[Cell]], hops: Sequence[Link]
+) -> tuple[Drawing, dict[Op, float], dict[Op, float]]:
+    """Absolute places within the box; entries and exits are counted from the box's middle."""
+    cells = [cell for row in rows for cell in row]
+    left = min((cell.x - cell.width / 2 for cell in cells), default=0.0) - _PADDING
+    right = max((cell.x + cell.width / 2 for cell in cells), default=0.0) + _PADDING
+    width = max(right - left, len(heading(box)) * _CHARACTER + 2 * _PADDING)
+    shift = (width - (right - left)) / 2 - left
+    tops, y = [], _HEADER
+    for index, row in enumerate(rows):
+        tops.append(y)
+        y += max((cell.height for cell in row), default=0.0)
+        y += _ROW_GAP if row and index + 1 < len(rows) else 0.0
+    height = y + _PADDING * bool(rows and not any(c.value for c in rows[-1]))
+    drawing = Drawing(width, height, [Placed(box, 0.0, 0.0, width, height)])
+    for cell in cells:
+        _draw_cell(cell, drawing, cell.x + shift, tops[cell.row])
+    for hop in hops:
+        _draw_hop(hop, drawing, shift, tops, rows)
+    for cell in rows[0] if rows else ():
+        if cell.value:
+            x = cell.x + shift
+            drawing.wires.append(Wire(cell.value, x, 0.0, x, _HEADER, False))
+    middle = width / 2
+    inputs = {c.value: c.x + shift - middle for c in rows[0] if c.value} if rows else {}
+    outputs = {c.value: c.x + shift - middle for c in rows[-1] if c.value} if rows else {}
+    return drawing, inputs, outputs
+
+
+def _draw_cell(cell: Cell, drawing: Drawing, x: float, y: float) -> None:
+    left = x - cell.width / 2
+    if cell.drawing:
+        for placed in cell.drawing.placed:
+            drawing.placed.append(
+                Placed(placed.item, placed.x + left, placed.y + y, placed.width, placed.height)
+            )
+        for w in cell.drawing.wires:
+            drawing.wires.append(
+                Wire(w.source, w.x1 + left, w.y1 + y, w.x2 + left, w.y2 + y, w.ends)
+            )
+    elif cell.item:
+        drawing.placed.append(Placed(cell.item, left, y, cell.width, cell.height))
+
+
+def _draw_hop(
+    hop: Link,
+    drawing: Drawing,
+    shift: float,
+    tops: Sequence[float],
+    rows: Sequence[Sequence[Cell]],
 ) -> None:
-    """Rows by longest path; what nothing feeds stands right above its first user."""
-    into: dict[_Cell, list[_Cell]] = {}
-    out: dict[_Cell, list[_Cell]] = {}
-    position = {cell: index for index, cell in enumerate(order)}
-    for link in links:
-        if position[link.source] < position[link.target]:
-            into.setdefault(link.target, []).append(link.source)
-            out.setdefault(link.source, []).append(link.target)
-    for cell in order:
-        cell.row = max((source.row + 1 for source in into.get(cell, ())), default=0 if cell in first else 1)
-    for cell in reversed(order):
-        if cell not in first and not into.get(cell) and out.get(cell):
-            cell.row = max(min(target.row for target in out[cell]) - 1, 1 if first else 0)
-    bottom = max((cell.row for cell in order if cell not in last), default=0) + 1
-    for cell in last:
-        cell.row = bottom
+    """A straight piece down to the end of the source's row, then the curve to the next row."""
+    x1, x2 = exit_of(hop) + shift, entry_of(hop) + shift
+    row = hop.source.row
+    start = tops[row] + hop.source.height
+    end = tops[row] + max((cell.height for cell in rows[row]), default=0.0)
+    if end > start:
+        drawing.wires.append(Wire(hop.value, x1, start, x1, end, False))
+    ends = isinstance(hop.target.item, Op)
+    drawing.wires.append(Wire(hop.value, x1, end, x2, tops[hop.target.row], ends))
+
+
+def heading(box: Box) -> str:
+    """What stands at the top of a box: `layer.0 to 11 (BertLayer) × 12`."""
+    text = f"{box.title} to {box.last}" if box.times > 1 else box.title
+    text += f" ({box.kind})" if box.kind and box.kind != box.title else ""
+    return f"{text} × {box.times}" if box.times > 1 else text

@@ -1,4 +1,4 @@
-"""What the page draws of a graph, as a light frozen value that needs neither tensors nor torch.fx."""
+"""What the page draws of a graph: a light frozen value, without tensors or torch.fx nodes."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def picture(program: Program, changed: frozenset[str] = frozenset()) -> GraphPic
     return GraphPicture(program.name, tuple(nodes), modules, sizes)
 
 
-def _picture_node(
-    node: fx.Node, inputs: tuple[str, ...], changed: frozenset[str]
-) -> PictureNode:
+def _picture_node(node: fx.Node, inputs: tuple[str, ...], changed: frozenset[str]) -> PictureNode:
     kinds = {"placeholder": "input", "output": "output"}
     return PictureNode(
         name=node.name,

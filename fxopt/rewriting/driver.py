@@ -43,6 +43,7 @@ class _Driver:
         for rule in rules:
             for target in rule.targets():
                 self.rules[target].append(rule)
+        self.anywhere = [rule for rule in rules if not rule.targets()]
         self.queue: deque[fx.Node] = deque()
         self.queued: set[fx.Node] = set()
         self.gone: set[fx.Node] = set()
@@ -62,7 +63,7 @@ class _Driver:
         return self._result()
 
     def _visit(self, node: fx.Node) -> None:
-        for rule in self.rules.get(node.target, ()):  # type: ignore[call-overload]
+        for rule in (*self.rules.get(node.target, ()), *self.anywhere):  # type: ignore[call-overload]
             match = rule.match(node)
             if match is None:
                 continue
@@ -134,7 +135,8 @@ class _Driver:
 
     def _enqueue(self, nodes: Collection[fx.Node] | fx.graph._node_list) -> None:
         for node in nodes:
-            if node not in self.queued and node.target in self.rules:
+            wanted = node.target in self.rules or (self.anywhere and node.op == "call_function")
+            if wanted and node not in self.queued:
                 self.queued.add(node)
                 self.queue.append(node)
 

@@ -6,6 +6,7 @@ also checks the call), and inherits module path and source line from the node it
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class Edit:
         self._new.append(node)
         return node
 
+    def item(self, value: fx.Node, index: int) -> fx.Node:
+        """`value[index]` of an operator with several results."""
+        return self.call(operator.getitem, value, index)
+
     def constant(self, name: str, tensor: Tensor | Recipe) -> fx.Node:
         """A new state tensor under `name` (made unique), as a node at the head of the graph."""
         unique = self._unique(name)
@@ -83,11 +88,6 @@ class Edit:
     def tensor(self, node: fx.Node) -> Tensor:
         """The value behind a `get_attr` node, computed now if it is a recipe."""
         return materialize(self.state(node)).detach()
-
-    def is_tied(self, node: fx.Node) -> bool:
-        """Whether the tensor behind a `get_attr` node has other names or other uses."""
-        name = str(node.target)
-        return name in self.program.aliases.values()
 
     def erased(self, node: fx.Node) -> None:
         """Note that the driver erased `node`."""

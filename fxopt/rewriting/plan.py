@@ -15,6 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 from fxopt.claim import Claim, Close
+from fxopt.errors import FxoptError
 from fxopt.program import Program, Refusal, label
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.rule import Rule
@@ -83,7 +84,12 @@ class Pass(ABC):
     @property
     def spec(self) -> str:
         """The textual form that parses back to this pass: `name{option=value, ...}`."""
-        return spec_text(self)
+        options = ", ".join(f"{name}={value}" for name, value in changed_options(self).items())
+        return self.name + (f"{{{options}}}" if options else "")
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in changed_options(self).items())
+        return f"{type(self).__name__}({options})"
 
 
 class RulePass(Pass):
@@ -102,7 +108,7 @@ class RulePass(Pass):
         return rewrite(program, self.rules(program), plan.excluded)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SingleRule(RulePass):
     """A user's rule as a pass of its own."""
 
@@ -125,13 +131,16 @@ class SingleRule(RulePass):
 def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
     """Match every rule at every node of `program` without touching anything."""
     by_target: dict[Any, list[Rule]] = {}
+    anywhere = [rule for rule in rules if not rule.targets()]
     for rule in rules:
         for target in rule.targets():
             by_target.setdefault(target, []).append(rule)
     sites: list[Site] = []
     refusals: dict[Refusal, None] = {}
     for node in program.graph.nodes:
-        for rule in by_target.get(node.target, ()):
+        if node.op != "call_function":
+            continue
+        for rule in (*by_target.get(node.target, ()), *anywhere):
             match = rule.match(node)
             if match is None:
                 continue
@@ -143,11 +152,16 @@ def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
     return Plan(spec, tuple(sites), tuple(refusals))
 
 
-def spec_text(pass_: Pass) -> str:
-    """`name{field=value, ...}` with the fields that differ from their defaults."""
-    options = []
-    for field in dataclasses.fields(pass_):  # type: ignore[arg-type]
-        value = getattr(pass_, field.name)
-        if value != field.default:
-            options.append(f"{field.name}={value}")
-    return pass_.name + (f"{{{', '.join(options)}}}" if options else "")
+def changed_options(pass_: Pass) -> dict[str, Any]:
+    """The options of a pass that leaving them out would change."""
+    values = {f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}  # type: ignore[arg-type]
+    changed = {}
+    for name, value in values.items():
+        others = {key: other for key, other in values.items() if key != name}
+        try:
+            omitted = getattr(type(pass_)(**others), name)
+        except (TypeError, FxoptError):
+            omitted = dataclasses.MISSING
+        if omitted != value:
+            changed[name] = value
+    return changed

@@ -34,7 +34,7 @@ class Rule:
         return type(self).__name__
 
     def targets(self) -> tuple[Target, ...]:
-        """The operators that a match's root can be; the driver only tries those."""
+        """The operators that a match's root can be; empty for a rule that looks at every call."""
         first = self._patterns()[0]
         if not isinstance(first, Op):
             raise RewriteError(f"rule {self.name}: the outermost pattern must be op(...)")

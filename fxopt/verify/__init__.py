@@ -1,0 +1,19 @@
+"""Oracle, judge and bisection: every step is shown to compute the same thing."""
+
+from fxopt.verify.bisect import Blame, blame
+from fxopt.verify.judge import Verdict, compare, compose, judge
+from fxopt.verify.oracle import Trial, output_names, run_model, run_program, trials
+
+__all__ = [
+    "Blame",
+    "Trial",
+    "Verdict",
+    "blame",
+    "compare",
+    "compose",
+    "judge",
+    "output_names",
+    "run_model",
+    "run_program",
+    "trials",
+]

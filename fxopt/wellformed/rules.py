@@ -1,29 +1,8 @@
-"""The written list of what a program may contain, checked between any two passes.
-
-    nodes      placeholder (tensors), get_attr, call_function, output; names unique; every argument
-               is defined earlier in the same graph; one output at the end, a flat tuple of tensors
-    calls      aten overloads, fxopt:: overloads, overloads that a user registered with torch.library,
-               getitem, and the size arithmetic of `SIZE_FUNCTIONS`; no control-flow operator, no
-               assertion (`_ASSERTIONS`), no dropout in eval mode (`_DROPOUT`)
-    arguments  what the operator's schema asks for: arity, names and types
-    writes     no operator writes to its arguments, except `aten.copy_` to state, in the tail of the
-               graph; what it has written is not read again
-    metadata   `val` (fake value), `module_path` and `source` on every node but the output
-    state      each get_attr names an entry of that shape, dtype and device; all entries are used;
-               all of one device, scalars aside
-    signature  one placeholder for each tensor of the signature, of its dtype, rank and fixed sizes
-
-A node that nobody uses is allowed: a rule that replaces a node may leave its inputs behind, and
-dropping them is a pass of its own.
-"""
+"""The walk over a program that applies the rules of the room."""
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -32,53 +11,11 @@ from torch import Tensor, fx
 from fxopt.errors import WellFormedError
 from fxopt.graph_text import describe, operator_name, type_text
 from fxopt.program import Program, module_path, source_line
-
-Check = Callable[[Any], bool]
-
-SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        **{
-            f"operator.{name}": getattr(operator, name)
-            for name in (
-                "add sub mul floordiv truediv mod pow neg pos abs and_ or_ not_ "
-                "eq ne lt le gt ge getitem"
-            ).split()
-        },
-        **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-        **{
-            f"torch.{name}": getattr(torch, name)
-            for name in ("sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt").split()
-            if hasattr(torch, name)
-        },
-    }
-)
-"""The Python functions a graph may call, by name: arithmetic on sizes, and `getitem`."""
+from fxopt.wellformed.dialect import ASSERTIONS, DROPOUT, NODE_KINDS, SIZE_FUNCTIONS
+from fxopt.wellformed.schema import argument_fault, facts
 
 _SIZE_FUNCTIONS = frozenset(SIZE_FUNCTIONS.values())
-_NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
-_ASSERTIONS = frozenset(
-    (
-        "aten::_assert_async",
-        "aten::_assert_scalar",
-        "aten::_assert_tensor_metadata",
-        "aten::_functional_assert_async",
-        "aten::_functional_assert_scalar",
-        "aten::sym_constrain_range",
-        "aten::sym_constrain_range_for_size",
-    )
-)
-_DROPOUT = frozenset(
-    f"aten::{name}"
-    for name in (
-        "dropout",
-        "native_dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-    )
-)
 _COPY = torch.ops.aten.copy_.default
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _METADATA = (("val", None), ("module_path", str), ("source", str))
 
 
@@ -113,8 +50,8 @@ class _Checker:
         self._state()
 
     def _node(self, node: fx.Node) -> None:
-        if node.op not in _NODE_KINDS:
-            _fail(node, f"a node of kind {node.op}", f"only {', '.join(_NODE_KINDS)} are allowed")
+        if node.op not in NODE_KINDS:
+            _fail(node, f"a node of kind {node.op}", f"only {', '.join(NODE_KINDS)} are allowed")
         if node.name in self.names:
             _fail(node, f"a second node named {node.name}", "give each node a name of its own")
         self.names.add(node.name)
@@ -164,7 +101,8 @@ class _Checker:
 
     def _metadata(self, node: fx.Node) -> None:
         for key, kind in _METADATA:
-            if key not in node.meta or (kind and not isinstance(node.meta[key], kind)):
+            value = node.meta.get(key)
+            if value is None or (kind and not isinstance(value, kind)):
                 _fail(
                     node,
                     f'meta["{key}"] is missing',
@@ -203,7 +141,9 @@ class _Checker:
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
             self._operator(node, target)
-        elif target not in _SIZE_FUNCTIONS:
+        elif target in _SIZE_FUNCTIONS:
+            self._size_arithmetic(node)
+        else:
             is_control_flow = isinstance(target, torch._ops.HigherOrderOperator)
             kind = "a control-flow operator" if is_control_flow else "a Python function"
             _fail(
@@ -213,15 +153,33 @@ class _Checker:
                 "function with torch.library.custom_op",
             )
 
+    def _size_arithmetic(self, node: fx.Node) -> None:
+        name = operator_name(node.target)
+        for used in node.all_input_nodes:
+            kind = used.meta["val"]
+            if node.target is operator.getitem and not isinstance(kind, (tuple, list)):
+                _fail(
+                    node,
+                    f"{name} of {type_text(kind)}",
+                    "it takes tuples apart; to index a "
+                    "tensor call aten.select.int or aten.slice.Tensor",
+                )
+            if node.target is not operator.getitem and isinstance(kind, Tensor):
+                _fail(
+                    node,
+                    f"{name} on a tensor",
+                    "it is for sizes; call the aten overload, such as aten.add.Tensor",
+                )
+
     def _operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
-        name, mutable, dropout_at, parameters = _facts(target)
-        if name in _ASSERTIONS:
+        name, mutable, dropout_at, parameters = facts(target)
+        if name in ASSERTIONS:
             _fail(node, "an assertion node", "drop it: the signature checks the inputs of calls")
         if self.program.mode == "eval":
             self._no_dropout(node, name, dropout_at)
         if mutable:
             self._write(node, target)
-        fault = _argument_fault(node, parameters)
+        fault = argument_fault(node, parameters)
         if fault:
             _fail(node, fault, f"the schema is {target._schema}")
 
@@ -230,7 +188,7 @@ class _Checker:
         if dropout_at is not None:
             default = node.kwargs.get("dropout_p", 0.0)
             rate = node.args[dropout_at] if dropout_at < len(node.args) else default
-        if name in _DROPOUT or rate != 0.0:
+        if name in DROPOUT or rate != 0.0:
             _fail(
                 node,
                 "dropout in a program captured in eval mode",
@@ -276,14 +234,15 @@ class _Checker:
                 isinstance(value, Tensor)
                 and value.dtype == expected.dtype
                 and value.ndim == len(expected.sizes)
-                and all(
-                    not isinstance(want, int) or size == want
-                    for size, want in zip(value.shape, expected.sizes, strict=True)
-                    if isinstance(size, int)
-                )
+                and all(map(_same_size, value.shape, expected.sizes))
             )
             if not fits:
-                _fail(node, f"the signature wants {expected}", "inputs keep their type")
+                _fail(
+                    node,
+                    f"the input is no {expected}, as the signature says (sizes {expected.sizes})",
+                    "inputs keep dtype, rank and sizes; a size is an int in the signature where "
+                    "the fake value has a number, a name where it has a symbol",
+                )
 
     def _state(self) -> None:
         unused = sorted(set(self.program.state) - self.read)
@@ -302,103 +261,14 @@ class _Checker:
             )
 
 
-_Parameter = tuple[str, bool, bool, Check]
+def _same_size(size: Any, expected: int | str) -> bool:
+    """Whether a fake size is fixed where the signature fixes it, and to the same number.
 
-
-@lru_cache(maxsize=4096)
-def _facts(
-    target: torch._ops.OpOverload,
-) -> tuple[str, bool, int | None, tuple[_Parameter, ...]]:
-    """(qualified name, writes, index of dropout_p, (name, required, keyword only, type check))."""
-    schema = target._schema
-    names = [argument.name for argument in schema.arguments]
-    return (
-        schema.name,
-        bool(schema.is_mutable),
-        names.index("dropout_p") if "dropout_p" in names else None,
-        tuple(
-            (a.name, not a.has_default_value(), bool(a.kwarg_only), _type_check(a.type))
-            for a in schema.arguments
-        ),
-    )
-
-
-def _argument_fault(node: fx.Node, parameters: tuple[_Parameter, ...]) -> str | None:
-    """What is wrong with a call's arguments by the operator's schema; None where nothing is."""
-    args, kwargs = node.args, node.kwargs
-    positional = sum(not keyword_only for _, _, keyword_only, _ in parameters)
-    if len(args) > positional:
-        return f"{len(args)} positional arguments where the operator takes {positional}"
-    matched = 0
-    for index, (name, required, _, fits) in enumerate(parameters):
-        if index < len(args):
-            value = args[index]
-            if name in kwargs:
-                return f"argument {name!r} is given twice"
-        elif name in kwargs:
-            value = kwargs[name]
-            matched += 1
-        elif required:
-            return f"argument {name!r} is missing"
-        else:
-            continue
-        if not fits(value):
-            return f"argument {name!r} doesn't take {_shown(value)}"
-    if matched != len(kwargs):
-        known = {name for name, *_ in parameters}
-        return f"no argument is named {', '.join(sorted(set(kwargs) - known))}"
-    return None
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name} ({type_text(value.meta.get('val'))})"
-    return f"{value!r} ({type(value).__name__})"
-
-
-def _type_check(kind: Any) -> Check:
-    """Whether a graph argument (a constant or a node) fits a schema type."""
-    name = kind.kind()
-    if name == "OptionalType":
-        inner = _type_check(kind.getElementType())
-        return lambda value: value is None or inner(value)
-    if name == "ListType":
-        return _list_check(kind)
-    if name == "TensorType":
-        # A number where a tensor is asked for is wrapped by the dispatcher, as in x + 1.
-        return lambda value: _is_a(value, (Tensor, int, float, complex, *_SYMBOLS))
-    constants: dict[str, tuple[type, ...]] = {
-        "IntType": (int, torch.SymInt, torch.dtype, torch.layout, torch.memory_format),
-        "SymIntType": (int, torch.SymInt),
-        "FloatType": (int, float, torch.SymFloat, torch.SymInt),
-        "BoolType": (bool, torch.SymBool),
-        "NumberType": (int, float, complex, *_SYMBOLS),
-        "StringType": (str,),
-        "DeviceObjType": (torch.device,),
-        "GeneratorType": (torch.Generator,),
-    }
-    wanted = constants.get(name, (object,))
-    return lambda value: _is_a(value, wanted)
-
-
-def _list_check(kind: Any) -> Check:
-    element = kind.getElementType()
-    inner = _type_check(element)
-    # `int[2] stride` takes one number for all axes.
-    broadcasts = element.kind() in ("IntType", "SymIntType", "FloatType")
-
-    def fits(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return all(inner(item) for item in value)
-        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), (list, tuple)):
-            return True
-        return broadcasts and inner(value)
-
-    return fits
-
-
-def _is_a(value: Any, wanted: tuple[type, ...]) -> bool:
-    return isinstance(value.meta.get("val") if isinstance(value, fx.Node) else value, wanted)
+    A symbolic size may have been found to be a number after all; no guard is recorded here.
+    """
+    if not isinstance(size, int):
+        size = int(size.node.expr) if size.node.expr.is_number else None
+    return size is None if isinstance(expected, str) else bool(size == expected)
 
 
 def _fail(node: fx.Node, what: str, advice: str) -> NoReturn:

@@ -1,0 +1,85 @@
+"""What a transform costs: against `torch.export` alone, as the model grows, and in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import BertConfig, BertModel
+
+from benchmarks.conftest import Record
+from benchmarks.sidebyside import spread
+from fxopt import Canonicalize, FuseLinears, Int8Linear
+from fxopt.capture import capture
+from fxopt.measure import latency, ratio
+
+_INPUTS = {"input_ids": torch.arange(16).view(2, 8)}
+_ROOT = Path(__file__).parent.parent
+
+
+def test_against_export_alone(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    model = _bert(12)
+    calls = {"torch.export": lambda: _export(model), "fxopt": lambda: _rewrite(model)}
+    _measure(benchmark, record, "transform_against_export", calls, "fxopt", "torch.export")
+
+
+def test_layers_48_against_12(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    small, large = _bert(12), _bert(48)
+    calls: dict[str, Callable[[], object]] = {
+        "12 layers": lambda: _rewrite(small),
+        "48 layers": lambda: _rewrite(large),
+    }
+    _measure(benchmark, record, "transform_of_48_layers", calls, "48 layers", "12 layers")
+
+
+def test_peak_memory(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    command = [sys.executable, "-m", "benchmarks.transform_memory"]
+    finished = benchmark.pedantic(
+        subprocess.run,
+        args=(command,),
+        kwargs={"cwd": _ROOT, "capture_output": True, "text": True, "check": True},
+        rounds=1,
+    )
+    figures = json.loads(finished.stdout.splitlines()[-1])
+    if figures["peak_bytes"] is not None:
+        figures["peak over rewritten"] = round(
+            figures["peak_bytes"] / figures["rewritten_bytes"], 3
+        )
+    benchmark.extra_info.update(figures)
+    record("transform_memory", figures)
+
+
+def _bert(layers: int) -> nn.Module:
+    return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+
+
+def _export(model: nn.Module) -> object:
+    dynamic = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
+    with torch.no_grad():
+        return torch.export.export(model, (), dict(_INPUTS), dynamic_shapes=dynamic, strict=False)
+
+
+def _rewrite(model: nn.Module) -> dict[str, Tensor]:
+    """Capture and three passes, all new parameters computed."""
+    program = capture(model, _INPUTS)
+    for pass_ in (Canonicalize(), FuseLinears(), Int8Linear(mode="dynamic")):
+        program = pass_.apply(program, pass_.plan(program))
+    return dict(program.materialized().state)
+
+
+def _measure(benchmark, record, name, calls, subject, base) -> None:  # type: ignore[no-untyped-def]
+    times = benchmark.pedantic(
+        latency, args=(calls,), kwargs={"repeats": 5, "seconds": 20.0}, rounds=1
+    )
+    figures = {
+        "seconds": {call: round(time.median / 1e3, 3) for call, time in times.items()},
+        f"{subject} / {base}": spread(ratio(times[subject], times[base])),
+    }
+    benchmark.extra_info.update(figures)
+    record(name, figures)

@@ -1,0 +1,74 @@
+"""fxopt: a compiler for PyTorch models that proves each step.
+
+    opt = fxopt.transform(model, [fxopt.Int8Linear(), fxopt.Lower()], example_inputs=batch)
+    print(opt.report)
+"""
+
+from fxopt.claim import Close, Exact, Sqnr
+from fxopt.errors import (
+    CaptureError,
+    EquivalenceError,
+    FxoptError,
+    InputError,
+    KernelError,
+    LowerError,
+    ModelError,
+    NotCapturedError,
+    PassError,
+    RewriteError,
+    SaveError,
+    WellFormedError,
+)
+from fxopt.lower import Lower
+from fxopt.optimized import Optimized
+from fxopt.passes import (
+    Canonicalize,
+    FuseConvBatchNorm,
+    FuseLinears,
+    Int8Linear,
+    Prepack,
+    SelectKernels,
+)
+from fxopt.program import Program, Refusal
+from fxopt.report import Report
+from fxopt.rewriting import Match, Pass, Plan, Rule, constant, hole, op
+from fxopt.transform import transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Canonicalize",
+    "CaptureError",
+    "Close",
+    "EquivalenceError",
+    "Exact",
+    "FuseConvBatchNorm",
+    "FuseLinears",
+    "FxoptError",
+    "InputError",
+    "Int8Linear",
+    "KernelError",
+    "Lower",
+    "LowerError",
+    "Match",
+    "ModelError",
+    "NotCapturedError",
+    "Optimized",
+    "Pass",
+    "PassError",
+    "Plan",
+    "Prepack",
+    "Program",
+    "Refusal",
+    "Report",
+    "RewriteError",
+    "Rule",
+    "SaveError",
+    "SelectKernels",
+    "Sqnr",
+    "WellFormedError",
+    "constant",
+    "hole",
+    "op",
+    "transform",
+]

@@ -1,0 +1,68 @@
+"""The difference of two programs, on texts whose names a rewrite leaves alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from fxopt.graph_text.printer import Printer
+from fxopt.graph_text.siblings import numbered_part, relative_to
+from fxopt.program import Program
+
+
+def diff(before: Program, after: Program) -> str:
+    """What changed from `before` to `after`: removed lines (-), added ones (+), by module.
+
+    A change that numbered siblings share is printed once. The empty string where nothing changed.
+    """
+    old = Printer(before)
+    new = Printer(after, old)
+    pairs = [[(c.header, line) for c in p.chunks() for line in c.lines] for p in (old, new)]
+    for printer, entries in zip((old, new), pairs, strict=True):
+        entries.insert(0, ("", printer.header))
+        entries.append(("# return", printer.result()))
+    hunks = _hunks(*pairs)
+    if not hunks:
+        return ""
+    sizes = [f"{p.name}: {p.node_count()} operations, {_bytes_text(p)}" for p in (before, after)]
+    return "\n".join([f"--- {sizes[0]}", f"+++ {sizes[1]}", *_folded(hunks)]) + "\n"
+
+
+def _hunks(old: list[tuple[str, str]], new: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """{module header: its removed and added lines}, in order."""
+    hunks: dict[str, list[str]] = {}
+    for tag, i0, i1, j0, j1 in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        if tag != "equal":
+            for sign, entries in (("-", old[i0:i1]), ("+", new[j0:j1])):
+                for header, line in entries:
+                    hunks.setdefault(header, []).append(f"{sign}{line}")
+    return hunks
+
+
+def _folded(hunks: Mapping[str, list[str]]) -> list[str]:
+    """The hunks as lines; a hunk that numbered siblings share is printed for the first only."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for header, lines in hunks.items():
+        block = numbered_part(header.removeprefix("# "))
+        joined = "\n".join(lines)
+        key = (
+            (relative_to(header, block[1]), relative_to(joined, block[1]))
+            if block
+            else (header, joined)
+        )
+        alike.setdefault(key, []).append(header)
+    texts: list[str] = []
+    for headers in alike.values():
+        first, *rest = headers
+        texts += ["", first] if first.startswith("# ") else [""]
+        texts += hunks[first]
+        if rest:
+            names = [header.removeprefix("# ").partition("  ")[0] for header in rest]
+            shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            texts.append(f"  and the same in {len(names)} more: {shown}")
+    return texts
+
+
+def _bytes_text(program: Program) -> str:
+    size = program.parameter_bytes()
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

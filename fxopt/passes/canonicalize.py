@@ -1,0 +1,225 @@
+"""Canonicalize: constants folded, duplicate and dead nodes and no-op casts and views dropped.
+
+Claim: exact. Every rule returns a value that some operator of the original computed anyway, or
+computes the original's operator once, now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.claim import Claim, Exact
+from fxopt.program import Program, is_pure, same_sizes
+from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
+from fxopt.rewriting.pattern import Target
+
+aten = torch.ops.aten
+
+_LARGEST_FOLD = 1 << 16
+"""Elements; a larger constant would cost more memory than computing it costs time."""
+
+_MAY_BE_IDENTITY = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.permute.default,
+    aten.flatten.using_ints,
+)
+_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
+
+
+class DropIdentity(Rule):
+    """cast(x) = x, view(x) = x, x[0:] = x, copy(x) = x where type, sizes and strides stay."""
+
+    def targets(self) -> tuple[Target, ...]:
+        return _MAY_BE_IDENTITY
+
+    def match(self, node: fx.Node) -> Match | None:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not _same_value(node, source):
+            return None
+        return Match((node,), {"x": source})
+
+    def refuse(self, match: Match) -> str | None:
+        if match.root.target in _COPIES and any(user.op == "output" for user in match.root.users):
+            return "the copy is an output, which must not share memory with an input"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        x: fx.Node = match["x"]
+        return x
+
+
+class DropDoubleTranspose(Rule):
+    """transpose(transpose(x, a, b), a, b) = x"""
+
+    exclusive = False
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.transpose.int, aten.t.default)
+
+    def match(self, node: fx.Node) -> Match | None:
+        inner = node.args[0]
+        if not isinstance(inner, fx.Node) or inner.target is not node.target:
+            return None
+        if node.target is aten.transpose.int and _axes(node) != _axes(inner):
+            return None
+        return Match((node,), {"x": inner.args[0]}, (inner,))
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        x: fx.Node = match["x"]
+        return x
+
+
+class MergeDuplicate(Rule):
+    """f(a) ... f(a) = f(a) used twice, for every pure, deterministic f."""
+
+    def targets(self) -> tuple[Target, ...]:
+        return ()
+
+    def match(self, node: fx.Node) -> Match | None:
+        operands = node.all_input_nodes
+        if not operands or not _repeatable(node):
+            return None
+        fewest = min(operands, key=lambda operand: len(operand.users))
+        for twin in fewest.users:
+            if twin is not node and twin < node and _same_call(twin, node):
+                return Match((node,), {"twin": twin})
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        twin: fx.Node = match["twin"]
+        return twin
+
+
+class FoldConstant(Rule):
+    """f(constants) = its value, computed once, where it is small and no view of a parameter."""
+
+    exclusive = False
+
+    def targets(self) -> tuple[Target, ...]:
+        return ()
+
+    def match(self, node: fx.Node) -> Match | None:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or not _repeatable(node):
+            return None
+        if any(operand.op != "get_attr" for operand in node.all_input_nodes):
+            return None
+        if any(not isinstance(size, int) for size in value.shape) or _only_view(node):
+            return None
+        return Match((node,), {})
+
+    def refuse(self, match: Match) -> str | None:
+        value = match.root.meta["val"]
+        if value.numel() > _LARGEST_FOLD:
+            return f"folding would store {value.numel()} numbers"
+        for operand in match.root.all_input_nodes:
+            if any(user.target is aten.copy_.default for user in operand.users):
+                return f"{operand.target} is written by the model"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        node = match.root
+        args, kwargs = fx.map_arg((node.args, node.kwargs), edit.tensor)
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        path = node.meta["module_path"]
+        name = f"{path}.{node.name}" if path else node.name
+        # A copy of its own, of the same strides: a sliced view would keep its base alive.
+        return edit.constant(f"{name}_folded", value.clone())
+
+
+@dataclass(frozen=True, repr=False)
+class Canonicalize(RulePass):
+    """Constants folded, duplicate and dead nodes and no-op casts and views dropped. Claim: exact.
+
+    In train mode constants that hang on parameters aren't folded, since they change.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    stage: ClassVar[Stage] = Stage.ANY
+    claim: Claim = Exact()
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """The four equations; folding only where parameters don't move."""
+        rules: list[Rule] = [DropIdentity(), DropDoubleTranspose(), MergeDuplicate()]
+        return [*rules, FoldConstant()] if program.mode == "eval" else rules
+
+
+def _same_value(node: fx.Node, source: fx.Node) -> bool:
+    new, old = node.meta["val"], source.meta["val"]
+    if not isinstance(old, Tensor) or new.dtype != old.dtype or new.device != old.device:
+        return False
+    if not same_sizes(new.shape, old.shape):
+        return False
+    if node.target is aten.slice.Tensor:
+        given = arguments(node)
+        return given["start"] in (0, None) and given["step"] == 1
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == list(range(old.ndim))  # type: ignore[arg-type]
+    return same_sizes(new.stride(), old.stride())
+
+
+def _only_view(node: fx.Node) -> bool:
+    """Whether `node` looks at a constant otherwise for an operator that computes with inputs.
+
+    Folding it would be memory for nothing; a view on the way to a larger constant is worth it.
+    """
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    if not any(result.alias_info is not None for result in returns):
+        return False
+    return not any(
+        all(operand.op == "get_attr" or operand is node for operand in user.all_input_nodes)
+        for user in node.users
+    )
+
+
+def _axes(node: fx.Node) -> frozenset[int]:
+    rank = node.meta["val"].ndim
+    return frozenset(int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether `node` is a pure operator that gives the same value each time, in memory of its own."""
+    if node.op != "call_function" or not is_pure(node):
+        return False
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in target.tags
+    return True
+
+
+def _same_call(one: fx.Node, other: fx.Node) -> bool:
+    return (
+        one.target is other.target
+        and _repeatable(one)
+        and _same_arguments(one.args, other.args)
+        and _same_arguments(one.kwargs, other.kwargs)
+    )
+
+
+def _same_arguments(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same_arguments, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same_arguments(one[k], other[k]) for k in one)
+    if isinstance(one, fx.Node) or isinstance(other, fx.Node):
+        return one is other
+    return type(one) is type(other) and bool(one == other)

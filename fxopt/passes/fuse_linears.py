@@ -1,0 +1,122 @@
+"""FuseLinears: linears that share an input become one product (q/k/v, gate/up).
+
+    [x @ W1ᵀ + b1, x @ W2ᵀ + b2]  =  split(x @ [W1; W2]ᵀ + [b1; b2])
+
+Claim: close. The sums of each output channel are the same; a wider product may block them otherwise.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.analyses import Linear, as_linear, refuse_shared_weight
+from fxopt.claim import Claim, Close
+from fxopt.program import Program, Recipe
+from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage
+from fxopt.rewriting.pattern import Target
+
+aten = torch.ops.aten
+
+
+class FuseSiblings(Rule):
+    """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        first = as_linear(node)
+        if first is None:
+            return None
+        siblings = [
+            sibling
+            for sibling in map(as_linear, first.x.users)
+            if sibling is not None and _fits(first, sibling)
+        ]
+        if len(siblings) < 2 or siblings[0].node is not node:
+            return None
+        roots = tuple(sibling.node for sibling in siblings)
+        return Match(roots, {"linears": tuple(siblings)})
+
+    def refuse(self, match: Match) -> str | None:
+        weights = [linear.weight for linear in match["linears"]]
+        if len(set(weights)) < len(weights):
+            return "two of them share one weight"
+        for linear in match["linears"]:
+            reason = refuse_shared_weight(linear, lambda user, own=linear.node: user is own)
+            if reason is not None:
+                return reason
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:
+        linears: tuple[Linear, ...] = match["linears"]
+        name = _shared_name([str(linear.weight.target) for linear in linears])
+        weight = edit.constant(f"{name}.weight", _joined([edit.state(n.weight) for n in linears]))
+        bias = None
+        if any(linear.bias is not None for linear in linears):
+            bias = edit.constant(f"{name}.bias", _joined([_bias(edit, n) for n in linears]))
+        product = edit.call(aten.linear.default, linears[0].x, weight, bias)
+        sizes = [linear.out_features for linear in linears]
+        pieces = edit.call(aten.split_with_sizes.default, product, sizes, -1)
+        return [edit.item(pieces, index) for index in range(len(linears))]
+
+
+@dataclass(frozen=True, repr=False)
+class FuseLinears(RulePass):
+    """Linears that share an input become one product. Claim: close.
+
+    Fused weights are new parameters named after the modules they join, such as
+    `encoder.layer.0.attention.self.query_key_value.weight`; a tied weight is left alone.
+    """
+
+    name: ClassVar[str] = "fuse-linears"
+    stage: ClassVar[Stage] = Stage.STRUCTURE
+    claim: Claim = Close()
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """One rule for any number of siblings."""
+        return (FuseSiblings(),)
+
+
+def _fits(first: Linear, other: Linear) -> bool:
+    return (
+        other.node.target is first.node.target
+        and other.x is first.x
+        and not other.transposed
+        and other.dtype == first.dtype
+        and other.weight.meta["val"].device == first.weight.meta["val"].device
+    )
+
+
+def _joined(parts: Sequence[Tensor | Recipe]) -> Recipe:
+    rows = sum(part.shape[0] for part in parts)
+    first = parts[0]
+    shape = torch.Size((rows, *first.shape[1:]))
+    grad = any(part.requires_grad for part in parts)
+    return Recipe(concatenate, tuple(parts), shape, first.dtype, first.device, grad)
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """The parts one below the other."""
+    return torch.cat(parts)
+
+
+def _bias(edit: Edit, linear: Linear) -> Tensor | Recipe:
+    if linear.bias is not None:
+        return edit.state(linear.bias)
+    weight = linear.weight.meta["val"]
+    return torch.zeros(linear.out_features, dtype=weight.dtype, device=weight.device)
+
+
+def _shared_name(weights: Sequence[str]) -> str:
+    """`a.b.query_key_value` from `a.b.query.weight`, `a.b.key.weight`, `a.b.value.weight`."""
+    modules = [weight.rpartition(".")[0].split(".") for weight in weights]
+    common = len(os.path.commonprefix(modules))  # type: ignore[type-var]
+    tails = "_".join("_".join(module[common:]) for module in modules)
+    return ".".join([*modules[0][:common], tails or "fused"])

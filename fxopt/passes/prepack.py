@@ -1,0 +1,143 @@
+"""Prepack: linears whose weights are laid out once for the fastest library on this CPU (oneDNN).
+
+    linear(x, W, b)                 =  packed_linear(x, W, b, "none")
+    f(linear(x, W, b))              =  packed_linear(x, W, b, f)          f: relu, gelu, silu
+    linear(x, W, b) + r             =  packed_linear(x, W, b, "add", r)
+
+Claim: close; the same sums in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
+from fxopt.analyses import LINEAR_TARGETS, Linear, as_linear
+from fxopt.claim import Claim, Close
+from fxopt.program import Program, same_sizes
+from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
+from fxopt.rewriting.pattern import Target
+
+aten, ops = torch.ops.aten, torch.ops.fxopt
+
+_ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+}
+
+
+class PackLinear(Rule):
+    """linear(x, W, b) = packed_linear(x, W, b, "none")"""
+
+    def __init__(self) -> None:
+        self.weights: dict[fx.Node, fx.Node] = {}
+
+    def targets(self) -> tuple[Target, ...]:
+        return LINEAR_TARGETS
+
+    def match(self, node: fx.Node) -> Match | None:
+        linear = as_linear(node)
+        return None if linear is None else Match((node,), {"linear": linear})
+
+    def refuse(self, match: Match) -> str | None:
+        linear: Linear = match["linear"]
+        weight = linear.weight.meta["val"]
+        if weight.device.type != "cpu":
+            return f"its weight is on {weight.device}; packed layouts are for CPUs"
+        if linear.dtype not in (torch.float32, torch.bfloat16):
+            return f"its weight is {linear.dtype}; oneDNN packs float32 and bfloat16"
+        if not linear.in_features or not linear.out_features:
+            return "its weight is empty"
+        if linear.x.meta["val"].dtype != linear.dtype:
+            return "its input has another dtype than its weight"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        linear: Linear = match["linear"]
+        return edit.call(
+            ops.packed_linear.default, linear.x, self._weight(linear, edit), linear.bias, "none", None
+        )
+
+    def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
+        if not linear.transposed:
+            return linear.weight
+        if linear.weight not in self.weights:
+            rows = linear.rows_first(edit.state(linear.weight))
+            self.weights[linear.weight] = edit.constant(f"{linear.weight.target}_rows", rows)
+        return self.weights[linear.weight]
+
+
+class PackActivation(Rule):
+    """f(packed_linear(x, W, b, "none")) = packed_linear(x, W, b, f)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(_ACTIVATIONS)
+
+    def match(self, node: fx.Node) -> Match | None:
+        return _match_packed(node, node.args[0])
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        activation = _ACTIVATIONS[match.root.target]
+        if activation == "gelu" and arguments(match.root)["approximate"] == "tanh":
+            activation = "gelu_tanh"
+        x, weight, bias = match["packed"].args[:3]
+        return edit.call(ops.packed_linear.default, x, weight, bias, activation, None)
+
+
+class PackResidual(Rule):
+    """packed_linear(x, W, b, "none") + r = packed_linear(x, W, b, "add", r)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.add.Tensor,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        if arguments(node)["alpha"] != 1:
+            return None
+        for packed, other in (node.args[:2], node.args[1::-1]):
+            match = _match_packed(node, packed, other)
+            if match is not None:
+                return match
+        return None
+
+    def refuse(self, match: Match) -> str | None:
+        other, packed = match["other"].meta["val"], match["packed"].meta["val"]
+        if other.dtype != packed.dtype or not same_sizes(other.shape, packed.shape):
+            return "the addend has another shape or dtype"
+        if match["other"] in match["packed"].all_input_nodes or not match["other"] < match["packed"]:
+            return "the addend is computed after the product"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        x, weight, bias = match["packed"].args[:3]
+        return edit.call(ops.packed_linear.default, x, weight, bias, "add", match["other"])
+
+
+@dataclass(frozen=True, repr=False)
+class Prepack(RulePass):
+    """Linears on oneDNN with weights laid out once, activations and residual adds inside the product.
+
+    The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
+    the kernel. For CPUs, float32 and bfloat16. Claim: close.
+    """
+
+    name: ClassVar[str] = "prepack"
+    stage: ClassVar[Stage] = Stage.KERNELS
+    claim: Claim = Close()
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """The product first, then what can run in its epilogue."""
+        return (PackLinear(), PackActivation(), PackResidual())
+
+
+def _match_packed(node: fx.Node, packed: Any, other: Any = None) -> Match | None:
+    if not isinstance(packed, fx.Node) or packed.target is not ops.packed_linear.default:
+        return None
+    if packed.args[3] != "none" or not (other is None or isinstance(other, fx.Node)):
+        return None
+    return Match((node,), {"packed": packed, "other": other}, (packed,))

@@ -1,0 +1,95 @@
+"""Reports as JSON: the fields of the dataclasses under their own names, with a schema version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fxopt.errors import SaveError
+
+SCHEMA = "fxopt.report"
+VERSION = 1
+
+T = TypeVar("T")
+
+
+def dump(report: Any) -> str:
+    """The dataclass `report` as JSON: `{"schema": ..., "version": ..., fields}`, indented."""
+    return json.dumps(
+        {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(report)},
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def load(content: str, kind: type[T]) -> T:
+    """The dataclass of type `kind` that `dump` wrote; builds nothing but its declared fields.
+
+    Raises `SaveError` where the text is no JSON, no report, of a newer version, or has a field
+    missing, unknown or of another type; the message names the field.
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SaveError(f"this is no report: {error}. Give the text of a .json report.") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise SaveError(f'this JSON is no report: it has no "schema": "{SCHEMA}"')
+    version = data.pop("version", None)
+    if version != VERSION:
+        raise SaveError(
+            f"this report has schema version {version!r}, and this fxopt reads version {VERSION}. "
+            "Read it with the fxopt that wrote it."
+        )
+    return typing.cast(T, _read(data, kind, "report"))
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _read_union(value, typing.get_args(kind), where)
+    if origin is tuple and isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(_read(inner, item, f"{where}[{i}]") for i, inner in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        item = typing.get_args(kind)[1]
+        return {key: _read(inner, item, f"{where}.{key}") for key, inner in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _read_fields(value, typing.cast(type, kind), where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise SaveError(
+        f"the report is damaged: {where} holds {value!r:.60}, which is no "
+        f"{getattr(kind, '__name__', kind)}"
+    )
+
+
+def _read_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    fitting = [kind for kind in kinds if type(value) is kind]
+    return _read(value, fitting[0] if fitting else kinds[0], where)
+
+
+def _read_fields(value: dict[str, Any], kind: type, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    required = {
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(value))
+    unknown = sorted(set(value) - {field.name for field in fields})
+    if missing or unknown:
+        problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+        raise SaveError(f"the report is damaged: {where} {problem}")
+    return kind(
+        **{name: _read(inner, hints[name], f"{where}.{name}") for name, inner in value.items()}
+    )

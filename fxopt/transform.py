@@ -1,0 +1,372 @@
+"""The pipeline: capture, then plan, apply, check and judge each pass, lower, measure, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxopt import measure, wellformed
+from fxopt.capture import capture, check_model, normalize_inputs
+from fxopt.claim import Claim, Close
+from fxopt.errors import EquivalenceError, NotCapturedError, PassError
+from fxopt.graph_text import GraphText, text
+from fxopt.lower import Lower, compile_program
+from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module, make_optimized
+from fxopt.passes import SelectKernels
+from fxopt.program import Changes, Mode, Program, Refusal
+from fxopt.report import Report, Step, picture
+from fxopt.rewriting import Pass, Plan
+from fxopt.signature import bind, forward_signature
+from fxopt.spec import resolve_passes
+from fxopt.verify import (
+    Blame,
+    Trial,
+    Verdict,
+    blame,
+    compose,
+    judge,
+    output_names,
+    run_model,
+    run_program,
+    trials,
+)
+
+OnViolation = Literal["raise", "revert"]
+Progress = Callable[[str], None]
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def transform(
+    model: nn.Module,
+    passes: str | Iterable[Any],
+    *,
+    example_inputs: Inputs | None = None,
+    mode: Mode = "eval",
+    verify: bool = True,
+    verify_inputs: Sequence[Inputs] = (),
+    on_violation: OnViolation = "raise",
+    budget: Claim | None = None,
+    measure_cost: bool | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """A cheaper module in place of `model`, every step of its making shown to be equivalent.
+
+    `passes` are pass or rule instances or textual specs, run in order. `example_inputs` (a tensor,
+    a tuple of positionals or a dict of keywords) may be left out where a transformers config tells
+    what they are; else the capture waits for the first call. Each pass is judged on the example, on
+    two other sizes and on `verify_inputs`, against its predecessor; the whole list once more against
+    the eager original, within `budget` (left out: the sum of the claims). A broken claim raises
+    `EquivalenceError`, or with `on_violation="revert"` undoes the change at the guilty nodes.
+
+    `measure_cost` times original and result and reads their peak memory; left out, it does so when
+    the list ends in `Lower`. `progress` is called with a line before each long step.
+
+    `model` is never modified; tensors that no pass touches are shared with it.
+
+    Raises `ModelError`, `InputError`, `CaptureError`, `PassError`, `EquivalenceError`,
+    `LowerError`: see `fxopt.errors`.
+    """
+    check_model(model)
+    resolved = resolve_passes(passes)
+    if on_violation not in ("raise", "revert"):
+        raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
+    if mode not in ("eval", "train"):
+        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
+
+    def build(inputs: Inputs | None) -> Outcome:
+        pipeline = _Pipeline(model, resolved, verify, on_violation, budget, progress)
+        pipeline.capture(inputs, mode, verify_inputs)
+        for pass_ in resolved:
+            pipeline.run(pass_)
+        return pipeline.finish(measure_cost)
+
+    def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        if not kwargs:
+            return build(args)
+        return build(bind(forward_signature(model), args, kwargs))
+
+    optimized = make_optimized(model, build_at_first_call)
+    try:
+        optimized.install(build(example_inputs))
+    except NotCapturedError:
+        if example_inputs is not None:
+            raise
+    return optimized
+
+
+class _Pipeline:
+    """One transformation under way: the program so far, its record, the reference outputs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        verify: bool,
+        on_violation: OnViolation,
+        budget: Claim | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.passes = passes
+        self.verify = verify
+        self.on_violation = on_violation
+        self.budget = budget
+        self.progress = progress or (lambda line: None)
+        self.steps: list[OptimizedStep] = []
+        self.claims: list[Claim] = []
+        self.notes: list[str] = []
+        self.lowering: Lower | None = None
+        self.compiled: Callable[..., Any] | None = None
+        self.trials: tuple[Trial, ...] = ()
+        self.outputs: list[tuple[Tensor, ...]] = []
+
+    def capture(self, inputs: Inputs | None, mode: Mode, more: Sequence[Inputs]) -> None:
+        """Capture the model (or continue from its program) and judge the capture itself."""
+        self.progress(f"capturing {type(self.model).__name__}")
+        start = time.perf_counter()
+        if isinstance(self.model, Optimized) and self.model.is_captured:
+            program = replace(self.model.program, changes=Changes())
+        else:
+            program = capture(self.model, inputs, mode)
+        wellformed.check(program)
+        self.capture_ms = _since(start)
+        self.program = self.captured = program
+        self.notes += program.notes
+        claim = Close()
+        verdict = None
+        if self.verify:
+            extra = [self._flat(one) for one in more]
+            self.trials, skipped = trials(program, run_model(self.model, program), extra)
+            self.notes += skipped
+            self.outputs = [trial.outputs for trial in self.trials]
+            verdict, self.outputs = judge(claim, self.trials, self.outputs, run_program(program))
+            if not verdict.holds:
+                raise EquivalenceError(_violation_text("the capture", program, verdict, ()))
+        self._record("capture", "capture", program, program, claim, verdict, start, (), ())
+
+    def run(self, pass_: Pass) -> None:
+        """Plan, apply, check and judge one pass."""
+        if isinstance(pass_, Lower):
+            if not any(isinstance(other, SelectKernels) for other in self.passes):
+                self._rewrite(SelectKernels(), quiet=True)
+            self._lower(pass_)
+        else:
+            self._rewrite(pass_)
+
+    def _rewrite(self, pass_: Pass, quiet: bool = False) -> None:
+        self.progress(f"running {pass_!r}")
+        start = time.perf_counter()
+        before = self.program
+        plan = pass_.plan(before)
+        after, verdict, outputs = self._attempt(pass_, plan, before)
+        reverted: tuple[Refusal, ...] = ()
+        if verdict is not None and not verdict.holds:
+            blames = _blame(before, after, verdict)
+            if self.on_violation == "raise":
+                raise EquivalenceError(_violation_text(repr(pass_), before, verdict, blames))
+            after, verdict, outputs, reverted = self._revert(pass_, plan, before, verdict, blames)
+        if quiet and not after.changes.fired:
+            return
+        self.program, self.outputs = after, outputs
+        self.claims.append(pass_.claim)
+        self._record(
+            pass_.name, repr(pass_), before, after, pass_.claim, verdict, start, reverted, ()
+        )
+
+    def _attempt(
+        self, pass_: Pass, plan: Plan, before: Program
+    ) -> tuple[Program, Verdict | None, list[tuple[Tensor, ...]]]:
+        after = pass_.apply(replace(before, changes=Changes()), plan)
+        if after.graph is not before.graph and not after.changes.fired:
+            raise PassError(
+                f"{pass_!r} returned another graph without going through fxopt.rewriting.rewrite; only "
+                "the driver may edit, since it counts and keeps metadata"
+            )
+        wellformed.check(after)
+        if not self.verify or not after.changes.fired:
+            return after, None, self.outputs
+        verdict, outputs = judge(pass_.claim, self.trials, self.outputs, run_program(after))
+        return after, verdict, outputs
+
+    def _revert(
+        self, pass_: Pass, plan: Plan, before: Program, verdict: Verdict, blames: Sequence[Blame]
+    ) -> tuple[Program, Verdict | None, list[tuple[Tensor, ...]], tuple[Refusal, ...]]:
+        """Leave out the worst 1, 2, 4, ... nodes until the claim holds; at last all of them."""
+        labels = {site.node: site.label for site in plan.sites}
+        guilty = [one.before for one in blames if one.before in labels]
+        guilty += [node for node in labels if node not in guilty]
+        count = 1
+        while True:
+            spared = guilty[:count]
+            after, now, outputs = self._attempt(pass_, plan.without(spared), before)
+            if now is None or now.holds or count >= len(guilty):
+                break
+            count *= 2
+        if now is not None and not now.holds:
+            after, now, outputs = before, None, self.outputs
+        reason = f"reverted: {verdict.measured.text} broke {pass_.claim}"
+        return after, now, outputs, tuple(Refusal(reason, labels[node]) for node in spared)
+
+    def _lower(self, options: Lower) -> None:
+        self.progress(f"lowering with {options!r}: compiling, which can take a minute")
+        start = time.perf_counter()
+        self.program = self.program.materialized()
+        self.module = graph_module(self.program)
+        lowered = compile_program(self.module, self.program, options, self.progress)
+        verdict = None
+        if self.verify:
+            verdict, self.outputs = judge(
+                options.claim, self.trials, self.outputs, _runner(lowered.callable)
+            )
+            if not verdict.holds:
+                raise EquivalenceError(_violation_text(repr(options), self.program, verdict, ()))
+        self.lowering, self.compiled = options, lowered.callable
+        self.claims.append(options.claim)
+        self._record(
+            options.name, repr(options), self.program, self.program, options.claim, verdict, start,
+            (), lowered.warnings, lowered.kernels,
+        )  # fmt: skip
+
+    def finish(self, measure_cost: bool | None) -> Outcome:
+        """Judge the whole list against the original, measure, and write the report."""
+        if self.lowering is None:
+            self.program = self.program.materialized()
+            self.module = graph_module(self.program)
+        end_to_end = self._judge_whole() if self.verify else None
+        self.program = replace(self.program, changes=Changes(), notes=tuple(self.notes))
+        report = Report(
+            model=self.program.name,
+            capture_ms=self.capture_ms,
+            steps=tuple(step.record for step in self.steps),
+            end_to_end=end_to_end,
+            notes=tuple(self.notes),
+            fingerprint=measure.fingerprint(),
+            picture_before=picture(self.captured),
+            picture_after=picture(self.program, self._changed_nodes()),
+        )
+        if measure_cost or (measure_cost is None and self.lowering is not None):
+            report = self._with_cost(report)
+        return Outcome(
+            self.program, report, tuple(self.steps), self.lowering, self.compiled, self.module
+        )
+
+    def _judge_whole(self) -> str:
+        budget = self.budget or compose(self.claims)
+        reference = [trial.outputs for trial in self.trials]
+        kept = iter(self.outputs)
+        verdict, _ = judge(budget, self.trials, reference, lambda inputs: list(next(kept)))
+        if not verdict.holds:
+            raise EquivalenceError(
+                _violation_text("the whole list", self.program, verdict, ())
+                + "\n  each pass kept its own claim, but their sum is over the budget: loosen budget=, "
+                "or drop or tighten a pass"
+            )
+        return f"{budget}; measured {verdict.measured.text} over {len(self.trials)} inputs"
+
+    def _with_cost(self, report: Report) -> Report:
+        self.progress("measuring latency and memory")
+        example = self.program.example
+        run = self.compiled or self.module
+        before = run_model(self.model, self.program)
+
+        def after() -> object:
+            with torch.no_grad():
+                return run(*example)
+
+        systems: dict[str, Callable[[], object]] = {
+            "before": lambda: before(example),
+            "after": after,
+        }
+        latency = measure.latency(systems)
+        device = example[0].device if example else torch.device("cpu")
+        memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
+        return replace(
+            report,
+            latency_before=latency["before"],
+            latency_after=latency["after"],
+            memory_before=memory["before"],
+            memory_after=memory["after"],
+        )
+
+    def _record(
+        self,
+        name: str,
+        spec: str,
+        before: Program,
+        after: Program,
+        claim: Claim,
+        verdict: Verdict | None,
+        start: float,
+        reverted: tuple[Refusal, ...],
+        warnings: tuple[str, ...],
+        kernels: Mapping[str, int] | None = None,
+    ) -> None:
+        old_names = {node.name for node in before.graph.nodes}
+        changed = tuple(node.name for node in after.graph.nodes if node.name not in old_names)
+        if verdict is not None:
+            measured = verdict.measured.text
+        else:
+            measured = "unchanged" if self.verify else "not judged"
+        step = Step(
+            name=name,
+            spec=spec,
+            fired=kernels if kernels is not None else after.changes.fired,
+            refused=after.changes.refused,
+            reverted=reverted,
+            nodes_before=before.node_count(),
+            nodes_after=after.node_count(),
+            bytes_before=before.parameter_bytes(),
+            bytes_after=after.parameter_bytes(),
+            claim=str(claim),
+            measured=measured,
+            holds=verdict is None or verdict.holds,
+            milliseconds=_since(start),
+            warnings=warnings,
+            graph=text(after),
+            changed=changed,
+        )
+        self.steps.append(OptimizedStep(step, GraphText(after.outline())))
+
+    def _changed_nodes(self) -> frozenset[str]:
+        return frozenset(name for step in self.steps for name in step.record.changed)
+
+    def _flat(self, inputs: Inputs) -> list[Tensor]:
+        signature = self.program.signature
+        return signature.flatten((), normalize_inputs(signature.forward, inputs))
+
+
+def _runner(run: Callable[..., Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return list(run(*inputs))
+
+    return call
+
+
+def _blame(before: Program, after: Program, verdict: Verdict) -> list[Blame]:
+    return blame(before, after, verdict.trial)
+
+
+def _violation_text(
+    who: str, program: Program, verdict: Verdict, blames: Sequence[Blame]
+) -> str:
+    names = output_names(program)
+    output = names[verdict.output] if verdict.output < len(names) else f"output {verdict.output}"
+    lines = [
+        f"{who} broke its claim",
+        f"  claimed: {verdict.claim}",
+        f"  measured: {verdict.measured.text}, in {output} on {verdict.trial.what}",
+    ]
+    if blames:
+        worst = blames[0]
+        lines.append(f"  guilty node ({worst.db:.1f} dB on its own): {worst.text}")
+    return "\n".join(lines)
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

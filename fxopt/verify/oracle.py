@@ -1,0 +1,156 @@
+"""The oracle: what the eager, unoptimised original answers on real inputs of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fxopt.capture import in_mode
+from fxopt.evaluate import evaluate
+from fxopt.program import Program, materialize
+from fxopt.signature import TensorInput, unbind
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of input tensors in placeholder order, what it is, and the reference outputs."""
+
+    what: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def trials(
+    program: Program, reference: Run, more: Sequence[Sequence[Tensor]] = ()
+) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
+    """The trials of `program`: its example, `more`, and the example at two other sizes.
+
+    Other sizes are drawn for every dynamic axis by repeating and cropping the example, so that ids
+    stay in the vocabulary and masks masks. Sizes that the reference itself rejects are left out and
+    named in the second result.
+    """
+    found = [Trial("the example", program.example, _frozen(reference(program.example)))]
+    for index, inputs in enumerate(more):
+        what = f"verify_inputs[{index}]"
+        found.append(Trial(what, tuple(inputs), _frozen(reference(inputs))))
+    skipped = []
+    for sizes in _other_sizes(program):
+        inputs = _resized(program, sizes)
+        shapes = ", ".join(f"{t.path} {tuple(x.shape)}" for t, x in zip(program.signature.tensors, inputs, strict=True))
+        try:
+            found.append(Trial(shapes, inputs, _frozen(reference(inputs))))
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
+    return tuple(found), tuple(skipped)
+
+
+def run_model(model: nn.Module, program: Program) -> Run:
+    """The eager original as a function of the graph's input tensors; leaves the model as it was."""
+    signature = program.signature
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        remaining = iter(inputs)
+        leaves = [
+            next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
+        ]
+        args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
+        with in_mode(model, program.mode), _buffers_kept(program), _same_draws():
+            with torch.set_grad_enabled(program.mode == "train"):
+                outputs = model(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+    return run
+
+
+def run_program(program: Program) -> Run:
+    """The program as a function of its input tensors, node by node; changes no buffer."""
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with _same_draws():
+            return evaluate(program, inputs)
+
+    return run
+
+
+def _frozen(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(output.detach() for output in outputs)
+
+
+def _other_sizes(program: Program) -> Iterator[dict[tuple[bool, int], int]]:
+    """Two maps from (is batch axis, size in the example) to another size."""
+    known: dict[tuple[bool, int], int | None] = {}
+    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
+        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
+            if isinstance(name, str) and name.isidentifier():
+                limit = program.signature.ranges.get(name)
+                known[axis == 0, size] = limit.high if limit else None
+    if not known:
+        return
+    yield {
+        (batch, size): min(size + 1, high or size + 1) if batch else max(2, (2 * size) // 3)
+        for (batch, size), high in known.items()
+    }
+    yield {
+        (batch, size): 1 if batch else min(size + 3, high or size + 3)
+        for (batch, size), high in known.items()
+    }
+
+
+def _resized(program: Program, sizes: dict[tuple[bool, int], int]) -> tuple[Tensor, ...]:
+    resized = []
+    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
+        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
+            if isinstance(name, str) and name.isidentifier():
+                wanted = sizes[axis == 0, size]
+                index = torch.arange(wanted, device=value.device) % size
+                value = value.index_select(axis, index)
+        resized.append(value)
+    return tuple(resized)
+
+
+@contextmanager
+def _buffers_kept(program: Program) -> Iterator[None]:
+    written = [
+        materialize(program.state[str(node.args[0].target)])  # type: ignore[union-attr]
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
+    ]
+    before = [buffer.detach().clone() for buffer in written]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(written, before, strict=True):
+                buffer.copy_(value)
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Random operators draw the same numbers in every run; the caller's generators stay put."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def output_names(program: Program) -> list[str]:
+    """A readable name for each output tensor, such as `last_hidden_state` or `[0]`."""
+    spec = program.signature.out_spec
+    filled: list[Any] = list(range(spec.num_leaves))
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(filled, spec))
+    names = []
+    for path, index in paths:
+        if index in program.signature.out_constants:
+            continue
+        text = "".join(str(key) for key in path)
+        names.append(text.removeprefix("['").removesuffix("']").lstrip(".") or "output")
+    return names
