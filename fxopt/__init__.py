@@ -20,7 +20,7 @@ from fxopt.errors import (
     WellFormedError,
 )
 from fxopt.lower import Lower
-from fxopt.optimized import Optimized
+from fxopt.optimized import Optimized, load
 from fxopt.passes import (
     Canonicalize,
     FuseConvBatchNorm,
@@ -69,6 +69,7 @@ __all__ = [
     "WellFormedError",
     "constant",
     "hole",
+    "load",
     "op",
     "transform",
 ]

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt.errors import ModelError, NotCapturedError
+from fxopt.errors import ModelError, NotCapturedError, SaveError
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.program import Program, materialize
 from fxopt.report import Report, Step
+from fxopt.saving import load as read
+from fxopt.saving import save
 from fxopt.signature import forward_signature
+from fxopt.spec import parse_passes
 
 _CARRIED_FROM_CLASS = ("main_input_name", "base_model_prefix", "input_modalities")
 
@@ -132,6 +136,15 @@ class Optimized(nn.Module):
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return signature.unflatten(run(*leaves))
 
+    def save(self, folder: str | Path) -> None:
+        """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
+
+        Holds no code and no pickle. Raises `SaveError` where something can't be saved.
+        """
+        outcome = self._done()
+        lowering = outcome.lowering.spec if outcome.lowering is not None else None
+        save(self.program, folder, lowering=lowering, report_json=outcome.report.to_json())
+
     def train(self, mode: bool = True) -> Optimized:
         """Only a program captured with mode="train" can train. Raises `ModelError` otherwise."""
         if mode and self._outcome is not None and self._outcome.program.mode == "eval":
@@ -185,6 +198,27 @@ class Optimized(nn.Module):
 
     def _tensors(self) -> Sequence[Tensor]:
         return [*self.parameters(), *self.buffers()]
+
+
+def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
+    """The module that `Optimized.save` wrote; lowered as it was, at its first call.
+
+    Nothing found in the folder is executed; `namespaces` are those of a user's own operators that
+    the graph may call. Raises `SaveError` for a damaged, truncated, hostile or foreign folder.
+    """
+    saved = read(folder, namespaces=namespaces)
+    if saved.report_json is None:
+        raise SaveError(f"{folder} holds no report; save the module with its save method")
+    lowering = None
+    for pass_ in parse_passes(saved.lowering or ""):
+        if not isinstance(pass_, Lower):
+            raise SaveError(f"{folder} names {pass_!r} as its lowering; only Lower can be one")
+        lowering = pass_
+    program = saved.program
+    twin = optimized_like(program.name, program.signature.forward, {})
+    outcome = Outcome(program, Report.from_json(saved.report_json), (), lowering)
+    twin.install(relowered(outcome))
+    return twin
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:

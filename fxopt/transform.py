@@ -30,6 +30,7 @@ from fxopt.verify import (
     blame,
     compose,
     judge,
+    one_by_one,
     output_names,
     run_model,
     run_program,
@@ -147,7 +148,10 @@ class _Pipeline:
             verdict, self.outputs = judge(claim, self.trials, self.outputs, run_program(program))
             if not verdict.holds:
                 raise EquivalenceError(_violation_text("the capture", program, verdict, ()))
-        self._record("capture", "capture", program, program, claim, verdict, start, (), ())
+        found = {"operations": program.node_count()}
+        self._record(
+            "capture", "capture", program, program, claim, verdict, start, (), (), found
+        )
 
     def run(self, pass_: Pass) -> None:
         """Plan, apply, check and judge one pass."""
@@ -221,7 +225,7 @@ class _Pipeline:
         verdict = None
         if self.verify:
             verdict, self.outputs = judge(
-                options.claim, self.trials, self.outputs, _runner(lowered.callable)
+                options.claim, self.trials, self.outputs, one_by_one(_runner(lowered.callable))
             )
             if not verdict.holds:
                 raise EquivalenceError(_violation_text(repr(options), self.program, verdict, ()))
@@ -258,8 +262,8 @@ class _Pipeline:
     def _judge_whole(self) -> str:
         budget = self.budget or compose(self.claims)
         reference = [trial.outputs for trial in self.trials]
-        kept = iter(self.outputs)
-        verdict, _ = judge(budget, self.trials, reference, lambda inputs: list(next(kept)))
+        kept = [list(outputs) for outputs in self.outputs]
+        verdict, _ = judge(budget, self.trials, reference, lambda batches: kept)
         if not verdict.holds:
             raise EquivalenceError(
                 _violation_text("the whole list", self.program, verdict, ())

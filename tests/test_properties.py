@@ -38,6 +38,14 @@ def _optimize(drawn: Drawn, passes: list[Any], **options: Any) -> fxopt.Optimize
     return fxopt.transform(drawn.model, passes, example_inputs=drawn.example, **options)
 
 
+def _violation(drawn: Drawn, passes: list[Any]) -> str | None:
+    try:
+        _optimize(drawn, passes)
+    except EquivalenceError as error:
+        return str(error)
+    return None
+
+
 def _assert_equivalent(claim: Claim, drawn: Drawn, opt: torch.nn.Module) -> None:
     for call in (drawn.example, *drawn.others):
         reference = eager(drawn.model, (), call)
@@ -46,9 +54,7 @@ def _assert_equivalent(claim: Claim, drawn: Drawn, opt: torch.nn.Module) -> None
         assert type(output) is type(reference)
         for expected, got in zip(tensors_of(reference), tensors_of(output), strict=True):
             measured = claim.measure(expected, got)
-            assert measured.holds, (
-                f"{claim}: {measured.text} at {[t.shape for t in call.values()]}"
-            )
+            assert measured.holds, f"{claim}: {measured.text} at {[t.shape for t in call.values()]}"
 
 
 @settings(max_examples=20)
@@ -60,18 +66,17 @@ def test_outputs_keep_the_claims_at_every_size(drawn: Drawn, passes: list[Any]) 
 
 
 @settings(max_examples=20)
-@given(models(), pass_lists(), st.integers(0, 3))
+@given(models(), pass_lists())
 def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
-    drawn: Drawn, passes: list[Any], where: int
+    drawn: Drawn, passes: list[Any]
 ) -> None:
-    passes = [*passes[:0], *passes]
-    try:
-        opt = _optimize(drawn, passes)
-    except EquivalenceError as error:
-        assert "Int8Linear" in str(error)
-        assert "guilty node" in str(error)
-        opt = _optimize(drawn, passes, on_violation="revert")
-        assert any(step.record.reverted for step in opt.steps)
+    violation = _violation(drawn, passes)
+    if violation is not None:
+        assert "Int8Linear" in violation
+        assert "guilty node" in violation
+    opt = _optimize(drawn, passes, on_violation="revert")
+    reverted = any(step.record.reverted for step in opt.steps)
+    assert reverted == (violation is not None)
     claims = [pass_.claim for pass_ in resolve_passes(passes)]
     # The judge saw other inputs than these; noise differs by a few decibels from one to the next.
     budget = compose([Close(), *claims])
@@ -219,7 +224,7 @@ def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.Dat
     rule = SpoiledLinear(guilty.name, data.draw(st.sampled_from(_FAULTS)))
     assume(_breaks(rule, program))
     with pytest.raises(EquivalenceError) as caught:
-        _optimize(drawn, [fxopt.FuseConvBatchNorm(), rule] if False else [rule])
+        _optimize(drawn, [rule])
     text = str(caught.value)
     assert "SpoiledLinear() broke its claim" in text
     assert "guilty node" in text

@@ -13,8 +13,8 @@ Modules without children (a linear, a norm) are printed with their parent; the l
 bears its name, earlier ones `name.operator`. Names are resolved as in nested scopes: `%fc1` is
 looked up in the module at hand, then outward; a leading dot is an absolute name. State is written
 where it is read, relative to the module, with its type. Sizes are expressions of the input sizes
-`s0, s1, ...`; the nodes that compute them and those that take a tuple apart (`%max[1]`) have no line
-of their own.
+`s0, s1, ...`; the nodes that compute them and those that take a tuple apart (`%max[1]`) have no
+line of their own.
 
 No name depends on a node's number in the graph, so a rewrite changes the lines it touches only.
 """

@@ -1,0 +1,54 @@
+"""The `fxopt::` operators that a rewritten graph may call.
+
+Numerics level: where values are rounded. Device-free, written in aten, and traced through by
+torch.compile, so that Inductor fuses them with their neighbours.
+
+    quantize_per_token(x) -> (q, scale)          int8 rows with one float32 scale each
+    dequantize(q, scale, dtype) -> x             q * scale
+
+Kernel level: which library does it on this device. A graph-level pass puts them in the place of
+numerics-level regions; each call ends up as one call of a library, opaque to the compiler.
+
+    int8_linear(q, scale, weight, weight_scale, bias, dtype)     exact int32 product, then scales
+    int8_product(q, weight)                                      that product alone
+    int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
+    packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
+
+`KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
+which each is found in generated code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+
+from fxopt.kernels import int8, packed, quantization
+from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed import POST_OPS
+from fxopt.kernels.quantization import quantize_weight
+
+NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
+    {torch.ops.fxopt.quantize_per_token.default, torch.ops.fxopt.dequantize.default}
+)
+
+GENERATED_AS: dict[OpOverload, str] = {
+    torch.ops.fxopt.int8_linear.default: "fxopt.int8_product",
+    torch.ops.fxopt.int8_product.default: "fxopt.int8_product",
+    torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
+    torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
+}
+
+KERNEL_LEVEL: frozenset[OpOverload] = frozenset(GENERATED_AS)
+
+__all__ = [
+    "GENERATED_AS",
+    "KERNEL_LEVEL",
+    "NUMERICS_LEVEL",
+    "PACKED_WEIGHTS",
+    "POST_OPS",
+    "int8",
+    "packed",
+    "quantization",
+    "quantize_weight",
+]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fxopt.measure import Latency, Memory
 from fxopt.report.units import duration, size
+
+if TYPE_CHECKING:
+    from fxopt.report.record import Step
 
 SLOWER = (
     "the transformed model is slower than the original on this machine at these shapes; leave out "
@@ -23,12 +28,12 @@ def is_slower(before: Latency | None, after: Latency | None) -> bool:
 
 
 def latency_change(before: Latency | None, after: Latency | None) -> str:
-    """Median with 5th and 95th percentile, before and after, and the factor between them."""
+    """The factor, then before and after as median with 5th and 95th percentile."""
+    if before is None and after is None:
+        return "not measured"
     factor = speedup(before, after)
-    text = f"{latency_text(before)} -> {latency_text(after)}"
-    if factor is None:
-        return "not measured" if before is None and after is None else text
-    return f"{text}: {factor_text(factor)}"
+    change = f"{latency_text(before)} -> {latency_text(after)}"
+    return change if factor is None else f"{factor_text(factor)}: {change}"
 
 
 def factor_text(factor: float) -> str:
@@ -37,11 +42,24 @@ def factor_text(factor: float) -> str:
 
 
 def latency_text(latency: Latency | None) -> str:
-    """`12.3 ms (11.9 ms to 14.0 ms, 10 runs)`."""
+    """`12.3 ms (11.9 to 14.0 in 10 runs)`: median, 5th and 95th percentile."""
     if latency is None:
         return "not measured"
-    low, high = duration(latency.p5), duration(latency.p95)
-    return f"{duration(latency.median)} ({low} to {high}, {latency.runs} runs)"
+    low, high = (duration(part, like=latency.median) for part in (latency.p5, latency.p95))
+    return f"{duration(latency.median)} ({low} to {high} in {latency.runs} runs)"
+
+
+def firings_text(step: Step) -> str:
+    """How often a pass changed something; a pass may change a graph and not count."""
+    if step.firings:
+        return str(step.firings)
+    return "uncounted" if is_uncounted(step) else "nowhere"
+
+
+def is_uncounted(step: Step) -> bool:
+    """Whether the graph changed although no rule counted it."""
+    sizes_differ = (step.nodes_before, step.bytes_before) != (step.nodes_after, step.bytes_after)
+    return not step.firings and (sizes_differ or bool(step.changed))
 
 
 def memory_change(before: Memory | None, after: Memory | None) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from fxopt.report.boxes import Box, Op, build
+from fxopt.report.boxes import Box, Op
 from fxopt.report.layout import Drawing, Placed, Wire, heading, lay_out
+from fxopt.report.nesting import build
 from fxopt.report.picture import GraphPicture
 
 # On a narrow page the picture shrinks to this share of its size; then it scrolls.
@@ -20,8 +21,9 @@ def draw(picture: GraphPicture) -> tuple[str, int]:
     width, height = round(drawing.width) + 2, round(drawing.height) + 2
     smallest = round(width * _SMALLEST)
     svg = (
-        f'<svg class="graph" role="img" aria-label="{escape(picture.title)}" style="width:{width}px;'
-        f'min-width:{smallest}px" viewBox="-1 -1 {width} {height}">{"".join(body)}</svg>'
+        f'<svg class="graph" role="img" aria-label="{escape(picture.title)}" '
+        f'style="width:{width}px;min-width:{smallest}px" '
+        f'viewBox="-1 -1 {width} {height}">{"".join(body)}</svg>'
     )
     return svg, smallest
 

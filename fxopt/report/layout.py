@@ -90,9 +90,7 @@ def _cells_of(box: Box, edges: Sequence[tuple[Op, Op]]) -> tuple[list[Cell], dic
             holder[child] = cell
         else:
             drawing, entries, exits = _lay_out_box(child, edges)
-            cell = Cell(
-                child, None, drawing.width, drawing.height, 0, 0.0, drawing, entries, exits
-            )
+            cell = Cell(child, None, drawing.width, drawing.height, 0, 0.0, drawing, entries, exits)
             holder.update(dict.fromkeys(operations(child), cell))
         cells.append(cell)
     return cells, holder

@@ -86,7 +86,8 @@ def _cards(report: Report) -> str:
             _share(report.memory_before.bytes, report.memory_after.bytes, "peak extra memory")
         )
     boxes = "".join(
-        f'<div class="card"><b class="{style}">{_text(figure)}</b><small>{_text(name)}</small></div>'
+        f'<div class="card"><b class="{style}">{_text(figure)}</b>'
+        f"<small>{_text(name)}</small></div>"
         for figure, name, style in cards
     )
     claim = f"<p>End to end: {escape(report.end_to_end)}</p>" if report.end_to_end else ""
@@ -169,7 +170,7 @@ def _row(number: int, step: Step) -> str:
     )
     cells = (
         f"{number}  {step.name}",
-        str(step.firings) if step.firings else "nowhere",
+        comparison.firings_text(step),
         span(str(step.nodes_before), str(step.nodes_after)),
         span(size(step.bytes_before), size(step.bytes_after)),
         duration(step.milliseconds),
@@ -181,7 +182,7 @@ def _row(number: int, step: Step) -> str:
 
 def _pass(step: Step) -> str:
     counts = [f"{rule} {count}" for rule, count in step.fired.items() if count]
-    fired = ", ".join(counts) if counts else "fired nowhere"
+    fired = ", ".join(counts) or f"fired {comparison.firings_text(step)}"
     refused = f", refused {len(step.refused)}" if step.refused else ""
     reverted = f", reverted {len(step.reverted)}" if step.reverted else ""
     lists = _refusals("Refused", step.refused) + _refusals("Reverted", step.reverted)

@@ -119,7 +119,7 @@ def _is_getitem(node: fx.Node) -> bool:
 
 def _paths(nodes: list[PictureNode]) -> list[str]:
     """Every module path of the nodes and all paths above them, sorted."""
-    found = set()
+    found: set[str] = set()
     for node in nodes:
         parts = node.module.split(".")
         found.update(".".join(parts[: depth + 1]) for depth in range(len(parts)))

@@ -1,9 +1,9 @@
 """The parts of one box in rows, so that data flows downwards and wires are short and straight.
 
 Sugiyama, Tagawa and Toda, "Methods for visual understanding of hierarchical system structures",
-IEEE Trans. SMC 11 (1981): rows by longest path; a value that passes a row holds a place in it; order
-within rows by barycentre, the order with the fewest crossings wins; horizontal places by least
-squares under that order.
+IEEE Trans. SMC 11 (1981): rows by longest path; a value that passes a row holds a place in it;
+order within rows by barycentre, the order with the fewest crossings wins; horizontal places by
+least squares under that order.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fxopt.report.boxes import Box, Op
+
+if TYPE_CHECKING:
+    from fxopt.report.layout import Drawing
 
 _COLUMN_GAP = 10.0
 _SWEEPS = 12
@@ -31,7 +34,7 @@ class Cell:
     height: float
     row: int = 0
     x: float = 0.0
-    drawing: Any = None
+    drawing: Drawing | None = None
     entries: dict[Op, float] = field(default_factory=dict)
     exits: dict[Op, float] = field(default_factory=dict)
 
@@ -79,9 +82,7 @@ def _sorted(cells: Sequence[Cell], links: Sequence[Link]) -> list[Cell]:
     return list(done)
 
 
-def _rank(
-    order: Sequence[Cell], links: Sequence[Link], first: set[Cell], last: set[Cell]
-) -> None:
+def _rank(order: Sequence[Cell], links: Sequence[Link], first: set[Cell], last: set[Cell]) -> None:
     """Rows by longest path; what nothing feeds stands right above its first user."""
     into: dict[Cell, list[Cell]] = {}
     out: dict[Cell, list[Cell]] = {}
@@ -99,9 +100,7 @@ def _rank(
         cell.row = bottom
 
 
-def _rows_of(
-    order: Sequence[Cell], links: Sequence[Link]
-) -> tuple[list[list[Cell]], list[Link]]:
+def _rows_of(order: Sequence[Cell], links: Sequence[Link]) -> tuple[list[list[Cell]], list[Link]]:
     """The rows, and the links cut into hops from row to row over places held in between.
 
     Links of one value share their places, so that it runs down as one wire and branches.
@@ -157,9 +156,7 @@ def _arrange(rows: list[list[Cell]], hops: Sequence[Link]) -> None:
     rows[:] = best
 
 
-def _crossings(
-    hops: Sequence[Link], place: Mapping[Cell, float], size: Mapping[Cell, int]
-) -> int:
+def _crossings(hops: Sequence[Link], place: Mapping[Cell, float], size: Mapping[Cell, int]) -> int:
     """How often wires between the same two rows cross in the given order."""
     by_row: dict[int, list[tuple[float, float]]] = {}
     for hop in hops:

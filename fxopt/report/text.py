@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fxopt.program import Refusal
-from fxopt.report.comparison import SLOWER, is_slower, latency_change, memory_change
+from fxopt.report import comparison
 from fxopt.report.grouping import group
 from fxopt.report.units import duration, size, span
 
@@ -29,7 +29,7 @@ def render(report: Report) -> str:
     ]
     for number, step in enumerate(report.steps, start=1):
         lines += ["", *_wrapped(f"{number}  ", step.spec), *_details(step)]
-    lines += ["", *_totals(report)]
+    lines += ["", "In all", *_totals(report)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -48,7 +48,7 @@ def _table(report: Report) -> Iterator[str]:
     if not report.steps:
         yield "No passes were given; the model is captured as it is."
         return
-    rows = [("pass", "fired", "nodes", "parameters", "time", "claim")]
+    rows: list[tuple[str, ...]] = [("pass", "fired", "nodes", "parameters", "time", "claim")]
     rows += [_row(number, step) for number, step in enumerate(report.steps, start=1)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for index, row in enumerate(rows):
@@ -61,7 +61,7 @@ def _table(report: Report) -> Iterator[str]:
 def _row(number: int, step: Step) -> tuple[str, ...]:
     return (
         textwrap.shorten(f"{number}  {step.name}", 24, placeholder="…"),
-        str(step.firings) if step.firings else "nowhere",
+        comparison.firings_text(step),
         span(str(step.nodes_before), str(step.nodes_after)),
         span(size(step.bytes_before), size(step.bytes_after)),
         duration(step.milliseconds),
@@ -82,6 +82,8 @@ def _details(step: Step) -> Iterator[str]:
     fired = ", ".join(f"{rule} {count}" for rule, count in step.fired.items() if count)
     if fired:
         yield from _wrapped("fired", fired)
+    elif comparison.is_uncounted(step):
+        yield from _wrapped("fired", "the pass changed the graph without counting by rule")
     elif step.refused:
         yield from _wrapped("fired", "nowhere; every candidate was refused, see the reasons")
     else:
@@ -110,10 +112,14 @@ def _groups(name: str, refusals: Sequence[Refusal]) -> Iterator[str]:
 def _totals(report: Report) -> Iterator[str]:
     if report.end_to_end:
         yield from _wrapped("end to end", report.end_to_end)
-    yield from _wrapped("latency", latency_change(report.latency_before, report.latency_after))
-    if is_slower(report.latency_before, report.latency_after):
-        yield from _wrapped("WARNING", SLOWER)
-    yield from _wrapped("peak memory", memory_change(report.memory_before, report.memory_after))
+    yield from _wrapped(
+        "latency", comparison.latency_change(report.latency_before, report.latency_after)
+    )
+    if comparison.is_slower(report.latency_before, report.latency_after):
+        yield from _wrapped("WARNING", comparison.SLOWER)
+    yield from _wrapped(
+        "peak memory", comparison.memory_change(report.memory_before, report.memory_after)
+    )
     for note in report.notes:
         yield from _wrapped("note", note)
 

@@ -13,11 +13,14 @@ def size(count: int) -> str:
     return f"{_three_digits(value)} TB"
 
 
-def duration(milliseconds: float) -> str:
-    """Milliseconds with three digits, in seconds from one second on: `12.3 ms`, `1.06 s`."""
-    if abs(milliseconds) < 999.5:
-        return f"{_three_digits(milliseconds)} ms"
-    return f"{_three_digits(milliseconds / 1000)} s"
+def duration(milliseconds: float, like: float | None = None) -> str:
+    """Milliseconds with three digits, in seconds from one second on: `12.3 ms`, `1.06 s`.
+
+    With `like`, the bare figure in the unit that `like` would have.
+    """
+    in_seconds = abs(milliseconds if like is None else like) >= 999.5
+    figure = _three_digits(milliseconds / 1000 if in_seconds else milliseconds)
+    return figure if like is not None else f"{figure} {'s' if in_seconds else 'ms'}"
 
 
 def span(before: str, after: str) -> str:

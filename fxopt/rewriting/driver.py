@@ -53,14 +53,21 @@ class _Driver:
         self.depth: Counter[fx.Node] = Counter()
 
     def run(self) -> Program:
-        self._enqueue(self.edit.graph.nodes)
+        # A firing wakes its neighbours only; what a deep pattern sees from further off, or what
+        # was refused for a user that is gone by now, is found by one more look at everything.
+        settled = -1
+        while settled != (settled := sum(self.fired.values())):
+            self._enqueue(self.edit.graph.nodes)
+            self._drain()
+        self._sweep()
+        return self._result()
+
+    def _drain(self) -> None:
         while self.queue:
             node = self.queue.popleft()
             self.queued.discard(node)
             if node not in self.gone and self.origin.get(node) not in self.skip:
                 self._visit(node)
-        self._sweep()
-        return self._result()
 
     def _visit(self, node: fx.Node) -> None:
         for rule in (*self.rules.get(node.target, ()), *self.anywhere):  # type: ignore[call-overload]

@@ -85,6 +85,7 @@ def op(
             raise RewriteError(
                 f"a pattern needs operator overloads such as torch.ops.aten.add.Tensor, not {target!r}"
             )
+        _check_arguments(target, len(args), kwargs)
     return Op(several, args, kwargs, commutes, name, where)
 
 
@@ -221,6 +222,18 @@ def _match_all(
     (pattern, value), *rest = pairs
     for more, further in _match(pattern, value, bound, inner):
         yield from _match_all(rest, more, further)
+
+
+def _check_arguments(target: Target, positional: int, keywords: Mapping[str, Pattern]) -> None:
+    names = [argument.name for argument in target._schema.arguments]
+    if positional > len(names):
+        plural = "argument" if len(names) == 1 else "arguments"
+        raise RewriteError(
+            f"{target} takes {len(names)} {plural} ({', '.join(names)}); the pattern names {positional}"
+        )
+    for name in keywords:
+        if name not in names:
+            raise RewriteError(f"{target} has no argument {name!r}; it takes {', '.join(names)}")
 
 
 def _is_default(node: fx.Node, name: str, value: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -152,6 +151,8 @@ def _fake_inputs(
 
 def _symbol(mode: FakeTensorMode, name: str, hint: int, bounds: Range | None) -> Any:
     """A dynamic size. Sizes 0 and 1 are special to torch's shape rules, so no hint is either."""
+    from torch._dynamo.source import ConstantSource  # a second's import that few runs need
+
     low, high = (bounds.low, bounds.high) if bounds else (2, None)
     environment = mode.shape_env
     assert environment is not None

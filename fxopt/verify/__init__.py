@@ -2,7 +2,7 @@
 
 from fxopt.verify.bisect import Blame, blame
 from fxopt.verify.judge import Verdict, compare, compose, judge
-from fxopt.verify.oracle import Trial, output_names, run_model, run_program, trials
+from fxopt.verify.oracle import Trial, one_by_one, output_names, run_model, run_program, trials
 
 __all__ = [
     "Blame",
@@ -12,6 +12,7 @@ __all__ = [
     "compare",
     "compose",
     "judge",
+    "one_by_one",
     "output_names",
     "run_model",
     "run_program",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxopt.claim import Claim, Close, Exact, Measured, Sqnr
-from fxopt.verify.oracle import Run, Trial
+from fxopt.verify.oracle import RunAll, Trial
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,38 @@ class Verdict:
 
 
 def judge(
-    claim: Claim, trials: Sequence[Trial], reference: Sequence[Sequence[Tensor]], run: Run
+    claim: Claim, trials: Sequence[Trial], reference: Sequence[Sequence[Tensor]], run: RunAll
 ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
     """Run every trial, compare with `reference` (one list of outputs a trial), keep the worst.
 
     Returns the verdict and the new outputs, which are the reference of the next step. A run that
     raises breaks the claim.
     """
+    try:
+        results: list[list[Tensor] | str] = [*run([trial.inputs for trial in trials])]
+    except RuntimeError:
+        results = [_alone(run, trial) for trial in trials]
     verdicts: list[Verdict] = []
-    all_outputs: list[tuple[Tensor, ...]] = []
-    for trial, expected in zip(trials, reference, strict=True):
-        try:
-            outputs = tuple(output.detach() for output in run(trial.inputs))
-        except RuntimeError as error:
-            text = f"it fails with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            verdicts.append(Verdict(claim, Measured(False, _worst(claim), text), trial, 0))
-            all_outputs.append(tuple(expected))
-            continue
-        all_outputs.append(outputs)
-        verdicts += compare(claim, trial, expected, outputs)
+    outputs: list[tuple[Tensor, ...]] = []
+    for trial, expected, result in zip(trials, reference, results, strict=True):
+        if isinstance(result, str):
+            verdicts.append(Verdict(claim, Measured(False, _worst(claim), result), trial, 0))
+            outputs.append(tuple(expected))
+        else:
+            outputs.append(tuple(output.detach() for output in result))
+            verdicts += compare(claim, trial, expected, outputs[-1])
     if not verdicts:
         nothing = Measured(True, 0.0, "the model returns no tensor")
         verdicts = [Verdict(claim, nothing, trials[0], 0)]
-    return min(verdicts, key=_goodness), all_outputs
+    return min(verdicts, key=_goodness), outputs
+
+
+def _alone(run: RunAll, trial: Trial) -> list[Tensor] | str:
+    try:
+        return run([trial.inputs])[0]
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"it fails with {type(error).__name__}: {first}"
 
 
 def compare(

@@ -12,11 +12,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxopt.capture import in_mode
-from fxopt.evaluate import evaluate
+from fxopt.evaluate import evaluate_all
 from fxopt.program import Program, materialize
 from fxopt.signature import TensorInput, unbind
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
+RunAll = Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,19 @@ def run_model(model: nn.Module, program: Program) -> Run:
     return run
 
 
-def run_program(program: Program) -> Run:
-    """The program as a function of its input tensors, node by node; changes no buffer."""
+def run_program(program: Program) -> RunAll:
+    """The program as a function of several sets of input tensors; changes no buffer."""
 
-    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         with _same_draws():
-            return evaluate(program, inputs)
+            return evaluate_all(program, batches)
 
     return run
+
+
+def one_by_one(run: Run) -> RunAll:
+    """A function of one set of inputs as a function of several."""
+    return lambda batches: [run(inputs) for inputs in batches]
 
 
 def _frozen(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

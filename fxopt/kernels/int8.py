@@ -1,0 +1,161 @@
+"""Linear layers with an int8 weight.
+
+    int8_linear(q, s, W, t, b)  =  (q @ Wᵀ) * (s · tᵀ) + b
+
+for q int8 `[..., K]` with a scale s `[..., 1]` a token, and W int8 `[N, K]` with a scale t `[N, 1]`
+per output channel: the scales leave the sum, so the sum is one of integers, exact in int32 up to
+K = 133 000 (2³¹ / 127²). Only that product is opaque to the compiler; the rest is aten, and Inductor
+fuses it with what follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import KernelError
+
+# cuBLASLt's int8 product wants more than 16 rows, and K and N divisible by 8.
+_CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
+# Up to here a float activation is multiplied with the int8 weight as it lies, reading each weight
+# byte once; beyond, the weight is dequantized once and a float product does the work.
+_FEW_ROWS = 16
+
+_library = torch.library.Library("fxopt", "FRAGMENT")
+_library.define("int8_product(Tensor q, Tensor weight) -> Tensor")
+_library.define(
+    "int8_linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "int8_weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
+)
+
+
+def int8_linear(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`[..., N]` in `dtype` from int8 `q` `[..., K]`, `scale` `[..., 1]`, int8 `weight` `[N, K]`,
+    `weight_scale` `[N, 1]` and `bias` `[N]`; scales and bias are applied in float32, or float64 if
+    that is `dtype`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y = torch.ops.fxopt.int8_product(q, weight).to(wide)
+    y = y * weight_scale.detach().reshape(-1).to(wide) * scale.detach().to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(dtype)
+
+
+def _check_product(q: Tensor, weight: Tensor) -> None:
+    if q.dtype != torch.int8 or weight.dtype != torch.int8:
+        raise KernelError(f"int8_product needs int8 on both sides, not {q.dtype}, {weight.dtype}")
+    _check_shapes("int8_product", q, weight)
+
+
+def _check_shapes(name: str, x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise KernelError(
+            f"{name} needs [..., K] and a weight [N, K], not {tuple(x.shape)} "
+            f"and {tuple(weight.shape)}"
+        )
+
+
+def _product_fake(q: Tensor, weight: Tensor) -> Tensor:
+    _check_product(q, weight)
+    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=torch.int32)
+
+
+def _product_on_cpu(q: Tensor, weight: Tensor) -> Tensor:
+    _check_product(q, weight)
+    shape = (*q.shape[:-1], weight.shape[0])
+    if q.numel() == 0 or weight.numel() == 0:
+        return q.new_zeros(shape, dtype=torch.int32)
+    rows = q.reshape(-1, q.shape[-1]).contiguous()
+    return torch._int_mm(rows, weight.contiguous().t()).view(shape)
+
+
+def _product_on_cuda(q: Tensor, weight: Tensor) -> Tensor:
+    _check_product(q, weight)
+    shape = (*q.shape[:-1], weight.shape[0])
+    if q.numel() == 0 or weight.numel() == 0:
+        return q.new_zeros(shape, dtype=torch.int32)
+    rows = q.reshape(-1, q.shape[-1])
+    count, outputs = rows.shape[0], weight.shape[0]
+    inner = -rows.shape[1] % _CUDA_MULTIPLE
+    pad = torch.nn.functional.pad
+    rows = pad(rows, (0, inner, 0, max(0, _CUDA_ROWS - count)))
+    columns = pad(weight, (0, inner, 0, -outputs % _CUDA_MULTIPLE))
+    y = torch._int_mm(rows.contiguous(), columns.contiguous().t())
+    return y[:count, :outputs].reshape(shape)
+
+
+def _dequantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_weight_only(x, weight, weight_scale)
+    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
+    return torch.nn.functional.linear(x, dense, bias)
+
+
+def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+    if not x.is_floating_point() or weight.dtype != torch.int8:
+        raise KernelError(
+            f"int8_weight_only_linear needs float x and int8 weight, not {x.dtype}, {weight.dtype}"
+        )
+    _check_shapes("int8_weight_only_linear", x, weight)
+    if weight_scale.numel() != weight.shape[0]:
+        raise KernelError(
+            "int8_weight_only_linear needs one scale for each of the weight's "
+            f"{weight.shape[0]} rows, not {tuple(weight_scale.shape)}"
+        )
+
+
+def _weight_only_on_cpu(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not 0 < rows.shape[0] <= _FEW_ROWS or not weight.numel() or x.dtype == torch.float64:
+        return _dequantized_linear(x, weight, weight_scale, bias)
+    _check_weight_only(x, weight, weight_scale)
+    scales = weight_scale.reshape(-1).to(x.dtype)
+    y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight.contiguous(), scales)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+def _weight_only_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_weight_only(x, weight, weight_scale)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_scale, bias = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), grad.dtype)
+    dx = grad @ dense if ctx.needs_input_grad[0] else None
+    wants_bias = ctx.has_bias and ctx.needs_input_grad[3]
+    return dx, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
+
+
+_library.impl("int8_linear", int8_linear, "CompositeImplicitAutograd")
+_library.impl("int8_product", _product_on_cpu, "CPU")
+_library.impl("int8_product", _product_on_cuda, "CUDA")
+torch.library.register_fake("fxopt::int8_product", _product_fake, lib=_library)
+_library.impl("int8_weight_only_linear", _dequantized_linear, "CompositeExplicitAutograd")
+_library.impl("int8_weight_only_linear", _weight_only_on_cpu, "CPU")
+torch.library.register_fake("fxopt::int8_weight_only_linear", _weight_only_fake, lib=_library)
+torch.library.register_autograd(
+    "fxopt::int8_weight_only_linear", _backward, setup_context=_save, lib=_library
+)

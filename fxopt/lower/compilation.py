@@ -1,0 +1,163 @@
+"""Compile a program at once, look its kernels up, and never fall back in silence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.errors import LowerError
+from fxopt.kernels import GENERATED_AS
+from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
+from fxopt.lower.lower import Lower
+from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
+from fxopt.program import Program
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled program: the callable over the graph's input tensors, and how it came out.
+
+    `kernels` counts the calls of each kernel in the generated code, `asked` those that the graph
+    asked for; `warnings` names what is missing; `seconds` is how long the compilation took.
+    """
+
+    callable: Callable[..., Any]
+    warnings: tuple[str, ...] = ()
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    asked: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Compiled:
+    """A graph module compiled at its first call, and again when inputs of other shapes come.
+
+    Runs in the grad mode that was current when it was made: that mode is part of what is compiled.
+    """
+
+    def __init__(self, module: fx.GraphModule, options: Lower) -> None:
+        self.module = module
+        self.options = options
+        self.backend = InductorBackend(_inductor_options(options))
+        self._grad = torch.is_grad_enabled()
+        self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
+        self._run = self._compile(options.dynamic)
+        self._widened = options.dynamic is True
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's outputs. Raises `LowerError` where it can't be compiled for `inputs`."""
+        with torch.set_grad_enabled(self._grad):
+            try:
+                return self._call(inputs)
+            except recompile_limit_error() as error:
+                if self._widened:
+                    raise LowerError(
+                        "the program was compiled for too many different inputs: its code depends "
+                        "on their sizes beyond batch and length; pad the inputs to a few sizes, or "
+                        "use Lower(fallback='eager')"
+                    ) from error
+                # Too many shapes for one compilation each: one for all of them.
+                self._widened = True
+                self._run = self._compile(True)
+                return self._call(inputs)
+
+    def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
+        # Dynamo counts recompilations by code object; recompiling gives the module one of its own.
+        self.module.recompile()
+        return torch.compile(self.module, fullgraph=True, dynamic=dynamic, backend=self.backend)
+
+    def _call(self, inputs: Sequence[Tensor]) -> Any:
+        if not self._graphs:
+            return self._run(*inputs)
+        # A recorded CUDA graph writes its outputs to the same memory at each replay.
+        torch.compiler.cudagraph_mark_step_begin()
+        return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*inputs))
+
+
+def compile_program(
+    module: fx.GraphModule,
+    program: Program,
+    options: Lower,
+    progress: Progress | None = None,
+) -> Lowered:
+    """Compile `module`, the materialised `program`, for the shapes of the program's example.
+
+    The example is run once; buffers that the program writes are put back. Raises `LowerError`
+    where there is no compiler, no CUDA where it is asked for, or, with `strict`, a lost kernel.
+    """
+    say = progress or (lambda line: None)
+    start = time.perf_counter()
+    asked = kernel_nodes(program.graph.nodes)
+    device = _device(module, program.example)
+    with torch.set_grad_enabled(program.mode == "train"):
+        try:
+            check_toolchain(device, options.mode)
+            compiled = Compiled(module, options)
+            say(f"compiling {program.node_count()} operations for {device} with Inductor")
+            _run_once(compiled, module, program)
+        except Exception as error:
+            failure = explain_compiler_failure(error)
+            if options.fallback is None:
+                if failure is error:
+                    raise
+                raise failure from error
+            reason = f"not compiled, runs eagerly: {failure}"
+            return Lowered(_eager(module), (reason,), seconds=time.perf_counter() - start)
+    code = "\n".join(compiled.backend.codes)
+    warnings = check_kernels(asked, code, options.strict)
+    say(f"compiled in {time.perf_counter() - start:.1f} s")
+    wanted = [GENERATED_AS[node.target] for node in asked]  # type: ignore[index]
+    return Lowered(
+        compiled,
+        warnings,
+        {name: found for name, found in sorted(count_calls(code).items()) if found},
+        {name: wanted.count(name) for name in sorted(set(wanted))},
+        time.perf_counter() - start,
+    )
+
+
+def _eager(module: fx.GraphModule) -> Callable[..., Any]:
+    grad = torch.is_grad_enabled()
+
+    def run(*inputs: Tensor) -> Any:
+        with torch.set_grad_enabled(grad):
+            return module(*inputs)
+
+    return run
+
+
+def _run_once(compiled: Compiled, module: fx.GraphModule, program: Program) -> None:
+    written = {
+        str(node.args[0].target)
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten.copy_.default
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+    }
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in written}
+    before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    compiled(*program.example)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(before[name])
+
+
+def _device(module: fx.GraphModule, example: Sequence[Tensor]) -> torch.device:
+    tensors = (*example, *module.parameters(), *module.buffers())
+    kinds = {tensor.device.type: tensor.device for tensor in tensors}
+    return kinds.get("cuda") or next(iter(kinds.values()), torch.device("cpu"))
+
+
+def _inductor_options(options: Lower) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    chosen = dict(list_mode_options(options.mode, options.dynamic)) if options.mode else {}
+    if chosen.get("triton.cudagraphs"):
+        chosen["triton.cudagraph_skip_dynamic_graphs"] = True
+    return chosen

@@ -1,0 +1,96 @@
+"""What Inductor generated: the code of every compilation, and the kernels called in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.errors import LowerError
+from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
+from fxopt.program import label
+
+_NAMED = 4
+
+
+class InductorBackend:
+    """Inductor as a torch.compile backend that keeps the code it generates.
+
+    `codes` holds one text for each graph compiled so far, forward and backward alike. Options apply
+    to this backend's compilations alone; nothing process-wide is set.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.codes: list[str] = []
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Compile `module`; called by Dynamo, once for each set of shapes it specialises on."""
+        from torch._functorch import config as autograd_config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        def keep_code(graph: fx.GraphModule, example: Sequence[Any], **kwargs: Any) -> Any:
+            compiled = compile_fx_inner(graph, example, **kwargs)
+            self.codes.append(str(getattr(compiled, "source_code", "")))
+            return compiled
+
+        # A hit in the autograd cache would hand back a callable without coming past `keep_code`;
+        # Inductor's own cache, which saves the C++ and Triton compilations, stays on.
+        with autograd_config.patch(enable_autograd_cache=False):
+            return compile_fx(
+                module, inputs, inner_compile=keep_code, config_patches=dict(self.options)
+            )
+
+
+def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The kernel-level nodes; of equal calls only the first, since the compiler merges them."""
+    found: dict[Any, fx.Node] = {}
+    for node in nodes:
+        if node.op == "call_function" and node.target in KERNEL_LEVEL:
+            found.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
+    return list(found.values())
+
+
+def count_calls(code: str) -> Counter[str]:
+    """How often the code calls each kernel, by the names of `GENERATED_AS`; comments don't count."""
+    calls = [line for line in code.splitlines() if not line.lstrip().startswith("#")]
+    return Counter(
+        {
+            name: sum(line.count(f"torch.ops.{name}.") for line in calls)
+            for name in set(GENERATED_AS.values())
+        }
+    )
+
+
+def missing_kernels(asked: Sequence[fx.Node], code: str) -> tuple[str, ...]:
+    """One message for each kernel that the code calls less often than the graph asks for."""
+    found = count_calls(code)
+    by_kernel: dict[str, list[fx.Node]] = {}
+    for node in asked:
+        assert isinstance(node.target, OpOverload)
+        by_kernel.setdefault(GENERATED_AS[node.target], []).append(node)
+    messages = []
+    for kernel, nodes in by_kernel.items():
+        if found[kernel] >= len(nodes):
+            continue
+        names = [f"{label(node)}: {node.target}" for node in nodes[:_NAMED]]
+        more = [f"and {len(nodes) - _NAMED} more"] if len(nodes) > _NAMED else []
+        messages.append(
+            f"{found[kernel]} of {len(nodes)} calls of {kernel} are in the generated code; "
+            "asked for by " + ", ".join(names + more)
+        )
+    return tuple(messages)
+
+
+def check_kernels(asked: Sequence[fx.Node], code: str, strict: bool) -> tuple[str, ...]:
+    """The messages of `missing_kernels`; with `strict` a `LowerError` that holds them."""
+    missing = missing_kernels(asked, code)
+    if missing and strict:
+        raise LowerError(
+            "lowering lost kernels: " + "; ".join(missing) + "\n  leave out strict=True to run "
+            "with what was generated, or leave those nodes out of the pass that asked for them"
+        )
+    return missing

@@ -1,0 +1,78 @@
+"""Lower: the end of a pass list, torch.compile with Inductor. Claim: close."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxopt.claim import Claim, Close
+from fxopt.errors import PassError
+from fxopt.kernels import KERNEL_LEVEL
+from fxopt.program import Program, label
+from fxopt.rewriting import Pass, Plan, Stage
+from fxopt.rewriting.plan import Site
+
+BACKENDS = ("inductor",)
+MODES = (None, "default", "reduce-overhead", "max-autotune")
+FALLBACKS = (None, "eager")
+
+
+@dataclass(frozen=True, repr=False)
+class Lower(Pass):
+    """Compile the program for the device its tensors are on.
+
+    `mode` is torch.compile's: "reduce-overhead" records CUDA graphs where shapes are static (CUDA
+    only), "max-autotune" times several kernels for each product. `dynamic` left out compiles the
+    first shapes as they are and, when others come, once more for any; True starts with any shape,
+    False compiles each shape anew. With `fallback="eager"` a program that can't be compiled here
+    runs uncompiled, and the report says so. With `strict=True` a kernel-level operator whose kernel
+    is not in the generated code is an error, not a warning.
+
+    Raises `PassError` for an unknown value of an option.
+    """
+
+    name: ClassVar[str] = "lower"
+    stage: ClassVar[Stage] = Stage.LOWER
+    claim: Claim = Close()
+    backend: str = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fallback: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for option, known in (("backend", BACKENDS), ("mode", MODES), ("fallback", FALLBACKS)):
+            value = getattr(self, option)
+            if value not in known:
+                raise PassError(_unknown(option, value, known))
+        if self.dynamic not in (None, True, False):
+            raise PassError(f"Lower(dynamic={self.dynamic!r}): must be None, True or False")
+        if self.strict not in (True, False):
+            raise PassError(f"Lower(strict={self.strict!r}): must be True or False")
+
+    def plan(self, program: Program) -> Plan:
+        """The kernel-level nodes whose kernels the generated code must contain."""
+        nodes = [node for node in program.graph.nodes if node.target in KERNEL_LEVEL]
+        return Plan(repr(self), tuple(Site("kernel", node.name, label(node)) for node in nodes))
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """The program itself: lowering makes a callable of it and leaves the graph as it is."""
+        return program
+
+    def compile(self, module: fx.GraphModule) -> Callable[..., Any]:
+        """`module` compiled at its first call, without a look at what was generated."""
+        from fxopt.lower.compilation import Compiled
+
+        return Compiled(module, self)
+
+
+def _unknown(option: str, value: object, known: tuple[str | None, ...]) -> str:
+    names = [name for name in known if name is not None]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
+    hint = f"; nearest is {near[0]!r}" if near else ""
+    choices = ", ".join(map(repr, known))
+    return f"Lower({option}={value!r}): must be one of {choices}{hint}"
