@@ -1,7 +1,7 @@
 """fxopt: a compiler for PyTorch models that proves each step.
 
-    opt = fxopt.transform(model, [fxopt.Int8Linear(), fxopt.Lower()], example_inputs=batch)
-    print(opt.report)
+opt = fxopt.transform(model, [fxopt.Int8Linear(), fxopt.Lower()], example_inputs=batch)
+print(opt.report)
 """
 
 from fxopt.claim import Close, Exact, Sqnr

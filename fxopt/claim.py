@@ -7,9 +7,9 @@ All three compare one tensor of the reference with one of the rewritten program:
     Sqnr(d)         10 log10( sum ref^2 / sum (out - ref)^2 ) >= d       decibels, higher is truer
 
 NaN and infinity pass no claim unless the reference holds the same infinity at the same place (an
-attention mask does, legitimately). Integer and boolean outputs can't be "close": they must be equal,
-except under `Sqnr(d)`, where the share of equal entries must reach 1 - 10^(-d/20), the same noise
-amplitude ratio.
+attention mask does, legitimately). Integer and boolean outputs can't be "close": they must be
+equal, except under `Sqnr(d)`, where the share of equal entries must reach 1 - 10^(-d/20), the same
+noise amplitude ratio.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Sqnr:
             share = (reference == output).double().mean().item() if reference.numel() else 1.0
             floor = 1.0 - 10.0 ** (-self.db / 20.0)
             text = f"{share:.4f} of integer entries equal (needs {floor:.4f})"
-            return Measured(share >= floor, math.inf if share == 1.0 else -20 * math.log10(1 - share), text)
+            return Measured(
+                share >= floor, math.inf if share == 1.0 else -20 * math.log10(1 - share), text
+            )
         value = sqnr(reference, output)
         return Measured(value >= self.db, value, f"{value:.1f} dB")
 
@@ -171,7 +173,9 @@ def _fault(reference: Tensor, output: Tensor) -> str | None:
 def _largest_difference(reference: Tensor, output: Tensor) -> float:
     if not reference.numel():
         return 0.0
-    if reference.dtype == torch.bool or not (reference.is_floating_point() or reference.is_complex()):
+    if reference.dtype == torch.bool or not (
+        reference.is_floating_point() or reference.is_complex()
+    ):
         different = reference != output
         if not bool(different.any()):
             return 0.0

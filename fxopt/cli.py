@@ -1,7 +1,7 @@
 """The command line: `fxopt optimize | inspect | bench`.
 
-Exit codes: 0 done, 1 a claim failed, 2 bad usage or input. With --json the standard output holds one
-JSON document and nothing else; progress goes to the standard error.
+Exit codes: 0 done, 1 a claim failed, 2 bad usage or input. With --json the standard output holds
+one JSON document and nothing else; progress goes to the standard error.
 """
 
 from __future__ import annotations
@@ -53,11 +53,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to the standard
 def optimize(
     model: Model = None,
     passes: Passes = DEFAULT_PASSES,
-    out: Annotated[Path | None, typer.Option(help="Folder to save the optimised program in.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to save the optimised program in.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="File for the report: .html, .json or .txt.")
     ] = None,
-    on_violation: Annotated[str, typer.Option(help="raise or revert when a claim fails.")] = "raise",
+    on_violation: Annotated[
+        str, typer.Option(help="raise or revert when a claim fails.")
+    ] = "raise",
     batch: Batch = 8,
     length: Length = 64,
     device: Device = "cpu",
@@ -94,7 +98,9 @@ def inspect(
         str | None, typer.Option("--passes", "-p", help="Show the graph after these passes.")
     ] = None,
     full: Annotated[bool, typer.Option(help="Print repeated layers in full.")] = False,
-    diff: Annotated[bool, typer.Option(help="With --passes: print only what they changed.")] = False,
+    diff: Annotated[
+        bool, typer.Option(help="With --passes: print only what they changed.")
+    ] = False,
     batch: Batch = 2,
     length: Length = 16,
     device: Device = "cpu",
@@ -114,7 +120,13 @@ def inspect(
             )  # fmt: skip
             program = optimized.program
             graph, before = optimized.graph, optimized.steps[0].graph
-    shown = before.diff(graph) if diff and before is not None else str(graph) if full else graph.collapsed()
+    shown = (
+        before.diff(graph)
+        if diff and before is not None
+        else str(graph)
+        if full
+        else graph.collapsed()
+    )
     if as_json:
         document = {
             "model": program.name,
@@ -218,5 +230,3 @@ def _steps() -> Iterator[Callable[[str], None]]:
         yield step
         if task:
             bar.update(task[-1], total=1, completed=1)
-
-

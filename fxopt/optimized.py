@@ -60,7 +60,9 @@ class Optimized(nn.Module):
     is for inference: it runs without recording gradients.
     """
 
-    def __init__(self, carried: dict[str, Any], build: Callable[..., Outcome] | None = None) -> None:
+    def __init__(
+        self, carried: dict[str, Any], build: Callable[..., Outcome] | None = None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "_carried", carried)
         object.__setattr__(self, "_build", build)
@@ -149,7 +151,8 @@ class Optimized(nn.Module):
         """Only a program captured with mode="train" can train. Raises `ModelError` otherwise."""
         if mode and self._outcome is not None and self._outcome.program.mode == "eval":
             raise ModelError(
-                "this program was captured in eval mode and can't train: its dropout is gone and its "
+                "this program was captured in eval mode and can't train: its dropout is gone "
+                "and its "
                 'norms are folded. Use fxopt.transform(model, ..., mode="train").'
             )
         return super().train(mode)
@@ -181,7 +184,7 @@ class Optimized(nn.Module):
                 "first and transform it again"
             )
         before = self.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             program = replace(outcome.program, state=self.program.state).on_device(self.device)
             self.install(relowered(replace(outcome, program=program, module=None, compiled=None)))
@@ -191,8 +194,8 @@ class Optimized(nn.Module):
         outcome: Outcome | None = self._outcome
         if outcome is None:
             raise NotCapturedError(
-                "the graph doesn't exist yet: no example_inputs were given and none could be derived. "
-                "Call the module once; the capture uses the inputs of that call."
+                "the graph doesn't exist yet: no example_inputs were given and none could be "
+                "derived. Call the module once; the capture uses the inputs of that call."
             )
         return outcome
 
@@ -222,11 +225,15 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:
-    """An empty `Optimized` that presents itself as `model`: its attributes and forward signature."""
+    """An empty `Optimized` that presents itself as `model`: its attributes and forward
+    signature.
+    """
     carried = {
         name: value
         for name, value in vars(model).items()
-        if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)) and name != "training"
+        if not name.startswith("_")
+        and not isinstance(value, (nn.Module, Tensor))
+        and name != "training"
     }
     for name in _CARRIED_FROM_CLASS:
         if hasattr(type(model), name):
@@ -249,7 +256,9 @@ def optimized_like(
 
     forward.__signature__ = _with_self(signature)  # type: ignore[attr-defined]
     forward.__doc__ = Optimized.forward.__doc__
-    kind = type(f"Optimized{name.removeprefix('Optimized')}", (Optimized,), {"forward": forward})
+    kind: type[Optimized] = type(
+        f"Optimized{name.removeprefix('Optimized')}", (Optimized,), {"forward": forward}
+    )
     return kind(carried, build)
 
 
@@ -274,7 +283,10 @@ def graph_module(program: Program) -> fx.GraphModule:
 def relowered(outcome: Outcome) -> Outcome:
     """`outcome` with a fresh module, compiled again the way it was (at its first call)."""
     module = graph_module(outcome.program)
-    compiled = outcome.lowering.compile(module) if outcome.lowering is not None else None
+    compiled = None
+    if outcome.lowering is not None:
+        with torch.set_grad_enabled(outcome.program.mode == "train"):
+            compiled = outcome.lowering.compile(module)
     return replace(outcome, module=module, compiled=compiled)
 
 

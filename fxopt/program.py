@@ -112,7 +112,8 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The output node; its argument is a flat tuple of nodes."""
-        return next(iter(reversed(self.graph.nodes)))
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
 
     @property
     def fake_mode(self) -> FakeTensorMode:
@@ -142,7 +143,9 @@ class Program:
         return replace(self, state=state)
 
     def outline(self) -> Program:
-        """This program with its tensors on the meta device: enough to print it, none of its memory."""
+        """This program with its tensors on the meta device: enough to print it, none of its
+        memory.
+        """
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
@@ -169,13 +172,13 @@ class Program:
                 new.meta = {**node.meta, "val": pytree.tree_map(moved, node.meta["val"])}
                 copies[node] = new
         example = tuple(tensor.to(device) for tensor in self.example)
-        return replace(self, graph=graph, signature=self.signature.on_device(device), example=example)
+        return replace(
+            self, graph=graph, signature=self.signature.on_device(device), example=example
+        )
 
     def parameter_bytes(self) -> int:
         """Bytes of all state tensors, tied ones counted once."""
-        return sum(
-            tensor.shape.numel() * tensor.dtype.itemsize for tensor in self.state.values()
-        )
+        return sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in self.state.values())
 
     def node_count(self) -> int:
         """Number of operations: nodes that compute, without inputs, constants and output."""
@@ -212,7 +215,8 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
-    """Whether dropping an unused `node` changes nothing: no write, and no random draw in training."""
+    """Whether dropping an unused `node` changes nothing: no write, and no random draw in
+    training."""
     if node.op in ("placeholder", "output"):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):

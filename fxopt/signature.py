@@ -47,7 +47,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Signature:
-    """The calling convention of a captured model; turns calls into leaves and leaves into outputs."""
+    """The calling convention of a captured model; turns calls into leaves and leaves into
+    outputs."""
 
     forward: inspect.Signature
     in_spec: pytree.TreeSpec
@@ -125,7 +126,9 @@ class Signature:
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def _path_of(self, constant: object) -> str:
-        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.leaves), self.in_spec))
+        paths, _ = pytree.tree_flatten_with_path(
+            pytree.tree_unflatten(list(self.leaves), self.in_spec)
+        )
         return next((_path_text(path) for path, leaf in paths if leaf is constant), "an argument")
 
     def _structure_text(self, given: Mapping[str, Any]) -> str:
@@ -137,7 +140,8 @@ class Signature:
         if extra:
             parts.append(f"this call adds {', '.join(extra)}")
         return (
-            "; ".join(parts) + ". Call it with the same arguments, or transform the model again with "
+            "; ".join(parts)
+            + ". Call it with the same arguments, or transform the model again with "
             "example_inputs that hold these."
         )
 
@@ -153,8 +157,8 @@ class Signature:
             )
         if value.device != expected.device:
             raise InputError(
-                f"{expected.path} is on {value.device}, but the model is on {expected.device}. Move it "
-                f"with .to('{expected.device}')."
+                f"{expected.path} is on {value.device}, but the model is on {expected.device}. "
+                f"Move it with .to('{expected.device}')."
             )
         if value.ndim != len(expected.sizes):
             raise InputError(
@@ -229,7 +233,7 @@ def unbind(
     """The (args, kwargs) that call `forward` with what `bind` returned."""
     known = {name: value for name, value in named.items() if name in signature.parameters}
     extra = {name: value for name, value in named.items() if name not in signature.parameters}
-    bound = inspect.BoundArguments(signature, dict(known))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, dict(known))
     return tuple(bound.args), {**bound.kwargs, **extra}
 
 

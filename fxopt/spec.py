@@ -1,6 +1,6 @@
 """Pass lists: instances, rules or textual specs, brought to instances in an order that makes sense.
 
-    int8-linear{mode=weight_only, exclude=lm_head|*.down_proj, claim=sqnr(30)}
+int8-linear{mode=weight_only, exclude=lm_head|*.down_proj, claim=sqnr(30)}
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _WORDS = {"true": True, "false": False, "none": None}
 def resolve_passes(passes: str | Iterable[Any]) -> tuple[Pass, ...]:
     """`passes` as instances: pass and rule instances as they are, strings parsed, order checked.
 
-    Raises `PassError` for an empty list, an unknown name (with the nearest one), a class in place of
-    an instance, something that is no pass, a wrong option, and an order that can't work.
+    Raises `PassError` for an empty list, an unknown name (with the nearest one), a class in place
+    of an instance, something that is no pass, a wrong option, and an order that can't work.
     """
-    if isinstance(passes, (str, Pass, Rule)):
+    if isinstance(passes, (str, Pass, Rule)) or inspect.isclass(passes):
         passes = [passes]
     try:
         items = list(passes)
@@ -67,7 +67,8 @@ def resolve_passes(passes: str | Iterable[Any]) -> tuple[Pass, ...]:
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
     """The passes of a textual spec: names separated by commas, each with its {options}."""
-    found = []
+    found: list[Pass] = []
+    text = text.strip()
     position = 0
     while position < len(text):
         match = _SPEC.match(text, position)
@@ -112,7 +113,7 @@ def _build(name: str, options: str) -> Pass:
     kind = PASSES.get(name)
     if kind is None:
         near = difflib.get_close_matches(name, PASSES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise PassError(f"unknown pass {name!r}{hint} Known: {', '.join(PASSES)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     given: dict[str, Any] = {}
@@ -147,7 +148,8 @@ def _claim(text: str) -> Claim:
     if match is None or kind is None:
         raise PassError(f"unknown claim {text!r}: write exact, close, close(1e-4) or sqnr(30)")
     try:
-        claim: Claim = kind(float(match["value"])) if match["value"] else kind()
+        numbers = match["value"].split("|") if match["value"] else []
+        claim: Claim = kind(*(None if n.strip().lower() == "none" else float(n) for n in numbers))
     except (TypeError, ValueError) as error:
         raise PassError(f"can't read the claim {text!r}: {error}") from error
     return claim
@@ -158,7 +160,8 @@ def _check_order(passes: list[Pass]) -> None:
     for pass_ in passes:
         if latest is not None and latest.stage is Stage.LOWER:
             raise PassError(
-                f"{pass_!r} comes after {latest!r}, but lowering ends a list: move {pass_!r} before it"
+                f"{pass_!r} comes after {latest!r}, but lowering ends a list: move {pass_!r} "
+                "before it"
             )
         if pass_.stage is Stage.ANY:
             continue

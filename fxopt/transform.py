@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt import measure, wellformed
+from fxopt.analyses import rounds_activations
 from fxopt.capture import capture, check_model, normalize_inputs
 from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, NotCapturedError, PassError
@@ -25,11 +26,13 @@ from fxopt.signature import bind, forward_signature
 from fxopt.spec import resolve_passes
 from fxopt.verify import (
     Blame,
+    RunAll,
     Trial,
     Verdict,
     blame,
     compose,
     judge,
+    judge_nodes,
     one_by_one,
     output_names,
     run_model,
@@ -60,7 +63,8 @@ def transform(
     `passes` are pass or rule instances or textual specs, run in order. `example_inputs` (a tensor,
     a tuple of positionals or a dict of keywords) may be left out where a transformers config tells
     what they are; else the capture waits for the first call. Each pass is judged on the example, on
-    two other sizes and on `verify_inputs`, against its predecessor; the whole list once more against
+    two other sizes and on `verify_inputs`, against its predecessor; the whole list once more
+    against
     the eager original, within `budget` (left out: the sum of the claims). A broken claim raises
     `EquivalenceError`, or with `on_violation="revert"` undoes the change at the guilty nodes.
 
@@ -125,6 +129,7 @@ class _Pipeline:
         self.compiled: Callable[..., Any] | None = None
         self.trials: tuple[Trial, ...] = ()
         self.outputs: list[tuple[Tensor, ...]] = []
+        self.unrounded: tuple[Claim, list[tuple[Tensor, ...]]] | None = None
 
     def capture(self, inputs: Inputs | None, mode: Mode, more: Sequence[Inputs]) -> None:
         """Capture the model (or continue from its program) and judge the capture itself."""
@@ -145,13 +150,11 @@ class _Pipeline:
             self.trials, skipped = trials(program, run_model(self.model, program), extra)
             self.notes += skipped
             self.outputs = [trial.outputs for trial in self.trials]
-            verdict, self.outputs = judge(claim, self.trials, self.outputs, run_program(program))
+            verdict, self.outputs = self._judge(claim, self.outputs, run_program(program))
             if not verdict.holds:
-                raise EquivalenceError(_violation_text("the capture", program, verdict, ()))
+                raise EquivalenceError(_violation_text("the capture", verdict, ()))
         found = {"operations": program.node_count()}
-        self._record(
-            "capture", "capture", program, program, claim, verdict, start, (), (), found
-        )
+        self._record("capture", "capture", program, program, claim, verdict, start, (), (), found)
 
     def run(self, pass_: Pass) -> None:
         """Plan, apply, check and judge one pass."""
@@ -170,12 +173,14 @@ class _Pipeline:
         after, verdict, outputs = self._attempt(pass_, plan, before)
         reverted: tuple[Refusal, ...] = ()
         if verdict is not None and not verdict.holds:
-            blames = _blame(before, after, verdict)
+            blames = blame(before, after, verdict.trial)
             if self.on_violation == "raise":
-                raise EquivalenceError(_violation_text(repr(pass_), before, verdict, blames))
+                raise EquivalenceError(_violation_text(repr(pass_), verdict, blames))
             after, verdict, outputs, reverted = self._revert(pass_, plan, before, verdict, blames)
         if quiet and not after.changes.fired:
             return
+        if rounds_activations(after) and not rounds_activations(before):
+            self.unrounded = (pass_.claim, self.outputs)
         self.program, self.outputs = after, outputs
         self.claims.append(pass_.claim)
         self._record(
@@ -188,14 +193,24 @@ class _Pipeline:
         after = pass_.apply(replace(before, changes=Changes()), plan)
         if after.graph is not before.graph and not after.changes.fired:
             raise PassError(
-                f"{pass_!r} returned another graph without going through fxopt.rewriting.rewrite; only "
+                f"{pass_!r} returned another graph without going through "
+                "fxopt.rewriting.rewrite; only "
                 "the driver may edit, since it counts and keeps metadata"
             )
         wellformed.check(after)
         if not self.verify or not after.changes.fired:
             return after, None, self.outputs
-        verdict, outputs = judge(pass_.claim, self.trials, self.outputs, run_program(after))
-        return after, verdict, outputs
+        if isinstance(pass_.claim, Close) and rounds_activations(before):
+            verdict = judge_nodes(pass_.claim, before, after, self.trials)
+            if verdict is not None:
+                outputs = run_program(after)([trial.inputs for trial in self.trials])
+                return after, verdict, [tuple(output) for output in outputs]
+        return after, *self._judge(pass_.claim, self.outputs, run_program(after))
+
+    def _judge(
+        self, claim: Claim, reference: Sequence[Sequence[Tensor]], run: RunAll
+    ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
+        return judge(claim, self.trials, reference, run, output_names(self.program))
 
     def _revert(
         self, pass_: Pass, plan: Plan, before: Program, verdict: Verdict, blames: Sequence[Blame]
@@ -222,17 +237,19 @@ class _Pipeline:
         self.program = self.program.materialized()
         self.module = graph_module(self.program)
         lowered = compile_program(self.module, self.program, options, self.progress)
-        verdict = None
+        claim, verdict = options.claim, None
         if self.verify:
-            verdict, self.outputs = judge(
-                options.claim, self.trials, self.outputs, one_by_one(_runner(lowered.callable))
-            )
+            # Fused rounding decides ties by other last bits; see judge_nodes. A compiled program
+            # can't be judged node by node, so it is held to the rounding pass's own claim.
+            claim, reference = self.unrounded or (options.claim, self.outputs)
+            run = one_by_one(_runner(lowered.callable))
+            verdict, self.outputs = self._judge(claim, reference, run)
             if not verdict.holds:
-                raise EquivalenceError(_violation_text(repr(options), self.program, verdict, ()))
+                raise EquivalenceError(_violation_text(repr(options), verdict, ()))
         self.lowering, self.compiled = options, lowered.callable
         self.claims.append(options.claim)
         self._record(
-            options.name, repr(options), self.program, self.program, options.claim, verdict, start,
+            options.name, repr(options), self.program, self.program, claim, verdict, start,
             (), lowered.warnings, lowered.kernels,
         )  # fmt: skip
 
@@ -250,7 +267,7 @@ class _Pipeline:
             end_to_end=end_to_end,
             notes=tuple(self.notes),
             fingerprint=measure.fingerprint(),
-            picture_before=picture(self.captured),
+            picture_before=picture(self.captured, self._gone_nodes()),
             picture_after=picture(self.program, self._changed_nodes()),
         )
         if measure_cost or (measure_cost is None and self.lowering is not None):
@@ -263,12 +280,12 @@ class _Pipeline:
         budget = self.budget or compose(self.claims)
         reference = [trial.outputs for trial in self.trials]
         kept = [list(outputs) for outputs in self.outputs]
-        verdict, _ = judge(budget, self.trials, reference, lambda batches: kept)
+        verdict, _ = self._judge(budget, reference, lambda batches: kept)
         if not verdict.holds:
             raise EquivalenceError(
-                _violation_text("the whole list", self.program, verdict, ())
-                + "\n  each pass kept its own claim, but their sum is over the budget: loosen budget=, "
-                "or drop or tighten a pass"
+                _violation_text("the whole list", verdict, ())
+                + "\n  each pass kept its own claim, but their sum is over the budget: loosen "
+                "budget=, or drop or tighten a pass"
             )
         return f"{budget}; measured {verdict.measured.text} over {len(self.trials)} inputs"
 
@@ -339,6 +356,10 @@ class _Pipeline:
     def _changed_nodes(self) -> frozenset[str]:
         return frozenset(name for step in self.steps for name in step.record.changed)
 
+    def _gone_nodes(self) -> frozenset[str]:
+        left = {node.name for node in self.program.graph.nodes}
+        return frozenset({node.name for node in self.captured.graph.nodes} - left)
+
     def _flat(self, inputs: Inputs) -> list[Tensor]:
         signature = self.program.signature
         return signature.flatten((), normalize_inputs(signature.forward, inputs))
@@ -352,19 +373,11 @@ def _runner(run: Callable[..., Any]) -> Callable[[Sequence[Tensor]], list[Tensor
     return call
 
 
-def _blame(before: Program, after: Program, verdict: Verdict) -> list[Blame]:
-    return blame(before, after, verdict.trial)
-
-
-def _violation_text(
-    who: str, program: Program, verdict: Verdict, blames: Sequence[Blame]
-) -> str:
-    names = output_names(program)
-    output = names[verdict.output] if verdict.output < len(names) else f"output {verdict.output}"
+def _violation_text(who: str, verdict: Verdict, blames: Sequence[Blame]) -> str:
     lines = [
         f"{who} broke its claim",
         f"  claimed: {verdict.claim}",
-        f"  measured: {verdict.measured.text}, in {output} on {verdict.trial.what}",
+        f"  measured: {verdict.measured.text}, in {verdict.where} on {verdict.trial.what}",
     ]
     if blames:
         worst = blames[0]

@@ -45,6 +45,10 @@ class Drawn:
         others = "; ".join(map(shapes, self.others))
         return f"{self.model}\n  example {shapes(self.example)}\n  others {others}"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # Hypothesis would print the fields of a dataclass, tensors and all.
+        printer.text(repr(self))
+
 
 class Activation(nn.Module):
     """One of the elementwise functions, by name."""
@@ -317,10 +321,18 @@ def _make_inputs(
 
 
 @st.composite
-def sequence_models(draw: st.DrawFn, *, dtypes: st.SearchStrategy[torch.dtype] = _DTYPES) -> Drawn:
-    """Stacks of token-wise blocks on [batch, length, width] floats or on [batch, length] ids."""
+def sequence_models(
+    draw: st.DrawFn,
+    *,
+    dtypes: st.SearchStrategy[torch.dtype] = _DTYPES,
+    last: Callable[[int], nn.Module] = lambda width: nn.Identity(),
+) -> Drawn:
+    """Stacks of token-wise blocks on [batch, length, width] floats or on [batch, length] ids.
+
+    `last(width)` is the block under the head, for properties that need one of its kind.
+    """
     width = draw(st.sampled_from([8, 12, 33]))
-    body = nn.Sequential(*draw(st.lists(_blocks(width), min_size=1, max_size=4)))
+    body = nn.Sequential(*draw(st.lists(_blocks(width), min_size=1, max_size=4)), last(width))
     seed, dtype = draw(_SEEDS), draw(dtypes)
     if draw(st.booleans()):
         model: nn.Module = Embedded(body, width, tied=draw(st.booleans()))
@@ -341,10 +353,19 @@ def sequence_models(draw: st.DrawFn, *, dtypes: st.SearchStrategy[torch.dtype] =
 
 
 @st.composite
-def conv_models(draw: st.DrawFn, *, dtypes: st.SearchStrategy[torch.dtype] = _DTYPES) -> Drawn:
-    """Stacks of convolutions with and without batch norm on [batch, channels, 6, 6] images."""
+def conv_models(
+    draw: st.DrawFn,
+    *,
+    dtypes: st.SearchStrategy[torch.dtype] = _DTYPES,
+    last: Callable[[int], nn.Module] = lambda channels: nn.Identity(),
+) -> Drawn:
+    """Stacks of convolutions with and without batch norm on [batch, channels, 6, 6] images.
+
+    `last(channels)` is the block under the pooling, for properties that need one of its kind.
+    """
     channels = draw(st.sampled_from([4, 6]))
-    body = nn.Sequential(*draw(st.lists(_conv_blocks(channels), min_size=1, max_size=3)))
+    blocks = draw(st.lists(_conv_blocks(channels), min_size=1, max_size=3))
+    body = nn.Sequential(*blocks, last(channels))
     seed, dtype = draw(_SEEDS), draw(dtypes)
     tensors = _make_inputs(
         draw(_sizes(1)),

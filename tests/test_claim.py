@@ -159,6 +159,12 @@ def test_close_admits_the_rounding_of_a_reordered_sum(dtype: torch.dtype) -> Non
     assert Close().measure(forward, backward).holds
 
 
+def test_sqnr_of_infinite_noise_is_minus_infinity() -> None:
+    assert sqnr(_output(), _with_entry(math.inf)(_output())) == -math.inf
+    assert sqnr(_output(), _with_entry(math.nan)(_output())) == -math.inf
+    assert sqnr(torch.zeros(3), torch.ones(3)) == -math.inf
+
+
 def test_exact_sees_the_last_bit() -> None:
     reference = _output()
     neighbour = torch.nextafter(reference, torch.tensor(math.inf))

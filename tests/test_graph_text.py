@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,9 +102,23 @@ def test_a_layer_that_differs_is_not_collapsed() -> None:
     norms = [n for n in program.graph.nodes if n.target is aten.layer_norm.default]
     norms[2].args = (*norms[2].args[:4], 1e-3, *norms[2].args[5:])
     collapsed = text(program, collapse=True)
+    assert "# layers.1: as layers.0, each on the result of the one before" in collapsed
     assert "# layers.2  Layer" in collapsed
     assert "0.001" in collapsed
-    assert ": as layers." not in collapsed
+    assert "# layers.3  Layer" in collapsed
+
+
+def test_layers_that_read_other_values_are_not_collapsed() -> None:
+    class Skipping(Encoder):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            first = self.layers[0](self.embedding(ids), mask)
+            second = self.layers[1](first, mask)
+            return self.layers[2](first, mask) + second
+
+    ids = torch.ones(2, 5, dtype=torch.long)
+    collapsed = text(capture(Skipping(3), (ids, ids > 0)), collapse=True)
+    assert "# layers.1: as layers.0, each on the result of the one before" in collapsed
+    assert "# layers.2.attention  Attention" in collapsed
 
 
 def test_diff_shows_a_change_of_all_layers_once(snapshot: SnapshotAssertion) -> None:
@@ -221,7 +236,9 @@ def test_graph_text_is_the_value_that_people_print() -> None:
     graph = GraphText(before)
     assert str(graph) == text(before)
     assert repr(graph) == graph.collapsed() == text(before, collapse=True)
-    assert graph.diff(after) == graph.diff(GraphText(after)) == diff(before, after)
+    step = SimpleNamespace(graph=GraphText(after))
+    for other in (after, GraphText(after), step):
+        assert graph.diff(other) == diff(before, after)
 
 
 def test_describe_needs_no_well_formed_node() -> None:

@@ -27,7 +27,15 @@ from fxopt.rewriting.pattern import Target
 from fxopt.spec import resolve_passes
 from fxopt.verify import compose
 from tests.check import assert_state_equal, assert_unchanged, eager, tensors_of
-from tests.models import Drawn, conv_models, models, pass_lists, sequence_models
+from tests.models import (
+    ConstantSubgraph,
+    Drawn,
+    ParallelLinears,
+    conv_models,
+    models,
+    pass_lists,
+    sequence_models,
+)
 
 aten = torch.ops.aten
 _FEW = settings(max_examples=10)
@@ -248,7 +256,7 @@ def test_revert_undoes_a_planted_fault(drawn: Drawn, data: st.DataObject) -> Non
 
 @dataclass(frozen=True)
 class Sabotaged(Pass):
-    """`inner`, and then a fault in the first tensor that it made."""
+    """`inner`, and then a fault in the first tensor that it made, or in the last node if none."""
 
     inner: Pass
     fault: str
@@ -265,42 +273,78 @@ class Sabotaged(Pass):
     def apply(self, program: Program, plan: Plan) -> Program:
         result = self.inner.apply(program, plan)
         made = [name for name in result.state if name not in program.state]
-        if not made:
-            return result
-        damaged = {made[0]: _spoil(result.state[made[0]], self.fault)}
-        return replace(result, state={**result.state, **damaged})
+        if made:
+            damaged = {made[0]: _spoil_tensor(result.state[made[0]], self.fault)}
+            return replace(result, state={**result.state, **damaged})
+        old = {node.name for node in program.graph.nodes}
+        new = [n for n in result.graph.nodes if n.op == "call_function" and n.name not in old]
+        if new:
+            _spoil_node(new[-1], self.fault)
+        return result
 
 
-def _spoil(tensor: Tensor | Recipe, fault: str) -> Recipe:
+def _spoil_tensor(tensor: Tensor | Recipe, fault: str) -> Recipe:
     makers = {
         "zeros": torch.zeros_like,
-        "rolled": lambda value: value.roll(1, 0),
+        "flipped": lambda value: value.flip(0),
         "negated": lambda value: -value,
     }
     return Recipe(makers[fault], (tensor,), tensor.shape, tensor.dtype, tensor.device)
 
 
-_TENSOR_MAKERS = [
-    fxopt.FuseLinears(),
-    fxopt.FuseConvBatchNorm(),
-    fxopt.Int8Linear(mode="dynamic"),
-    fxopt.Int8Linear(mode="weight_only"),
-    fxopt.Canonicalize(),
+def _spoil_node(node: fx.Node, fault: str) -> None:
+    faults: Mapping[str, tuple[Any, ...]] = {
+        "zeros": (aten.mul.Tensor, 0.0),
+        "flipped": (aten.flip.default, [-1]),
+        "negated": (aten.neg.default,),
+    }
+    target, *more = faults[fault]
+    with node.graph.inserting_after(node):
+        wrong = node.graph.call_function(target, (node, *more))
+    wrong.meta = dict(node.meta)
+    node.replace_all_uses_with(wrong, delete_user_cb=lambda user: user is not wrong)
+
+
+_SABOTAGE: list[tuple[str, Pass, st.SearchStrategy[Drawn]]] = [
+    ("", fxopt.Canonicalize(), sequence_models(dtypes=_FLOATS, last=ConstantSubgraph)),
+    (
+        "",
+        fxopt.FuseLinears(),
+        sequence_models(dtypes=_FLOATS, last=lambda width: ParallelLinears(width, [(4, True)] * 2)),
+    ),
+    (
+        "",
+        fxopt.FuseConvBatchNorm(),
+        conv_models(
+            dtypes=_FLOATS,
+            last=lambda n: torch.nn.Sequential(
+                torch.nn.Conv2d(n, n, 1, bias=False), torch.nn.BatchNorm2d(n)
+            ),
+        ),
+    ),
+    ("", fxopt.Int8Linear(mode="dynamic"), sequence_models(dtypes=_FLOATS)),
+    ("", fxopt.Int8Linear(mode="weight_only"), sequence_models(dtypes=_FLOATS)),
+    ("", fxopt.Prepack(), sequence_models(dtypes=_FLOATS)),
+    ("int8-linear", fxopt.SelectKernels(), sequence_models(dtypes=_FLOATS)),
 ]
 
 
-@pytest.mark.parametrize("inner", _TENSOR_MAKERS, ids=repr)
-@settings(max_examples=8)
-@given(st.data())
-def test_a_fault_planted_in_each_pass_is_caught(inner: Pass, data: st.DataObject) -> None:
-    family = conv_models if isinstance(inner, fxopt.FuseConvBatchNorm) else sequence_models
-    drawn = data.draw(family(dtypes=_FLOATS))
-    sabotaged = Sabotaged(inner, data.draw(st.sampled_from(["zeros", "rolled", "negated"])))
+@pytest.mark.parametrize(
+    ("before", "inner", "drawn_models"), _SABOTAGE, ids=[repr(row[1]) for row in _SABOTAGE]
+)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_a_fault_planted_in_each_pass_is_caught(
+    before: str, inner: Pass, drawn_models: st.SearchStrategy[Drawn], data: st.DataObject
+) -> None:
+    drawn = data.draw(drawn_models)
+    sabotaged = Sabotaged(inner, data.draw(st.sampled_from(["zeros", "flipped", "negated"])))
     program = capture(drawn.model, drawn.example)
-    assume(set(sabotaged.apply(program, sabotaged.plan(program)).state) - set(program.state))
+    for pass_ in resolve_passes(before) if before else ():
+        program = pass_.apply(program, pass_.plan(program))
     assume(_breaks(sabotaged, program))
     with pytest.raises(EquivalenceError, match="broke its claim"):
-        _optimize(drawn, [sabotaged])
+        _optimize(drawn, [*([before] if before else []), sabotaged])
 
 
 def _breaks(change: Rule | Pass, program: Program) -> bool:

@@ -152,6 +152,11 @@ def return_a_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     nodes["output"].args = ((nodes["aten::add"], last),)
 
 
+def return_written_state(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+    insert(graph, nodes["output"].prev, aten.copy_.default, nodes["shift"], nodes["fc.bias"])
+    nodes["output"].args = ((nodes["aten::add"], nodes["shift"]),)
+
+
 def missing_value(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     del nodes["aten::add"].meta["val"]
 
@@ -250,7 +255,8 @@ def bare_symbol(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         (write_to_activation, "aten.copy_.default writes to its argument"),
         (compute_after_write, "a computation after a write to state"),
         (read_after_write, "%shift is read after it was written"),
-        (return_a_write, "writes state and is returned"),
+        (return_a_write, " is state that was written, and is returned"),
+        (return_written_state, "%shift is state that was written, and is returned"),
         (missing_value, 'meta["val"] is missing'),
         (missing_path, 'meta["module_path"] is missing'),
         (unknown_state, "the state has no entry 'shifted'"),

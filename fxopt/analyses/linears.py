@@ -1,9 +1,9 @@
 """What counts as a linear layer: y = x @ Wᵀ + b with a constant W, in each spelling of the dialect.
 
-    aten.linear(x, W, b)                 W: [N, K]
-    aten.addmm(b, x, V), aten.mm(x, V)   V = Wᵀ: [K, N]   (GPT-2's Conv1D)
-    aten.matmul(x, V)                    V: [K, N]
-    any of these with V = aten.t(W), aten.transpose(W, 0, 1) or aten.permute(W, [1, 0])
+aten.linear(x, W, b)                 W: [N, K]
+aten.addmm(b, x, V), aten.mm(x, V)   V = Wᵀ: [K, N]   (GPT-2's Conv1D)
+aten.matmul(x, V)                    V: [K, N]
+any of these with V = aten.t(W), aten.transpose(W, 0, 1) or aten.permute(W, [1, 0])
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,9 @@ def capture(
 
 
 def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
-    """Export on `named`, its batch doubled when it is 1 (a size of 1 can't be traced as dynamic)."""
+    """Export on `named`, its batch doubled when it is 1 (a size of 1 can't be traced as
+    dynamic).
+    """
     doubled = _double_batch(named)
     if doubled is not None:
         try:
@@ -90,26 +94,43 @@ def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
 
 def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
     args, kwargs = unbind(forward_signature(model), named)
-    dims = pytree.tree_map(_dynamic_axes, (args, kwargs))
-    # torch checks dynamic_shapes against **kwargs by the name of the parameter that collects them,
-    # so the dims of each leaf go along as a flat list under the same tree.
-    shapes = _shapes_for(model, dims)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+    with (
+        _named_keywords(model, named) as signature,
+        torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
+    ):
+        shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _shapes_for(model: nn.Module, dims: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    args, kwargs = dims
-    return (*args, *kwargs.values()) if not kwargs else _named_shapes(model, args, kwargs)
+@contextmanager
+def _named_keywords(model: nn.Module, named: Mapping[str, Any]) -> Iterator[inspect.Signature]:
+    """Show what lands in `**kwargs` as parameters of their own; the model's forward is put back.
 
+    torch.export takes no dynamic_shapes for collected keywords: it looks for them inside the
+    collector at first and beside it later, and no form passes both.
+    """
+    signature = forward_signature(model)
+    known = signature.parameters
+    collected = [name for name in named if name not in known]
+    if not collected:
+        yield signature
+        return
+    own, original = model.__dict__.get("forward"), model.forward
 
-def _named_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    parameters = forward_signature(model).parameters
-    positional = dict(zip(parameters, args, strict=False))
-    named = {name: dim for name, dim in kwargs.items() if name in parameters}
-    extra = {name: dim for name, dim in kwargs.items() if name not in parameters}
-    collector = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    return {**positional, **named, **({collector: extra} if extra and collector else {})}
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    parameters = [p for p in known.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in collected]
+    signature = signature.replace(parameters=parameters)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield signature
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _dynamic_axes(leaf: Any) -> Any:
@@ -165,7 +186,8 @@ def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     text = f"{type(error).__name__}: {error}"
     advice = next(
-        (advice for marks, advice in _ADVICE if any(mark in text for mark in marks)), _DEFAULT_ADVICE
+        (advice for marks, advice in _ADVICE if any(mark in text for mark in marks)),
+        _DEFAULT_ADVICE,
     )
     return CaptureError(
         f"{type(model).__name__} can't be captured as a graph.\n"

@@ -1,12 +1,12 @@
 """From what torch.export gives to the one dialect of the house.
 
-    lifted parameters      -> get_attr nodes named as in the model's state_dict
-    tied parameters        -> one get_attr name, the others recorded as aliases
-    guards, assertions     -> dropped (the signature checks the inputs of every call)
-    no_grad, autocast off  -> their bodies inlined
-    dropout in eval        -> dropped
-    view                   -> reshape, which a rewrite of strides can't break
-    in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
+lifted parameters      -> get_attr nodes named as in the model's state_dict
+tied parameters        -> one get_attr name, the others recorded as aliases
+guards, assertions     -> dropped (the signature checks the inputs of every call)
+no_grad, autocast off  -> their bodies inlined
+dropout in eval        -> dropped
+view                   -> reshape, which a rewrite of strides can't break
+in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class _Translation:
             else:
                 raise CaptureError(
                     f"{type(self.model).__name__} passes a {spec.kind.name.lower()} ({node.name}) "
-                    "through its graph; only tensors can be captured. Move the object out of forward."
+                    "through its graph; only tensors can be captured. Move the object out of "
+                    "forward."
                 )
         for node, target in pending:
             self._attribute(node, target)
@@ -120,7 +121,10 @@ class _Translation:
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
-        ranges = {str(symbol): _range(bounds) for symbol, bounds in self.exported.range_constraints.items()}
+        ranges = {
+            str(symbol): _range(bounds)
+            for symbol, bounds in self.exported.range_constraints.items()
+        }
         signature = Signature(forward, in_spec, tuple(inputs), ranges, out_spec, out_constants)
         program = Program(
             graph=self.graph,
@@ -162,6 +166,8 @@ class _Translation:
 
     def _inline(self, body: list[fx.Node], owner: fx.GraphModule) -> None:
         for node in body:
+            if node in self.nodes:
+                continue  # a result of an inlined region
             if node.op == "get_attr":
                 self.nodes[node] = getattr(owner, str(node.target))
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -183,7 +189,9 @@ class _Translation:
         names.append(node)
         self.same_tensor[node] = names
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
-        new = self.graph.call_function(functional(node), args, kwargs)
+        target = functional(node)
+        assert target is not None
+        new = self.graph.call_function(target, args, kwargs)
         new.meta = self._meta(node)
         self.nodes.update(dict.fromkeys(names, new))
 
@@ -218,9 +226,12 @@ class _Translation:
         kind = node.target.name()  # type: ignore[union-attr]
         skip = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(kind)
         if skip is None or (kind == "wrap_with_autocast" and node.args[2]):
-            what = "an enabled torch.autocast region" if skip else f"the higher-order operator {kind}"
+            what = (
+                "an enabled torch.autocast region" if skip else f"the higher-order operator {kind}"
+            )
             raise CaptureError(
-                f"{type(self.model).__name__} holds {what}, which the graph dialect doesn't take, at "
+                f"{type(self.model).__name__} holds {what}, which the graph dialect doesn't "
+                "take, at "
                 f"{_source(node.meta.get('stack_trace')) or 'an unknown line'}. Move it out of "
                 "forward (precision is placed by a pass), or rewrite the branch with torch.where."
             )
@@ -266,7 +277,9 @@ class _Translation:
             elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 self._write(spec, names, self._value(result))
             else:
-                raise CaptureError(f"the graph returns a {spec.kind.name.lower()}; only tensors can be")
+                raise CaptureError(
+                    f"the graph returns a {spec.kind.name.lower()}; only tensors can be"
+                )
             assert not isinstance(spec.arg, SymIntArgument) or isinstance(value, fx.Node)
         output = self.graph.output(tuple(outputs))
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}

@@ -57,7 +57,7 @@ def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
     frames] or `input_values` float[2, samples]. Raises `NotCapturedError` when the config
     doesn't say what the inputs are; a shape is never guessed.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     names = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(0)

@@ -32,12 +32,13 @@ def check_model(model: object) -> None:
         if tensor.is_meta:
             raise ModelError(
                 f"{name} is on the meta device, so the model has no values to optimise. Load its "
-                "weights first (model.to_empty(device='cpu') and load_state_dict, or from_pretrained)."
+                "weights first (model.to_empty(device='cpu') and load_state_dict, or "
+                "from_pretrained)."
             )
         if tensor.is_floating_point() and _has_nan(tensor):
             raise ModelError(
-                f"{name} holds {int(tensor.isnan().sum())} NaN of {tensor.numel()} entries; no claim "
-                "can be judged on such a model. Reload or repair the weights."
+                f"{name} holds {int(tensor.isnan().sum())} NaN of {tensor.numel()} entries; no "
+                "claim can be judged on such a model. Reload or repair the weights."
             )
     for path, module in model.named_modules():
         _check_hooks(path or type(model).__name__, module)

@@ -1,7 +1,8 @@
 """In-place operators: which nodes write, and which writes become functional by a local rewrite.
 
 `x.op_(y)` is `op(x, y)` with later uses of x renamed, if x is memory that the graph itself made and
-no view of it is alive. Buffers and views need alias analysis; torch's own functionalization does it.
+no view of it is alive. Buffers and views need alias analysis; torch's own functionalization does
+it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def functional(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
-    """Whether type promotion can't give the functional form another dtype than the written tensor."""
+    """Whether type promotion can't give the functional form another dtype than the written
+    tensor.
+    """
     dtypes = {
         argument.meta["val"].dtype
         for argument in node.all_input_nodes

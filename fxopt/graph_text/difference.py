@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from fxopt.graph_text.printer import Printer
-from fxopt.graph_text.siblings import numbered_part, relative_to
+from fxopt.graph_text.siblings import continues, numbered_part, relative_to
 from fxopt.program import Program
 
 
@@ -41,19 +41,8 @@ def _hunks(old: list[tuple[str, str]], new: list[tuple[str, str]]) -> dict[str, 
 
 def _folded(hunks: Mapping[str, list[str]]) -> list[str]:
     """The hunks as lines; a hunk that numbered siblings share is printed for the first only."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for header, lines in hunks.items():
-        block = numbered_part(header.removeprefix("# "))
-        joined = "\n".join(lines)
-        key = (
-            (relative_to(header, block[1]), relative_to(joined, block[1]))
-            if block
-            else (header, joined)
-        )
-        alike.setdefault(key, []).append(header)
     texts: list[str] = []
-    for headers in alike.values():
-        first, *rest = headers
+    for first, *rest in _alike(hunks):
         texts += ["", first] if first.startswith("# ") else [""]
         texts += hunks[first]
         if rest:
@@ -61,6 +50,24 @@ def _folded(hunks: Mapping[str, list[str]]) -> list[str]:
             shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
             texts.append(f"  and the same in {len(names)} more: {shown}")
     return texts
+
+
+def _alike(hunks: Mapping[str, list[str]]) -> list[list[str]]:
+    """The headers of the hunks, those of siblings that changed alike together."""
+    groups: list[tuple[str, str, list[str]]] = []
+    for header, lines in hunks.items():
+        part = numbered_part(header.removeprefix("# "))
+        number = part[1] if part else 0
+        place = relative_to(header, number) if part else header
+        change = relative_to("\n".join(lines), number) if part else "\n".join(lines)
+        for index, (other_place, other_change, headers) in enumerate(groups):
+            if place == other_place and (change == other_change or continues(other_change, change)):
+                # The next sibling is compared with this one, whose input is a sibling too.
+                groups[index] = (place, change, [*headers, header])
+                break
+        else:
+            groups.append((place, change, [header]))
+    return [headers for _, _, headers in groups]
 
 
 def _bytes_text(program: Program) -> str:

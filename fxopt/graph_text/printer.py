@@ -41,8 +41,7 @@ class Printer:
         self.header = self._header()
 
     def _inherited(self, predecessor: Printer) -> dict[str, tuple[str, str]]:
-        """{node name: (module, printed name)} of the predecessor, moved on to the nodes that now
-        hold the values."""
+        """{node name: (module, printed name)} of the nodes whose values the predecessor named."""
         names = {
             node.name: (predecessor._home[node][0], predecessor._names[node])
             for node in predecessor._lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from fxopt.graph_text.difference import diff
 from fxopt.graph_text.printer import Printer
@@ -22,6 +23,13 @@ def text(program: Program, collapse: bool = False) -> str:
     return "\n\n".join([printer.header, *body, printer.result()]) + "\n"
 
 
+class HasGraph(Protocol):
+    """What shows its graph as text: an optimised model, one of its steps."""
+
+    @property
+    def graph(self) -> GraphText: ...
+
+
 @dataclass(frozen=True)
 class GraphText:
     """A program's graph for people: `str()` is its text, `diff` compares it with another."""
@@ -38,6 +46,9 @@ class GraphText:
         """The text with repeated layers printed once."""
         return text(self.program, collapse=True)
 
-    def diff(self, other: GraphText | Program) -> str:
-        """What changed from this graph to `other`; empty where nothing did."""
-        return diff(self.program, other.program if isinstance(other, GraphText) else other)
+    def diff(self, other: GraphText | HasGraph | Program) -> str:
+        """What changed from this graph to `other` (a graph, or what has one); empty if nothing."""
+        if isinstance(other, Program):
+            return diff(self.program, other)
+        graph = other if isinstance(other, GraphText) else other.graph
+        return diff(self.program, graph.program)

@@ -8,6 +8,8 @@ from fxopt.graph_text.printer import Chunk
 
 # A dotted name in a printed line, but no float: it starts with a letter, an underscore or "%".
 _DOTTED = re.compile(r"(?<![\w.])(?:%\.?\w+|[A-Za-z_]\w*)(?:\.\w+)+")
+# A value of the sibling before, as `relative_to` writes it.
+_RESULT = re.compile(r"%<-1>[\w.<>-]*")
 
 
 def chunk_text(chunk: Chunk) -> str:
@@ -30,33 +32,54 @@ def relative_to(line: str, number: int) -> str:
     return _DOTTED.sub(relative, line)
 
 
+def continues(first: str, second: str) -> bool:
+    """Whether `second` does what `first` does, on one value of the sibling before it.
+
+    Both as `relative_to` writes them. The first layer of a stack reads an embedding where the
+    second reads the first: that is no difference between layers.
+    """
+    results = set(_RESULT.findall(second))
+    if len(results) != 1:
+        return False
+    before, *between = re.escape(second).split(re.escape(results.pop()))
+    pattern = before + r"(?P<input>%[\w.<>-]+)" + "(?P=input)".join(between)
+    return re.fullmatch(pattern, first) is not None
+
+
 def collapsed(chunks: list[Chunk]) -> list[str]:
     """Texts of the chunks; runs of numbered siblings equal to the one before become one line."""
-    blocks: list[tuple[tuple[str, int] | None, list[str]]] = []
-    for chunk in chunks:
-        key = numbered_part(chunk.path)
-        if key is None or not blocks or blocks[-1][0] != key:
-            blocks.append((key, []))
-        blocks[-1][1].append(chunk_text(chunk))
     texts: list[str] = []
-    run: list[tuple[str, int]] = []
-    previous = None
-    for key, parts in blocks:
-        block = "\n\n".join(parts)
-        shape = (key[0], relative_to(block, key[1])) if key else None
-        if key and shape == previous:
-            run.append(key)
-            continue
-        texts += _run_text(run)
-        run, previous = [], shape
-        texts.append(block)
-    return texts + _run_text(run)
+    run: list[int] = []
+    stack, previous, chained = None, "", False
+    for key, block in [*_blocks(chunks), (None, "")]:
+        shape = relative_to(block, key[1]) if key else ""
+        is_next = key is not None and key[0] == stack
+        if key and is_next and not run:
+            chained = shape != previous and continues(previous, shape)
+        if key and is_next and (shape == previous or (chained and not run)):
+            run.append(key[1])
+        else:
+            texts += [_run_text(stack or "", run, chained)] if run else []
+            texts += [block] if block else []
+            run, stack = [], key[0] if key else None
+        previous = shape
+    return texts
 
 
-def _run_text(run: list[tuple[str, int]]) -> list[str]:
-    if not run:
-        return []
-    (prefix, first), (_, last) = run[0], run[-1]
-    dot = f"{prefix}." if prefix else ""
-    numbers = f"{dot}{first}" if first == last else f"{dot}{first} ... {dot}{last}"
-    return [f"# {numbers}: as {dot}{first - 1}"]
+def _blocks(chunks: list[Chunk]) -> list[tuple[tuple[str, int] | None, str]]:
+    """The texts of the chunks, those of one numbered module together."""
+    blocks: list[tuple[tuple[str, int] | None, str]] = []
+    for chunk in chunks:
+        key, text = numbered_part(chunk.path), chunk_text(chunk)
+        if key and blocks and blocks[-1][0] == key:
+            blocks[-1] = (key, f"{blocks[-1][1]}\n\n{text}")
+        else:
+            blocks.append((key, text))
+    return blocks
+
+
+def _run_text(stack: str, run: list[int], chained: bool) -> str:
+    names = [f"{stack}.{number}" if stack else str(number) for number in (run[0] - 1, *run)]
+    shown = names[1] if len(run) == 1 else f"{names[1]} ... {names[-1]}"
+    how = ", each on the result of the one before" if chained else ""
+    return f"# {shown}: as {names[0]}{how}"

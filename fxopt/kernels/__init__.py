@@ -24,8 +24,8 @@ import torch
 from torch._ops import OpOverload
 
 from fxopt.kernels import int8, packed, quantization
-from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.packed import POST_OPS
+from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
 
 NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(

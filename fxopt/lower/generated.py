@@ -55,7 +55,9 @@ def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def count_calls(code: str) -> Counter[str]:
-    """How often the code calls each kernel, by the names of `GENERATED_AS`; comments don't count."""
+    """How often the code calls each kernel, by the names of `GENERATED_AS`; comments don't
+    count.
+    """
     calls = [line for line in code.splitlines() if not line.lstrip().startswith("#")]
     return Counter(
         {

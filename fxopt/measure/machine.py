@@ -27,11 +27,12 @@ _INSTRUCTIONS = (
 )
 
 
-def fingerprint() -> dict[str, str | int | None]:
+def fingerprint() -> dict[str, str | int | float | None]:
     """What a benchmark result must say of its machine.
 
     Keys: `cpu`, `cores` (those this process may use), `threads` (torch's), `isa`, `gpu` (None
-    without CUDA), `os`, `python`, `torch`, `transformers`.
+    without CUDA), `load` (processes that wanted to run, mean of the last minute; None where the
+    system doesn't tell), `os`, `python`, `torch`, `transformers`.
     """
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
@@ -39,6 +40,7 @@ def fingerprint() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "isa": _isa(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

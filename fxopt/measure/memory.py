@@ -85,6 +85,8 @@ def _resident_peak_is_true() -> bool:
     def trial() -> object:
         return [torch.ones(_TRIAL_BYTES, dtype=torch.uint8) for _ in range(_TRIAL_TENSORS)]
 
+    if not (_PROCESS / "clear_refs").exists():
+        return False
     try:
         trial()
         return _resident_peak(trial) >= _TRIAL_SEEN * _TRIAL_BYTES * _TRIAL_TENSORS

@@ -2,14 +2,15 @@
 
     [x @ W1ᵀ + b1, x @ W2ᵀ + b2]  =  split(x @ [W1; W2]ᵀ + [b1; b2])
 
-Claim: close. The sums of each output channel are the same; a wider product may block them otherwise.
+Claim: close. The sums of each output channel are the same; a wider product may block them
+otherwise.
 """
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class FuseSiblings(Rule):
         if len(set(weights)) < len(weights):
             return "two of them share one weight"
         for linear in match["linears"]:
-            reason = refuse_shared_weight(linear, lambda user, own=linear.node: user is own)
+            reason = refuse_shared_weight(linear, linear.node.__eq__)
             if reason is not None:
                 return reason
         return None
@@ -117,6 +118,7 @@ def _bias(edit: Edit, linear: Linear) -> Tensor | Recipe:
 def _shared_name(weights: Sequence[str]) -> str:
     """`a.b.query_key_value` from `a.b.query.weight`, `a.b.key.weight`, `a.b.value.weight`."""
     modules = [weight.rpartition(".")[0].split(".") for weight in weights]
-    common = len(os.path.commonprefix(modules))  # type: ignore[type-var]
+    levels = zip(*modules, strict=False)
+    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
     tails = "_".join("_".join(module[common:]) for module in modules)
     return ".".join([*modules[0][:common], tails or "fused"])

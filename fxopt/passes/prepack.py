@@ -61,7 +61,12 @@ class PackLinear(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         return edit.call(
-            ops.packed_linear.default, linear.x, self._weight(linear, edit), linear.bias, "none", None
+            ops.packed_linear.default,
+            linear.x,
+            self._weight(linear, edit),
+            linear.bias,
+            "none",
+            None,
         )
 
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
@@ -109,7 +114,10 @@ class PackResidual(Rule):
         other, packed = match["other"].meta["val"], match["packed"].meta["val"]
         if other.dtype != packed.dtype or not same_sizes(other.shape, packed.shape):
             return "the addend has another shape or dtype"
-        if match["other"] in match["packed"].all_input_nodes or not match["other"] < match["packed"]:
+        if (
+            match["other"] in match["packed"].all_input_nodes
+            or not match["other"] < match["packed"]
+        ):
             return "the addend is computed after the product"
         return None
 
@@ -120,7 +128,8 @@ class PackResidual(Rule):
 
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
-    """Linears on oneDNN with weights laid out once, activations and residual adds inside the product.
+    """Linears on oneDNN with weights laid out once, activations and residual adds inside the
+    product.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.

@@ -63,7 +63,7 @@ class SelectKernels(RulePass):
 
     name: ClassVar[str] = "select-kernels"
     stage: ClassVar[Stage] = Stage.KERNELS
-    claim: Claim = Close(rtol=1e-3)
+    claim: Claim = Close()
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """Activations first: the weight-only rule would match the same linear."""

@@ -8,12 +8,28 @@ from fxopt.measure import Latency, Memory
 from fxopt.report.units import duration, size
 
 if TYPE_CHECKING:
-    from fxopt.report.record import Step
+    from fxopt.report.record import Report, Step
 
 SLOWER = (
     "the transformed model is slower than the original on this machine at these shapes; leave out "
     "the pass that costs the time, or lower it with Lower()"
 )
+
+
+def crowded(report: Report) -> str | None:
+    """What to say of latencies taken while others used the machine; None if it was quiet.
+
+    The measurement itself may keep every core busy; half as much again is someone else.
+    """
+    load, cores = report.fingerprint.get("load"), report.fingerprint.get("cores")
+    if report.latency_before is None and report.latency_after is None:
+        return None
+    if not isinstance(load, (int, float)) or not isinstance(cores, int) or load <= 1.5 * cores:
+        return None
+    return (
+        f"other work ran on this machine (load {load:g} on {cores} cores): trust ratios more than "
+        "times, and measure again when it is quiet"
+    )
 
 
 def speedup(before: Latency | None, after: Latency | None) -> float | None:

@@ -17,6 +17,7 @@ from fxopt.report.units import duration, size, span
 if TYPE_CHECKING:
     from fxopt.report.record import Report, Step
 
+_COLUMNS = ("pass", "fired", "operations", "parameters", "time", "claim", "measured")
 _MOST_NODES = 12
 _MOST_TEXT = 200_000
 # Pictures that need more pixels than this stand one above the other.
@@ -53,6 +54,8 @@ def _header(report: Report) -> str:
     if comparison.is_slower(report.latency_before, report.latency_after):
         alarms.append(f"{comparison.SLOWER[0].upper()}{comparison.SLOWER[1:]}.")
     alarms += [f"{step.name}: {warning}" for step in report.steps for warning in step.warnings]
+    busy = comparison.crowded(report)
+    alarms += [f"{busy[0].upper()}{busy[1:]}."] if busy else []
     return (
         f'<header><p class="soft">fxopt report</p><h1>{escape(report.model)}</h1>'
         f'<p class="soft">{escape(names)}</p>'
@@ -152,8 +155,7 @@ def _bars(
 def _passes(steps: Sequence[Step]) -> str:
     if not steps:
         return ""
-    heads = ("pass", "fired", "operations", "parameters", "time", "claim", "measured")
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
     rows = "".join(_row(number, step) for number, step in enumerate(steps, start=1))
     return (
         f'<h2>Passes</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
@@ -176,8 +178,15 @@ def _row(number: int, step: Step) -> str:
         duration(step.milliseconds),
         step.claim,
     )
-    plain = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-    return f'<tr>{plain}<td class="claim">{measured}</td></tr>'
+    named = [*map(_text, cells), f"<span>{measured}</span>"]
+    return (
+        "<tr>"
+        + "".join(
+            f'<td data-name="{name}">{cell}</td>'
+            for name, cell in zip(_COLUMNS, named, strict=True)
+        )
+        + "</tr>"
+    )
 
 
 def _pass(step: Step) -> str:
@@ -226,7 +235,7 @@ def _pictures(report: Report) -> str:
 def _panel(title: str, picture: GraphPicture, marked: str) -> tuple[str, int]:
     operations = sum(node.kind == "op" for node in picture.nodes)
     changed = sum(node.changed for node in picture.nodes)
-    facts = f"{operations} operations, {changed} {marked}"
+    facts = f"{operations} operations" + (f", {changed} {marked}" if changed else "")
     if picture.sizes:
         facts += f"; {picture.sizes} computations of sizes are left out"
     svg, width = draw(picture)

@@ -66,7 +66,7 @@ class Report:
     memory_before: Memory | None = None
     memory_after: Memory | None = None
     notes: tuple[str, ...] = ()
-    fingerprint: Mapping[str, str | int | None] = field(default_factory=dict)
+    fingerprint: Mapping[str, str | int | float | None] = field(default_factory=dict)
     picture_before: GraphPicture | None = None
     picture_after: GraphPicture | None = None
 

@@ -117,6 +117,9 @@ def _totals(report: Report) -> Iterator[str]:
     )
     if comparison.is_slower(report.latency_before, report.latency_after):
         yield from _wrapped("WARNING", comparison.SLOWER)
+    busy = comparison.crowded(report)
+    if busy:
+        yield from _wrapped("warning", busy)
     yield from _wrapped(
         "peak memory", comparison.memory_change(report.memory_before, report.memory_after)
     )

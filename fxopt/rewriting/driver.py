@@ -71,6 +71,7 @@ class _Driver:
 
     def _visit(self, node: fx.Node) -> None:
         for rule in (*self.rules.get(node.target, ()), *self.anywhere):  # type: ignore[call-overload]
+            self.refused.pop((rule.name, node), None)
             match = rule.match(node)
             if match is None:
                 continue
@@ -86,19 +87,20 @@ class _Driver:
         results = (result,) if isinstance(result, fx.Node) else tuple(result)
         if len(results) != len(match.roots):
             raise RewriteError(
-                f"rule {rule.name} returned {len(results)} values for the {len(match.roots)} of its "
-                f"pattern, at {label(match.root)}"
+                f"rule {rule.name} returned {len(results)} values for the {len(match.roots)} of "
+                f"its pattern, at {label(match.root)}"
             )
         depth = 1 + max(self.depth[root] for root in match.roots)
         if depth > _DEEPEST:
             raise RewriteError(
-                f"rule {rule.name} loops: the value of {label(match.root)} was rewritten {_DEEPEST} "
-                "times in a row. Make the pattern not match its own result."
+                f"rule {rule.name} loops: the value of {label(match.root)} was rewritten "
+                f"{_DEEPEST} times in a row. Make the pattern not match its own result."
             )
+        self._check_operands(rule, match)
         for root, new in zip(match.roots, results, strict=True):
             self._check_type(rule, root, new)
-        for node in self.edit.new_nodes:
-            self.depth[node] = depth
+        for node in (*self.edit.new_nodes, *results):
+            self.depth[node] = max(self.depth[node], depth)
         self.fired[rule.name] += 1
         self._replace(match, results)
 
@@ -146,6 +148,16 @@ class _Driver:
             if wanted and node not in self.queued:
                 self.queued.add(node)
                 self.queue.append(node)
+
+    def _check_operands(self, rule: Rule, match: Match) -> None:
+        for node in self.edit.new_nodes:
+            for operand in node.all_input_nodes:
+                if operand in match.roots:
+                    raise RewriteError(
+                        f"rule {rule.name} built {node.name} on {label(operand)}, the node that it "
+                        "replaces. Build that call anew with edit.call(root.target, "
+                        "*root.args), and make the pattern not match it again."
+                    )
 
     def _check_type(self, rule: Rule, root: fx.Node, new: fx.Node) -> None:
         old_value, new_value = root.meta["val"], new.meta["val"]

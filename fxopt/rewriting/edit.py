@@ -27,6 +27,10 @@ class Edit:
         self._fake_mode: FakeTensorMode = program.fake_mode
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
+        self._names: set[str] = set()
+        self._paths: set[str] = set()
+        for name in (*program.state, *program.aliases):
+            self._take(name)
         self._copy()
 
     def _copy(self) -> None:
@@ -104,13 +108,22 @@ class Edit:
     def _head(self) -> fx.Node:
         while self._first_operation.prev.op not in ("placeholder", "get_attr", "root"):
             self._first_operation = self._first_operation.prev
-        return self._first_operation
+        first: fx.Node = self._first_operation
+        return first
 
     def _unique(self, name: str) -> str:
-        taken = self.program.state.keys() | self.added.keys() | self.program.aliases.keys()
-        if name not in taken:
-            return name
-        return next(f"{name}_{n}" for n in range(1, 1 << 20) if f"{name}_{n}" not in taken)
+        candidates = (f"{name}_{n}" if n else name for n in range(1 << 20))
+        unique = next(candidate for candidate in candidates if self._is_free(candidate))
+        self._take(unique)
+        return unique
+
+    def _is_free(self, name: str) -> bool:
+        """Neither a tensor nor a module may have the name, nor a tensor that of its module."""
+        return name not in self._paths and not any(path in self._names for path in _parents(name))
+
+    def _take(self, name: str) -> None:
+        self._names.add(name)
+        self._paths.update((name, *_parents(name)))
 
     def _type(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -123,3 +136,8 @@ class Edit:
                 f"a rewrite at {label(self._root)} built a call that can't be typed: "
                 f"{node.target}{tuple(args)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]

@@ -78,12 +78,15 @@ def op(
     where: Predicate | None = None,
     **kwargs: Pattern,
 ) -> Op:
-    """A pattern for a call of one of `targets`; `commutes=True` also tries the first two swapped."""
+    """A pattern for a call of one of `targets`; `commutes=True` also tries the first two
+    swapped.
+    """
     several = targets if isinstance(targets, tuple) else (targets,)
     for target in several:
         if not isinstance(target, torch._ops.OpOverload):
             raise RewriteError(
-                f"a pattern needs operator overloads such as torch.ops.aten.add.Tensor, not {target!r}"
+                "a pattern needs operator overloads such as torch.ops.aten.add.Tensor, not "
+                f"{target!r}"
             )
         _check_arguments(target, len(args), kwargs)
     return Op(several, args, kwargs, commutes, name, where)
@@ -99,7 +102,9 @@ def constant(name: str, where: Predicate | None = None) -> Hole:
     return Hole(
         name,
         lambda value: (
-            isinstance(value, fx.Node) and value.op == "get_attr" and (where is None or where(value))
+            isinstance(value, fx.Node)
+            and value.op == "get_attr"
+            and (where is None or where(value))
         ),
     )
 
@@ -229,7 +234,8 @@ def _check_arguments(target: Target, positional: int, keywords: Mapping[str, Pat
     if positional > len(names):
         plural = "argument" if len(names) == 1 else "arguments"
         raise RewriteError(
-            f"{target} takes {len(names)} {plural} ({', '.join(names)}); the pattern names {positional}"
+            f"{target} takes {len(names)} {plural} ({', '.join(names)}); the pattern names "
+            f"{positional}"
         )
     for name in keywords:
         if name not in names:

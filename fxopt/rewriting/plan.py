@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, ClassVar
 
-from fxopt.claim import Claim, Close
+from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import FxoptError
 from fxopt.program import Program, Refusal, label
 from fxopt.rewriting.driver import rewrite
@@ -22,7 +22,8 @@ from fxopt.rewriting.rule import Rule
 
 
 class Stage(IntEnum):
-    """Where in a list a pass makes sense; a list must not go down. `ANY` fits everywhere but last."""
+    """Where in a list a pass makes sense; a list must not go down. `ANY` fits everywhere but
+    last."""
 
     ANY = 0
     STRUCTURE = 1
@@ -42,7 +43,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass will do to one program: its sites and its refusals. `excluded` nodes are spared."""
+    """What a pass will do to one program: its sites and its refusals. `excluded` nodes are
+    spared."""
 
     spec: str
     sites: tuple[Site, ...] = ()
@@ -57,7 +59,9 @@ class Plan:
     def __str__(self) -> str:
         counts = Counter(site.rule for site in self.sites)
         lines = [f"plan of {self.spec}"]
-        lines += [f"  {rule}: {count} sites" for rule, count in counts.items()] or ["  nothing to do"]
+        lines += [f"  {rule}: {count} sites" for rule, count in counts.items()] or [
+            "  nothing to do"
+        ]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -65,8 +69,9 @@ class Plan:
 class Pass(ABC):
     """A rewrite of the whole program with a claim about its outputs.
 
-    A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`, and its
-    `repr` can be pasted back. `name` is its name in a textual spec such as `int8-linear{mode=dynamic}`.
+    A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`, and
+    its `repr` can be pasted back. `name` is its name in a textual spec such as
+    `int8-linear{mode=dynamic}`.
     """
 
     name: ClassVar[str]
@@ -84,7 +89,9 @@ class Pass(ABC):
     @property
     def spec(self) -> str:
         """The textual form that parses back to this pass: `name{option=value, ...}`."""
-        options = ", ".join(f"{name}={value}" for name, value in changed_options(self).items())
+        options = ", ".join(
+            f"{name}={_spelled(value)}" for name, value in changed_options(self).items()
+        )
         return self.name + (f"{{{options}}}" if options else "")
 
     def __repr__(self) -> str:
@@ -150,6 +157,16 @@ def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
                 break
             refusals[Refusal(reason, label(node))] = None
     return Plan(spec, tuple(sites), tuple(refusals))
+
+
+def _spelled(value: Any) -> str:
+    """An option's value as a textual spec gives it: `a|b` for a tuple, `sqnr(30.0)` for a claim."""
+    if isinstance(value, tuple):
+        return "|".join(map(_spelled, value))
+    if isinstance(value, (Exact, Close, Sqnr)):
+        numbers = "|".join(str(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return type(value).__name__.lower() + (f"({numbers})" if numbers else "")
+    return str(value)
 
 
 def changed_options(pass_: Pass) -> dict[str, Any]:

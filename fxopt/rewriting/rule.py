@@ -53,13 +53,22 @@ class Rule:
         raise NotImplementedError(f"rule {self.name} has no rewrite")
 
     def reason_to_refuse(self, match: Match) -> str | None:
-        """`refuse`, and before it the engine's own reason: an inner value is used elsewhere."""
+        """`refuse`, and before it the engine's own reasons.
+
+        An inner value is used elsewhere, or, with several outputs, an operand is computed only
+        after the first of them, where the right side is to stand.
+        """
         if self.exclusive:
             known = {*match.inner, *match.roots}
             for node in match.inner:
                 other = next((user for user in node.users if user not in known), None)
                 if other is not None:
                     return f"the inner value {node.name} is also used by {label(other)}"
+        if len(match.roots) > 1:
+            first, own = min(match.roots), {*match.inner, *match.roots}
+            for value in match.bound.values():
+                if isinstance(value, fx.Node) and value not in own and not value < first:
+                    return f"the operand {value.name} is computed after the output {first.name}"
         return self.refuse(match)
 
     def _patterns(self) -> tuple[Any, ...]:

@@ -1,17 +1,27 @@
 """Oracle, judge and bisection: every step is shown to compute the same thing."""
 
-from fxopt.verify.bisect import Blame, blame
+from fxopt.verify.bisect import Blame, blame, judge_nodes
 from fxopt.verify.judge import Verdict, compare, compose, judge
-from fxopt.verify.oracle import Trial, one_by_one, output_names, run_model, run_program, trials
+from fxopt.verify.oracle import (
+    RunAll,
+    Trial,
+    one_by_one,
+    output_names,
+    run_model,
+    run_program,
+    trials,
+)
 
 __all__ = [
     "Blame",
+    "RunAll",
     "Trial",
     "Verdict",
     "blame",
     "compare",
     "compose",
     "judge",
+    "judge_nodes",
     "one_by_one",
     "output_names",
     "run_model",

@@ -1,4 +1,4 @@
-"""Which rewritten node introduced the error.
+"""Each rewritten node on its own: judged on, or found guilty of, the error it makes itself.
 
 Both programs run on one trial. At every node that stands for a node of the predecessor the new
 value is compared with the old one, and then *replaced* by it, so that each rewritten region is
@@ -8,14 +8,16 @@ graph and however errors would have piled up.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxopt.claim import sqnr
+from fxopt.claim import Claim, sqnr
 from fxopt.evaluate import evaluate
 from fxopt.program import Program, label, source_line
+from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
 
 
@@ -31,11 +33,56 @@ class Blame:
 
 def blame(before: Program, after: Program, trial: Trial) -> list[Blame]:
     """Every node that differs on its predecessor's inputs, the worst first."""
+    blames: list[Blame] = []
+
+    def compare(name: str, node: fx.Node, old: Tensor, new: Tensor) -> None:
+        same_kind = new.shape == old.shape and new.dtype == old.dtype
+        db = sqnr(old, new) if same_kind else float("-inf")
+        if db != float("inf"):
+            blames.append(Blame(name, node.name, db, _describe(node)))
+
+    try:
+        _compare_nodes(before, after, trial, compare)
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        blames.append(Blame("", "", float("-inf"), f"a node that fails: {first}"))
+    return sorted(blames, key=lambda one: one.db)
+
+
+def judge_nodes(
+    claim: Claim, before: Program, after: Program, trials: Sequence[Trial]
+) -> Verdict | None:
+    """The claim measured on each rewritten node's own error, the worst; None if none can be.
+
+    Where activations are rounded to integers, the last bit of a sum decides about a whole step, so
+    two right programs differ at their outputs as much as rounding itself costs. Their nodes don't.
+    """
+    verdicts: list[Verdict] = []
+    for trial in trials:
+
+        def compare(
+            name: str, node: fx.Node, old: Tensor, new: Tensor, trial: Trial = trial
+        ) -> None:
+            if name in after.changes.replaced:
+                measured = claim.measure(old, new)
+                verdicts.append(Verdict(claim, measured, trial, f"node {label(node)}"))
+
+        _compare_nodes(before, after, trial, compare)
+    return worst_of(verdicts) if verdicts else None
+
+
+def _compare_nodes(
+    before: Program,
+    after: Program,
+    trial: Trial,
+    compare: Callable[[str, fx.Node, Tensor, Tensor], None],
+) -> None:
+    """Call `compare(old name, new node, old value, new value)`; feed the old values onwards."""
     names = {node.name: node.name for node in before.graph.nodes if node.op == "call_function"}
     names.update(after.changes.replaced)
     stands_for: dict[str, str] = {}
-    for old, new in names.items():
-        stands_for.setdefault(new, old)
+    for old_name, new_name in names.items():
+        stands_for.setdefault(new_name, old_name)
     old_values: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> Any:
@@ -43,27 +90,16 @@ def blame(before: Program, after: Program, trial: Trial) -> list[Blame]:
             old_values[node.name] = value
         return value
 
-    evaluate(before, trial.inputs, keep)
-    blames: list[Blame] = []
-
-    def compare(node: fx.Node, value: Any) -> Any:
-        old = old_values.get(stands_for.get(node.name, ""))
+    def force(node: fx.Node, value: Any) -> Any:
+        name = stands_for.get(node.name, "")
+        old = old_values.get(name)
         if old is None or not isinstance(value, Tensor):
             return value
-        if value.shape != old.shape or value.dtype != old.dtype:
-            blames.append(Blame(stands_for[node.name], node.name, float("-inf"), _describe(node)))
-            return old
-        db = sqnr(old, value)
-        if db != float("inf"):
-            blames.append(Blame(stands_for[node.name], node.name, db, _describe(node)))
+        compare(name, node, old, value)
         return old
 
-    try:
-        evaluate(after, trial.inputs, compare)
-    except RuntimeError as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        blames.append(Blame("", "", float("-inf"), f"a node that fails: {first}"))
-    return sorted(blames, key=lambda one: one.db)
+    evaluate(before, trial.inputs, keep)
+    evaluate(after, trial.inputs, force)
 
 
 def _describe(node: fx.Node) -> str:

@@ -14,12 +14,12 @@ from fxopt.verify.oracle import RunAll, Trial
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst measurement of a claim: over which trial and which output (by its index)."""
+    """The worst measurement of a claim: on which trial and where (an output, or a node)."""
 
     claim: Claim
     measured: Measured
     trial: Trial
-    output: int
+    where: str
 
     @property
     def holds(self) -> bool:
@@ -28,12 +28,16 @@ class Verdict:
 
 
 def judge(
-    claim: Claim, trials: Sequence[Trial], reference: Sequence[Sequence[Tensor]], run: RunAll
+    claim: Claim,
+    trials: Sequence[Trial],
+    reference: Sequence[Sequence[Tensor]],
+    run: RunAll,
+    names: Sequence[str],
 ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
     """Run every trial, compare with `reference` (one list of outputs a trial), keep the worst.
 
-    Returns the verdict and the new outputs, which are the reference of the next step. A run that
-    raises breaks the claim.
+    `names` are those of the outputs. Returns the verdict and the new outputs, which are the
+    reference of the next step. A run that raises breaks the claim.
     """
     try:
         results: list[list[Tensor] | str] = [*run([trial.inputs for trial in trials])]
@@ -43,15 +47,21 @@ def judge(
     outputs: list[tuple[Tensor, ...]] = []
     for trial, expected, result in zip(trials, reference, results, strict=True):
         if isinstance(result, str):
-            verdicts.append(Verdict(claim, Measured(False, _worst(claim), result), trial, 0))
+            failed = Measured(False, _worst(claim), result)
+            verdicts.append(Verdict(claim, failed, trial, "every output"))
             outputs.append(tuple(expected))
         else:
             outputs.append(tuple(output.detach() for output in result))
-            verdicts += compare(claim, trial, expected, outputs[-1])
+            verdicts += compare(claim, trial, expected, outputs[-1], names)
     if not verdicts:
         nothing = Measured(True, 0.0, "the model returns no tensor")
-        verdicts = [Verdict(claim, nothing, trials[0], 0)]
-    return min(verdicts, key=_goodness), outputs
+        verdicts = [Verdict(claim, nothing, trials[0], "no output")]
+    return worst_of(verdicts), outputs
+
+
+def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict furthest from its claim."""
+    return min(verdicts, key=_goodness)
 
 
 def _alone(run: RunAll, trial: Trial) -> list[Tensor] | str:
@@ -63,15 +73,19 @@ def _alone(run: RunAll, trial: Trial) -> list[Tensor] | str:
 
 
 def compare(
-    claim: Claim, trial: Trial, expected: Sequence[Tensor], outputs: Sequence[Tensor]
+    claim: Claim,
+    trial: Trial,
+    expected: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    names: Sequence[str],
 ) -> list[Verdict]:
     """The claim measured on each output tensor of one trial."""
     if len(expected) != len(outputs):
         text = f"{len(outputs)} output tensors where the original has {len(expected)}"
-        return [Verdict(claim, Measured(False, _worst(claim), text), trial, 0)]
+        return [Verdict(claim, Measured(False, _worst(claim), text), trial, "every output")]
     return [
-        Verdict(claim, claim.measure(old, new), trial, index)
-        for index, (old, new) in enumerate(zip(expected, outputs, strict=True))
+        Verdict(claim, claim.measure(old, new), trial, name)
+        for old, new, name in zip(expected, outputs, names, strict=True)
     ]
 
 

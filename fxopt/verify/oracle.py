@@ -45,7 +45,10 @@ def trials(
     skipped = []
     for sizes in _other_sizes(program):
         inputs = _resized(program, sizes)
-        shapes = ", ".join(f"{t.path} {tuple(x.shape)}" for t, x in zip(program.signature.tensors, inputs, strict=True))
+        shapes = ", ".join(
+            f"{t.path} {tuple(x.shape)}"
+            for t, x in zip(program.signature.tensors, inputs, strict=True)
+        )
         try:
             found.append(Trial(shapes, inputs, _frozen(reference(inputs))))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
@@ -64,9 +67,9 @@ def run_model(model: nn.Module, program: Program) -> Run:
             next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
         ]
         args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
-        with in_mode(model, program.mode), _buffers_kept(program), _same_draws():
-            with torch.set_grad_enabled(program.mode == "train"):
-                outputs = model(*args, **kwargs)
+        grad = torch.set_grad_enabled(program.mode == "train")
+        with in_mode(model, program.mode), _buffers_kept(program), _same_draws(), grad:
+            outputs = model(*args, **kwargs)
         return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
     return run
@@ -126,7 +129,7 @@ def _resized(program: Program, sizes: dict[tuple[bool, int], int]) -> tuple[Tens
 @contextmanager
 def _buffers_kept(program: Program) -> Iterator[None]:
     written = [
-        materialize(program.state[str(node.args[0].target)])  # type: ignore[union-attr]
+        materialize(program.state[str(node.args[0].target)])
         for node in program.graph.nodes
         if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
     ]

@@ -22,7 +22,7 @@ _METADATA = (("val", None), ("module_path", str), ("source", str))
 def check(program: Program) -> None:
     """Raise `WellFormedError`, naming the node and its neighbours, where a rule is broken.
 
-    Nothing is computed and nothing changed; costs some tens of microseconds a node.
+    Nothing is computed and nothing changed; costs some microseconds a node.
     """
     _Checker(program).check()
 
@@ -96,8 +96,12 @@ class _Checker:
                 "keep the number and order of outputs",
             )
         for result in results:
-            if result in self.written.values():
-                _fail(node, f"%{result.name} writes state and is returned", "return its source")
+            if result in self.written.values() or str(result.target) in self.written:
+                _fail(
+                    node,
+                    f"%{result.name} is state that was written, and is returned",
+                    "return what was written to it",
+                )
 
     def _metadata(self, node: fx.Node) -> None:
         for key, kind in _METADATA:
@@ -161,8 +165,7 @@ class _Checker:
                 _fail(
                     node,
                     f"{name} of {type_text(kind)}",
-                    "it takes tuples apart; to index a "
-                    "tensor call aten.select.int or aten.slice.Tensor",
+                    "it takes tuples apart; for tensors there are aten.select and aten.slice",
                 )
             if node.target is not operator.getitem and isinstance(kind, Tensor):
                 _fail(

@@ -9,7 +9,7 @@ from fxopt.measure import fingerprint, machine
 def test_says_what_a_number_depends_on():
     facts = fingerprint()
     assert set(facts) == {
-        *("cpu", "cores", "threads", "isa", "gpu", "os", "python", "torch", "transformers")
+        *("cpu", "cores", "threads", "isa", "gpu", "load", "os", "python", "torch", "transformers")
     }
     assert facts["torch"] == torch.__version__
     assert facts["python"] == platform.python_version()

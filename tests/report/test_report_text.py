@@ -53,6 +53,16 @@ def test_slower_is_flagged_and_as_fast_is_not(report):
     assert "slower than the original" not in str(replace(report, latency_after=None))
 
 
+def test_times_from_a_crowded_machine_are_doubted(report):
+    def shown(load):
+        return " ".join(str(replace(report, fingerprint={"load": load, "cores": 2})).split())
+
+    assert "other work ran on this machine (load 5.4 on 2 cores): trust ratios" in shown(5.4)
+    assert "other work" not in shown(2.1)
+    assert "other work" not in shown(None)
+    assert "other work" not in str(Report("Tiny", 1.0, (), fingerprint={"load": 9.0, "cores": 2}))
+
+
 def test_what_was_not_measured_is_said(report):
     text = str(replace(report, latency_before=None, latency_after=None, memory_before=None))
     assert "latency      not measured" in text

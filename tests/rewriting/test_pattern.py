@@ -53,7 +53,9 @@ def test_holes_bind_what_they_meet(g: Graph) -> None:
 
 def test_a_hole_takes_numbers_and_lists(g: Graph) -> None:
     sliced = g.call(aten.slice.Tensor, g.x, 0, 1, 2)
-    found = find((op(aten.slice.Tensor, hole("x"), hole("dim"), hole("start"), hole("end")),), sliced)
+    found = find(
+        (op(aten.slice.Tensor, hole("x"), hole("dim"), hole("start"), hole("end")),), sliced
+    )
     assert found is not None
     assert (found["dim"], found["start"], found["end"]) == (0, 1, 2)
     permuted = g.call(aten.permute.default, g.x, [1, 0])
@@ -71,9 +73,7 @@ def test_the_same_hole_twice_asks_for_the_same_value(g: Graph) -> None:
 def test_the_same_hole_twice_compares_numbers_by_value(g: Graph) -> None:
     first = g.call(aten.sum.dim_IntList, g.x, [1])
     again = g.call(aten.sum.dim_IntList, first, [1])
-    twice = op(
-        aten.sum.dim_IntList, op(aten.sum.dim_IntList, hole("x"), hole("dim")), hole("dim")
-    )
+    twice = op(aten.sum.dim_IntList, op(aten.sum.dim_IntList, hole("x"), hole("dim")), hole("dim"))
     assert find((twice,), again) is not None
     other = g.call(aten.sum.dim_IntList, first, [0])
     assert find((twice,), other) is None
@@ -237,8 +237,7 @@ def test_a_pattern_of_something_else_than_overloads_is_refused(target: Any) -> N
     with pytest.raises(RewriteError) as caught:
         op(target, hole("x"))
     assert str(caught.value) == (
-        "a pattern needs operator overloads such as torch.ops.aten.add.Tensor, "
-        f"not {target!r}"
+        f"a pattern needs operator overloads such as torch.ops.aten.add.Tensor, not {target!r}"
     )
 
 

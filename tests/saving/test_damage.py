@@ -277,11 +277,9 @@ def test_deep_nesting_is_refused(saved: Path, depth: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["name", "mode", "signature", "nodes", "aliases", "lowering"])
-@pytest.mark.parametrize("value", [7, [[]], {"a": 7}, "x" * 50])
+@pytest.mark.parametrize("value", [7, [[]], {"a": 7}])
 def test_any_other_json_is_an_error_too(saved: Path, key: str, value: Any) -> None:
-    if (key, type(value)) in {("name", str), ("lowering", str)}:
-        pytest.skip("text is what belongs there")
-    forge(saved, lambda graph: graph.update({key: value}))
+    assert str(saved) in forge(saved, lambda graph: graph.update({key: value}))
 
 
 @settings(max_examples=60)

@@ -1,0 +1,140 @@
+"""What a device multiplies fast, asked once.
+
+A dtype that a device only emulates is slower than float32, whatever its size: float16 on a CPU
+without an fp16 unit runs at a quarter of float32's speed. A pass that lowers precision asks here
+whether that pays, and its plan shows the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_ASKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_CPUINFO = Path("/proc/cpuinfo")
+# A dtype -> the instruction sets that multiply it natively, by their names in /proc/cpuinfo on x86
+# (flags) and on Arm (Features).
+_NATIVE: dict[torch.dtype, tuple[str, ...]] = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "asimdhp"),
+    torch.int8: ("amx_int8", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "i8mm", "asimddp"),
+}
+# The least compute capability whose tensor cores take the dtype. Source: CUDA C++ Programming
+# Guide,
+# "Compute Capabilities".
+_TENSOR_CORES: dict[torch.dtype, tuple[int, int]] = {
+    torch.float16: (7, 0),
+    torch.int8: (7, 5),
+    torch.bfloat16: (8, 0),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Yes or no, and why; true exactly when `yes`."""
+
+    yes: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.yes
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by what it has: CPU instruction sets, or a CUDA compute capability.
+
+    `Device.describe("cpu")` asks this machine; a test builds one by hand.
+    """
+
+    kind: str
+    name: str
+    instructions: frozenset[str] = frozenset()
+    capability: tuple[int, int] | None = None
+
+    @staticmethod
+    def describe(device: torch.device | str = "cpu") -> Device:
+        """What `device` is on this machine; a CUDA device that isn't here has no capability."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            return _describe_cuda(device.index or 0)
+        return _describe_cpu() if device.type == "cpu" else Device(device.type, str(device))
+
+    def accelerates(self, dtype: torch.dtype) -> Answer:
+        """Whether matrix products of `dtype` run at float32's speed or above here, and why."""
+        if dtype not in _ASKED:
+            return Answer(False, f"{dtype} is not a dtype that products are chosen in")
+        if dtype in (torch.float32, torch.float64):
+            return Answer(True, f"every device multiplies {dtype} natively")
+        if self.kind == "cpu":
+            return self._on_cpu(dtype)
+        if self.kind == "cuda":
+            return self._on_cuda(dtype)
+        return Answer(False, f"nothing is known about {dtype} on {self.name}")
+
+    def _on_cpu(self, dtype: torch.dtype) -> Answer:
+        found = [name for name in _NATIVE[dtype] if name in self.instructions]
+        if found:
+            return Answer(True, f"{self.name} multiplies {dtype} natively ({', '.join(found)})")
+        return Answer(
+            False,
+            f"{self.name} has no instruction that multiplies {dtype} "
+            f"(none of {', '.join(_NATIVE[dtype])}): it would be emulated, slower than float32",
+        )
+
+    def _on_cuda(self, dtype: torch.dtype) -> Answer:
+        if self.capability is None:
+            return Answer(False, "this machine has no CUDA device")
+        need = _TENSOR_CORES[dtype]
+        has, wants = (".".join(map(str, pair)) for pair in (self.capability, need))
+        if self.capability >= need:
+            return Answer(True, f"{self.name}'s tensor cores take {dtype} (capability {has})")
+        return Answer(
+            False, f"{self.name}'s tensor cores don't take {dtype}: capability {has}, needs {wants}"
+        )
+
+
+@functools.cache
+def _describe_cpu() -> Device:
+    name, instructions = read_cpuinfo(_CPUINFO.read_text() if _CPUINFO.exists() else "")
+    if not instructions:
+        instructions = frozenset(_asked_of_torch())
+    return Device("cpu", name or platform.processor() or platform.machine(), instructions)
+
+
+def read_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
+    """The model name and the instruction sets that the text of /proc/cpuinfo lists; empty if
+    none.
+    """
+    name, instructions = "", frozenset[str]()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and not name:
+            name = value.strip()
+        elif key.strip() in ("flags", "Features") and not instructions:
+            instructions = frozenset(value.split())
+    return name, instructions
+
+
+def _asked_of_torch() -> Iterable[str]:
+    # Where there is no /proc/cpuinfo (Windows, macOS) torch itself knows these.
+    probes = {
+        "avx512_vnni": "_is_avx512_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+    }
+    for instruction, probe in probes.items():
+        if getattr(torch.cpu, probe, lambda: False)():
+            yield instruction
+
+
+@functools.cache
+def _describe_cuda(index: int) -> Device:
+    if not torch.cuda.is_available():
+        return Device("cuda", "CUDA")
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return Device("cuda", name, capability=capability)
