@@ -246,8 +246,5 @@ def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _same_size(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
-        return bool(one.node.expr == other.node.expr)
-    if isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt):
-        return False
+    one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in (one, other))
     return bool(one == other)

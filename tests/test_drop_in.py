@@ -83,7 +83,9 @@ def test_a_pipeline_takes_it_as_its_model(
     classifier: Any, passes: str, tolerance: float, batch_size: int
 ) -> None:
     model, tokenizer = classifier
-    opt = fxopt.transform(model, passes)
+    # The tokenizer's own output, since it decides which arguments the pipeline will pass.
+    batch = dict(tokenizer(_SENTENCES[:2], padding=True, return_tensors="pt"))
+    opt = fxopt.transform(model, passes, example_inputs=batch)
 
     def answers(used: nn.Module) -> Any:
         pipe = transformers.pipeline(

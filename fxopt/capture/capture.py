@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,10 @@ def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
 
 
 def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
-    args, kwargs = unbind(forward_signature(model), named)
+    args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
+        _silent_failure(),
         torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
@@ -131,6 +134,31 @@ def _named_keywords(model: nn.Module, named: Mapping[str, Any]) -> Iterator[insp
         del model.forward
         if own is not None:
             model.forward = own
+
+
+def _distinct(named: Mapping[str, Any]) -> Any:
+    """The inputs with a tensor given twice, as in attention(x, x, x), copied the second time.
+
+    torch.export would take them for one input.
+    """
+    seen: set[int] = set()
+
+    def distinct(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(distinct, dict(named))
+
+
+@contextmanager
+def _silent_failure() -> Iterator[None]:
+    """Keep torch from printing the partial graph of a trace that fails."""
+    written = io.StringIO()
+    with redirect_stderr(written):
+        yield
+    sys.stderr.write(written.getvalue())
 
 
 def _dynamic_axes(leaf: Any) -> Any:

@@ -232,7 +232,7 @@ class _Translation:
             raise CaptureError(
                 f"{type(self.model).__name__} holds {what}, which the graph dialect doesn't "
                 "take, at "
-                f"{_source(node.meta.get('stack_trace')) or 'an unknown line'}. Move it out of "
+                f"{self._region_source(node) or 'an unknown line'}. Move it out of "
                 "forward (precision is placed by a pass), or rewrite the branch with torch.where."
             )
         module = self._value(node.args[skip])
@@ -243,7 +243,7 @@ class _Translation:
         body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, module)
         (results,) = next(iter(reversed(module.graph.nodes))).args
-        values = [self._value(result) for result in results]  # type: ignore[union-attr]
+        values = [self._value(result) for result in results]
         if kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train":
             values = [self._detach(value) for value in values]
         self.nodes[node] = values
@@ -252,6 +252,13 @@ class _Translation:
             index = user.args[1]
             assert isinstance(index, int)
             self.nodes[user] = values[index]
+
+    def _region_source(self, region: fx.Node) -> str:
+        """The line of a region, or of the first operation in its body that knows one."""
+        bodies = [self._value(node) for node in region.all_input_nodes]
+        inner = [n for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes]
+        sources = (_source(n.meta.get("stack_trace")) for n in (region, *inner))
+        return next(filter(None, sources), "")
 
     def _detach(self, value: fx.Node) -> fx.Node:
         new = self.graph.call_function(aten.detach.default, (value,))
@@ -266,7 +273,7 @@ class _Translation:
         outputs: list[fx.Node] = []
         index = 0
         names = {node.name: node for node in self.exported.graph.nodes}
-        for result, spec in zip(results, specs, strict=True):  # type: ignore[arg-type]
+        for result, spec in zip(results, specs, strict=True):
             if spec.kind == OutputKind.USER_OUTPUT:
                 value = self._value(result)
                 if isinstance(value, fx.Node):
@@ -338,8 +345,9 @@ def _source(trace: str | None) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]+))?', trace or "")
     if not frames:
         return ""
-    outside = [frame for frame in frames if "/torch/" not in frame[0].replace("\\", "/")]
-    file, line, code = (outside or frames)[-1]
+    own = [frame for frame in frames if not frame[0].startswith("<")]
+    outside = [frame for frame in own if "/torch/" not in frame[0].replace("\\", "/")]
+    file, line, code = (outside or own or frames)[-1]
     parts = PurePath(file).parts
     start = parts.index("site-packages") + 1 if "site-packages" in parts else len(parts) - 1
     return f"{'/'.join(parts[start:])}:{line}  {code}".rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
 from fxopt.program import label
 
 _NAMED = 4
+_KERNELS = "|".join(re.escape(name) for name in sorted(set(GENERATED_AS.values())))
+_CALL = re.compile(rf"torch\.ops\.({_KERNELS})\.\w+\(")
 
 
 class InductorBackend:
@@ -58,13 +61,8 @@ def count_calls(code: str) -> Counter[str]:
     """How often the code calls each kernel, by the names of `GENERATED_AS`; comments don't
     count.
     """
-    calls = [line for line in code.splitlines() if not line.lstrip().startswith("#")]
-    return Counter(
-        {
-            name: sum(line.count(f"torch.ops.{name}.") for line in calls)
-            for name in set(GENERATED_AS.values())
-        }
-    )
+    lines = (line for line in code.splitlines() if not line.lstrip().startswith("#"))
+    return Counter(match[1] for line in lines for match in _CALL.finditer(line))
 
 
 def missing_kernels(asked: Sequence[fx.Node], code: str) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _cuda_devices(result: object) -> tuple[torch.device, ...]:
     """Where the work ran: the devices of the result, and the current one if CUDA is in use."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return ()
     found = {
         leaf.device

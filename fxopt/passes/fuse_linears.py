@@ -50,7 +50,7 @@ class FuseSiblings(Rule):
         if len(set(weights)) < len(weights):
             return "two of them share one weight"
         for linear in match["linears"]:
-            reason = refuse_shared_weight(linear, linear.node.__eq__)
+            reason = refuse_shared_weight(linear, match.roots.__contains__)
             if reason is not None:
                 return reason
         return None

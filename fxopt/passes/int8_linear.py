@@ -43,7 +43,7 @@ class QuantizeLinear(Rule):
 
     def __init__(self, options: Int8Linear) -> None:
         self.options = options
-        self.weights: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self.weights: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
         self.rounded: dict[fx.Node, fx.Node] = {}
 
     def targets(self) -> tuple[Target, ...]:
@@ -87,15 +87,16 @@ class QuantizeLinear(Rule):
 
     def _weight(self, linear: Linear, edit: Edit) -> tuple[fx.Node, fx.Node]:
         """The int8 weight [N, K] and its scale [N, 1], made once for linears that share it."""
-        if linear.weight not in self.weights:
+        key = (linear.weight, linear.transposed)
+        if key not in self.weights:
             rows = linear.rows_first(edit.state(linear.weight))
             values, scale = kernels.quantize_weight(materialize(rows).detach())
             name = str(linear.weight.target)
-            self.weights[linear.weight] = (
+            self.weights[key] = (
                 edit.constant(f"{name}_int8", values),
                 edit.constant(f"{name}_scale", scale),
             )
-        return self.weights[linear.weight]
+        return self.weights[key]
 
 
 @dataclass(frozen=True, repr=False)

@@ -152,6 +152,17 @@ def test_variadic_arguments_are_taken() -> None:
     assert_faithful(model, program, b=X, a=X + 1)
 
 
+def test_one_tensor_given_twice_stays_two_inputs() -> None:
+    class Difference(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - 2 * b
+
+    model = Difference()
+    program = capture(model, (X, X))
+    assert_faithful(model, program, X, X + 1)
+    assert_faithful(model, program, X + 1, X)
+
+
 def test_every_size_is_dynamic_that_can_be() -> None:
     model = bert()
     program = capture(model, {"input_ids": IDS})
