@@ -45,7 +45,7 @@ def filled_by_index(x: Tensor) -> Tensor:
 
 def masked(x: Tensor) -> Tensor:
     y = x.clone()
-    return y.masked_fill_(x > 0, float("-inf")).softmax(-1)
+    return y.masked_fill_(x > 0, -9.0).softmax(-1)
 
 
 def promoting(x: Tensor) -> Tensor:
