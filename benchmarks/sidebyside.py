@@ -22,8 +22,8 @@ def compare(
     against: Mapping[str, Sequence[str]],
     *,
     floor_db: float,
-    repeats: int = 15,
-    seconds: float = 8.0,
+    repeats: int = 10,
+    seconds: float = 5.0,
 ) -> dict[str, Any]:
     """Latency of each system in milliseconds, SQNR against eager, and ratios with their spread.
 

@@ -141,7 +141,7 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
     ref, out = ref.masked_fill(same & ref.isinf(), 0.0), out.masked_fill(same & out.isinf(), 0.0)
     noise = (out - ref).abs().square().sum().item()
     signal = ref.abs().square().sum().item()
-    if math.isnan(noise):
+    if not math.isfinite(noise):
         return -math.inf
     if noise == 0.0:
         return math.inf

@@ -20,8 +20,8 @@ def evaluate(
     """The output tensors of `program` for its input tensors, each value freed after its last use.
 
     `observe(node, value)` sees every computed value and returns what the rest of the graph is to
-    use in its place. Gradients are recorded for a program in train mode only. Buffers that the
-    program writes are written to copies, so that judging a program never changes the model.
+    use in its place. Gradients are recorded for a program in train mode only. Buffers and
+    inputs that the program writes are written to copies, so that judging changes neither.
     """
     return _Evaluation(program, [inputs], observe).run()[0]
 
@@ -52,9 +52,7 @@ class _Evaluation:
         nodes = program.graph.nodes
         self.uses = Counter(used for node in nodes for used in node.all_input_nodes)
         self.written = {
-            node.args[0].target
-            for node in nodes
-            if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
+            node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default
         }
 
     def run(self) -> list[list[Tensor]]:
@@ -72,16 +70,18 @@ class _Evaluation:
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             for run, inputs in zip(self.own, self.inputs, strict=True):
-                run[node] = self._seen(node, next(inputs))
+                run[node] = self._seen(node, self._own(node, next(inputs)))
         elif node.op == "get_attr":
-            value = self.program.tensor(str(node.target))
-            written = node.target in self.written
-            self.shared[node] = self._seen(node, value.detach().clone() if written else value)
+            value = self._own(node, self.program.tensor(str(node.target)))
+            self.shared[node] = self._seen(node, value)
         elif self._is_shared(node):
             self.shared[node] = self._seen(node, self._compute(node, {}))
         else:
             for run in self.own:
                 run[node] = self._seen(node, self._compute(node, run))
+
+    def _own(self, node: fx.Node, value: Tensor) -> Tensor:
+        return value.detach().clone() if node in self.written else value
 
     def _is_shared(self, node: fx.Node) -> bool:
         operands = node.all_input_nodes

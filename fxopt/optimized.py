@@ -263,11 +263,15 @@ def optimized_like(
 
 
 def graph_module(program: Program) -> fx.GraphModule:
-    """The program as a graph module over its own tensors, tied names tied."""
+    """The program as a graph module over its own tensors, tied names tied.
+
+    State that a call writes is copied, so that calling the result leaves the model as it is.
+    """
     graph = fx.Graph()
     results = graph.graph_copy(program.graph, {})
     graph.output(results)
     state = {name: materialize(tensor) for name, tensor in program.state.items()}
+    state.update({name: state[name].detach().clone() for name in program.written})
     module = fx.GraphModule(state, graph, class_name=program.name)
     for name, tensor in state.items():
         owner, leaf = _owner(module, name)

@@ -124,6 +124,15 @@ class Program:
                 return value.fake_mode
         raise FxoptError("the program holds no tensor at all; there is nothing to optimise")
 
+    @property
+    def written(self) -> frozenset[str]:
+        """The names of the state that a call writes: running statistics, counters."""
+        return frozenset(
+            str(node.args[0].target)
+            for node in self.graph.nodes
+            if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
+        )
+
     def tensor(self, name: str) -> Tensor:
         """The tensor that `get_attr` target `name` stands for, computed now if it is a recipe."""
         return materialize(self.state[name])

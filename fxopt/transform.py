@@ -37,6 +37,7 @@ from fxopt.verify import (
     output_names,
     run_model,
     run_program,
+    state_kept,
     trials,
 )
 
@@ -191,11 +192,11 @@ class _Pipeline:
         self, pass_: Pass, plan: Plan, before: Program
     ) -> tuple[Program, Verdict | None, list[tuple[Tensor, ...]]]:
         after = pass_.apply(replace(before, changes=Changes()), plan)
-        if after.graph is not before.graph and not after.changes.fired:
+        if not after.changes.fired and not _same(before, after):
             raise PassError(
-                f"{pass_!r} returned another graph without going through "
-                "fxopt.rewriting.rewrite; only "
-                "the driver may edit, since it counts and keeps metadata"
+                f"{pass_!r} returned another program without going through "
+                "fxopt.rewriting.rewrite; only the driver may edit, since it counts and keeps "
+                "metadata"
             )
         wellformed.check(after)
         if not self.verify or not after.changes.fired:
@@ -242,7 +243,7 @@ class _Pipeline:
             # Fused rounding decides ties by other last bits; see judge_nodes. A compiled program
             # can't be judged node by node, so it is held to the rounding pass's own claim.
             claim, reference = self.unrounded or (options.claim, self.outputs)
-            run = one_by_one(_runner(lowered.callable))
+            run = one_by_one(_runner(lowered.callable, self.program, self.module))
             verdict, self.outputs = self._judge(claim, reference, run)
             if not verdict.holds:
                 raise EquivalenceError(_violation_text(repr(options), verdict, ()))
@@ -303,9 +304,10 @@ class _Pipeline:
             "before": lambda: before(example),
             "after": after,
         }
-        latency = measure.latency(systems)
         device = example[0].device if example else torch.device("cpu")
-        memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
+        with state_kept(self.program, example, dict(self.module.named_buffers())):
+            latency = measure.latency(systems)
+            memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
         return replace(
             report,
             latency_before=latency["before"],
@@ -365,12 +367,22 @@ class _Pipeline:
         return signature.flatten((), normalize_inputs(signature.forward, inputs))
 
 
-def _runner(run: Callable[..., Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def _runner(
+    run: Callable[..., Any], program: Program, module: nn.Module
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     def call(inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return list(run(*inputs))
+        with torch.no_grad(), state_kept(program, inputs, dict(module.named_buffers())) as kept:
+            return [output.clone() for output in run(*inputs)] if kept else list(run(*inputs))
 
     return call
+
+
+def _same(before: Program, after: Program) -> bool:
+    return (
+        after.graph is before.graph
+        and after.state.keys() == before.state.keys()
+        and all(after.state[name] is tensor for name, tensor in before.state.items())
+    )
 
 
 def _violation_text(who: str, verdict: Verdict, blames: Sequence[Blame]) -> str:

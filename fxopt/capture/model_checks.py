@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxopt.errors import ModelError
 from fxopt.program import Mode
@@ -39,6 +39,12 @@ def check_model(model: object) -> None:
             raise ModelError(
                 f"{name} holds {int(tensor.isnan().sum())} NaN of {tensor.numel()} entries; no "
                 "claim can be judged on such a model. Reload or repair the weights."
+            )
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if hasattr(fx.GraphModule, name) and not hasattr(nn.Module, name):
+            raise ModelError(
+                f"{type(model).__name__} has a part named {name!r}, a name that torch.fx keeps for "
+                "itself. Rename it, or wrap the model in another nn.Module."
             )
     for path, module in model.named_modules():
         _check_hooks(path or type(model).__name__, module)

@@ -51,8 +51,8 @@ def int8_linear(
     `weight_scale` `[N, 1]` and `bias` `[N]`; scales and bias are applied in float32, or float64 if
     that is `dtype`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    y = torch.ops.fxopt.int8_product(q, weight).to(wide)
-    y = y * weight_scale.detach().reshape(-1).to(wide) * scale.detach().to(wide)
+    product: Tensor = torch.ops.fxopt.int8_product(q, weight)
+    y = product.to(wide) * weight_scale.detach().reshape(-1).to(wide) * scale.detach().to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
 
 
@@ -130,14 +130,16 @@ def _weight_only_on_cpu(
     count = x.numel() // max(1, x.shape[-1])
     if x.dtype == torch.bfloat16 and 0 < count <= _FEW_ROWS and _in_vectors(weight):
         rows, scales = x.reshape(count, -1).contiguous(), weight_scale.reshape(-1).to(x.dtype)
-        y = torch.ops.aten._weight_int8pack_mm(rows, weight.contiguous(), scales)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.contiguous(), scales)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias
     if x.dtype == torch.float32 and count >= _MANY_ROWS and weight.numel() and _has_onednn():
         dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
         bias = None if bias is None else bias.contiguous()
-        return torch.ops.mkldnn._linear_pointwise(x, dense, bias, "none", [], None)
-    return _dequantized_linear(x, weight, weight_scale, bias)
+        y = torch.ops.mkldnn._linear_pointwise(x, dense, bias, "none", [], None)
+    else:
+        y = _dequantized_linear(x, weight, weight_scale, bias)
+    return y
 
 
 def _in_vectors(weight: Tensor) -> bool:
@@ -145,7 +147,7 @@ def _in_vectors(weight: Tensor) -> bool:
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
 
 
 def _weight_only_fake(
@@ -156,7 +158,7 @@ def _weight_only_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, weight_scale, bias = inputs
+    _, weight, weight_scale, bias = inputs
     ctx.save_for_backward(weight, weight_scale)
     ctx.has_bias = bias is not None
 

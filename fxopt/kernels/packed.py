@@ -1,6 +1,6 @@
 """Floating-point linear on oneDNN, its weight laid out once, with the next operation fused in.
 
-    packed_linear(x, W, b, post_op, other)  =  post_op(x @ Wᵀ + b)        ("add": x @ Wᵀ + b + other)
+    packed_linear(x, W, b, post_op, other)  =  post_op(x @ Wᵀ + b)       ("add": x @ Wᵀ + b + other)
 
 aten's float32 linear runs on MKL, which on some CPUs (AMD's) is over twice as slow as oneDNN with a
 packed weight; both sum in float32. Off the CPU, in float64 or float16, and wherever oneDNN cannot
@@ -82,18 +82,19 @@ def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() > 0
         and weight.shape[0] > 0
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and not weight.is_inference()
         and (
             x.dtype == torch.float32
-            or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            or (x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         )
     )
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
 
 
 def _on_cpu(
@@ -107,9 +108,12 @@ def _on_cpu(
     # oneDNN takes a bias of unit stride only and reads a wrong one past its end.
     bias = None if bias is None else bias.contiguous()
     linear = torch.ops.mkldnn._linear_pointwise
+    y: Tensor
     if other is not None:
-        return linear.binary(x, other.contiguous(), packed, bias, attribute)
-    return linear(x, packed, bias, attribute, [], algorithm)
+        y = linear.binary(x, other.contiguous(), packed, bias, attribute)
+    else:
+        y = linear(x, packed, bias, attribute, [], algorithm)
+    return y
 
 
 def _fake(
@@ -141,12 +145,15 @@ def _activation_gradient(
     if post_op in ("none", "add"):
         return grad
     z = torch.nn.functional.linear(x, weight, bias)
+    dz: Tensor
     if post_op == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    if post_op == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    tanh = "tanh" if post_op == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, z, approximate=tanh)
+        dz = torch.ops.aten.threshold_backward(grad, z, 0)
+    elif post_op == "silu":
+        dz = torch.ops.aten.silu_backward(grad, z)
+    else:
+        algorithm = "tanh" if post_op == "gelu_tanh" else "none"
+        dz = torch.ops.aten.gelu_backward(grad, z, approximate=algorithm)
+    return dz
 
 
 _library.impl("packed_linear", _reference, "CompositeExplicitAutograd")

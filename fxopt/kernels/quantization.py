@@ -3,8 +3,9 @@
     scale = max|row| / 127        q = round(row / scale) in [-127, 127]        row ~ q * scale
 
 -128 is left out, so that negation is exact and the largest magnitude maps to itself on both sides.
-Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-
-Only Inference", CVPR 2018; rounding is to nearest, ties to even, as `torch.round` does it.
+Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", CVPR 2018; rounding is to nearest, ties to even, as
+`torch.round` does it.
 """
 
 from __future__ import annotations

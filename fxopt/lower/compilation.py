@@ -133,14 +133,7 @@ def _eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _run_once(compiled: Compiled, module: fx.GraphModule, program: Program) -> None:
-    written = {
-        str(node.args[0].target)
-        for node in program.graph.nodes
-        if node.target is torch.ops.aten.copy_.default
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "get_attr"
-    }
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in written}
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in program.written}
     before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     compiled(*program.example)
     with torch.no_grad():

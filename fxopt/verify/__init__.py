@@ -9,6 +9,7 @@ from fxopt.verify.oracle import (
     output_names,
     run_model,
     run_program,
+    state_kept,
     trials,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "output_names",
     "run_model",
     "run_program",
+    "state_kept",
     "trials",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxopt.capture import in_mode
-from fxopt.evaluate import evaluate_all
-from fxopt.program import Program, materialize
+from fxopt.evaluate import evaluate, evaluate_all
+from fxopt.program import Program, Recipe, materialize
 from fxopt.signature import TensorInput, unbind
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -68,9 +68,11 @@ def run_model(model: nn.Module, program: Program) -> Run:
         ]
         args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
         grad = torch.set_grad_enabled(program.mode == "train")
-        with in_mode(model, program.mode), _buffers_kept(program), _same_draws(), grad:
-            outputs = model(*args, **kwargs)
-        return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        with in_mode(model, program.mode), state_kept(program, inputs) as kept, _same_draws(), grad:
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            # An output may be the very tensor that is about to be put back.
+            return [output.clone() for output in outputs] if kept else outputs
 
     return run
 
@@ -79,10 +81,22 @@ def run_program(program: Program) -> RunAll:
     """The program as a function of several sets of input tensors; changes no buffer."""
 
     def run(batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        with _same_draws():
+        if not _is_random(program):
             return evaluate_all(program, batches)
+        results = []
+        for inputs in batches:
+            with _same_draws():
+                results.append(evaluate(program, inputs))
+        return results
 
     return run
+
+
+def _is_random(program: Program) -> bool:
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        for node in program.graph.nodes
+    )
 
 
 def one_by_one(run: Run) -> RunAll:
@@ -127,19 +141,28 @@ def _resized(program: Program, sizes: dict[tuple[bool, int], int]) -> tuple[Tens
 
 
 @contextmanager
-def _buffers_kept(program: Program) -> Iterator[None]:
-    written = [
-        materialize(program.state[str(node.args[0].target)])
-        for node in program.graph.nodes
-        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
-    ]
-    before = [buffer.detach().clone() for buffer in written]
+def state_kept(
+    program: Program,
+    inputs: Sequence[Tensor] = (),
+    state: Mapping[str, Tensor | Recipe] | None = None,
+) -> Iterator[bool]:
+    """What a run of `program` writes, put back after it; gives whether it writes at all.
+
+    That is inputs, and state under the names of `program.written` (of `state` where it is given,
+    a compiled module's own buffers).
+    """
+    tensors = program.state if state is None else state
+    written = [materialize(tensors[name]) for name in program.written if name in tensors]
+    for node, tensor in zip(program.placeholders, inputs, strict=False):
+        if any(user.target is torch.ops.aten.copy_.default for user in node.users):
+            written.append(tensor)
+    before = [tensor.detach().clone() for tensor in written]
     try:
-        yield
+        yield bool(written)
     finally:
         with torch.no_grad():
-            for buffer, value in zip(written, before, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
 
 
 @contextmanager

@@ -111,9 +111,9 @@ def test_wrong_inputs_say_what_is_needed():
     q, weight = torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 5, dtype=torch.int8)
     with pytest.raises(KernelError, match=r"needs \[..., K\] and a weight \[N, K\], not \(2, 3\)"):
         ops.int8_product(q, weight)
-    with pytest.raises(KernelError, match="needs int8 on both sides, not torch.float32"):
+    with pytest.raises(KernelError, match=r"needs int8 on both sides, not torch.float32"):
         ops.int8_product(q.float(), weight)
-    with pytest.raises(KernelError, match="needs float x and int8 weight, not torch.int8"):
+    with pytest.raises(KernelError, match=r"needs float x and int8 weight, not torch.int8"):
         ops.int8_weight_only_linear(q, weight, torch.ones(4), None)
     with pytest.raises(KernelError, match="one scale for each of the weight's 4 rows"):
         ops.int8_weight_only_linear(torch.ones(2, 5), weight, torch.ones(3), None)

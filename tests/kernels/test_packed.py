@@ -98,12 +98,19 @@ def test_a_view_is_another_weight_than_its_base():
         check(x, weight, None, "none")
 
 
+def test_a_view_that_only_differs_in_strides_is_another_weight():
+    weight = torch.zeros(32, 32)
+    weight[1, 2] = 1.0
+    for view in (weight, weight.t()):
+        check(torch.randn(3, 32), view, None, "none")
+
+
 def _add_in_place(weight):
     weight.add_(1.0)
 
 
 def _swap_data(weight):
-    weight.data = torch.randn(6, 5)
+    weight.data = torch.randn(40, 30)
 
 
 def _write_through_data(weight):
@@ -113,13 +120,13 @@ def _write_through_data(weight):
 def _load(weight):
     module = torch.nn.Module()
     module.weight = weight
-    module.load_state_dict({"weight": torch.randn(6, 5)})
+    module.load_state_dict({"weight": torch.randn(40, 30)})
 
 
 def _resize_storage(weight):
     weight.untyped_storage().resize_(0)
-    weight.untyped_storage().resize_(6 * 5 * 4)
-    weight.copy_(torch.randn(6, 5))
+    weight.untyped_storage().resize_(40 * 30 * 4)
+    weight.copy_(torch.randn(40, 30))
 
 
 def _one_entry(weight):
@@ -131,8 +138,8 @@ def _one_entry(weight):
     [_add_in_place, _swap_data, _write_through_data, _load, _resize_storage, _one_entry],
 )
 def test_edits_of_the_weight_are_seen(edit):
-    weight = torch.nn.Parameter(torch.randn(6, 5))
-    x = torch.randn(3, 5)
+    weight = torch.nn.Parameter(torch.randn(40, 30))
+    x = torch.randn(3, 30)
     with torch.no_grad():
         check(x, weight, None, "none")
         edit(weight)

@@ -81,7 +81,7 @@ def test_not_a_number_and_infinity_are_not_hidden(bad):
 
 
 def test_integers_are_refused():
-    with pytest.raises(KernelError, match="needs a floating-point tensor, not torch.int64"):
+    with pytest.raises(KernelError, match=r"needs a floating-point tensor, not torch.int64"):
         ops.quantize_per_token(torch.ones(2, 2, dtype=torch.int64))
 
 
@@ -108,7 +108,7 @@ def test_weight_with_nan_is_refused():
     weight[2, 1] = float("nan")
     with pytest.raises(KernelError, match="output channel 2 holds NaN or infinity"):
         quantize_weight(weight)
-    with pytest.raises(KernelError, match="needs a float matrix, not torch.float32"):
+    with pytest.raises(KernelError, match=r"needs a float matrix, not torch.float32"):
         quantize_weight(torch.ones(3))
 
 

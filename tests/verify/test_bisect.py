@@ -1,0 +1,163 @@
+"""The guilty node is named, however deep it sits and however many nodes were rewritten rightly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.capture import capture
+from fxopt.claim import Close, Sqnr
+from fxopt.errors import EquivalenceError
+from fxopt.program import label
+from fxopt.rewriting import SingleRule, rewrite
+from fxopt.verify import Blame, blame, judge_nodes, run_model, trials
+from tests.rewriting.functions import calls
+from tests.verify.faults import FAULTS, SplitLinear, deep_model
+
+aten = torch.ops.aten
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+def blamed(rule: SplitLinear) -> list[Blame]:
+    model = deep_model()
+    program = capture(model, (X,))
+    found, _ = trials(program, run_model(model, program))
+    return blame(program, rewrite(program, [rule]), found[0])
+
+
+@pytest.mark.parametrize("guilty", ["0.up", "3.down", "5.down"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_guilty_node_is_the_worst_and_far_from_the_innocent(fault: str, guilty: str) -> None:
+    worst, *others = blamed(SplitLinear(fault, (guilty,)))
+    program = capture(deep_model(), (X,))
+    (node,) = [n for n in calls(program) if n.meta["module_path"] == guilty]
+    assert worst.before == node.name
+    assert guilty in worst.text
+    assert worst.db < 25.0
+    assert all(other.db > 90.0 for other in others), "errors don't pile up behind the guilty node"
+    assert len(others) <= 11
+
+
+def test_every_guilty_node_is_found_in_one_run() -> None:
+    guilty = ("1.up", "2.down", "4.up")
+    blames = blamed(SplitLinear("swapped channels", guilty))
+    assert all(path in "".join(b.text for b in blames[:3]) for path in guilty)
+    assert all(b.db > 90.0 for b in blames[3:])
+
+
+def test_a_right_rewrite_is_blamed_for_rounding_only() -> None:
+    assert all(one.db > 90.0 for one in blamed(SplitLinear()))
+
+
+def test_the_worst_comes_first() -> None:
+    levels = [one.db for one in blamed(SplitLinear("dropped bias", ("0.up", "5.up")))]
+    assert levels == sorted(levels)
+
+
+def test_a_blame_shows_the_call_its_users_and_its_source_line() -> None:
+    worst = blamed(SplitLinear("scaled output", ("3.up",)))[0]
+    first, second, third = worst.text.splitlines()
+    assert first.startswith("3.up (mul_")
+    assert "= aten.mul.Scalar(" in first
+    assert second.strip().startswith("used by tanh")
+    assert "from " in third
+
+
+def test_nodes_are_judged_each_on_the_inputs_it_had() -> None:
+    model = deep_model()
+    program = capture(model, (X,))
+    found, _ = trials(program, run_model(model, program))
+    right = judge_nodes(Close(), program, rewrite(program, [SplitLinear()]), found)
+    assert right is not None
+    assert right.holds
+    wrong = rewrite(program, [SplitLinear("dropped bias", ("2.up",))])
+    verdict = judge_nodes(Close(), program, wrong, found)
+    assert verdict is not None
+    assert not verdict.holds
+    assert "2.up" in verdict.where
+    assert judge_nodes(Close(), program, program, found) is None
+
+
+class LooseSplit(SplitLinear):
+    claim = Sqnr(60.0)
+
+
+def violation(rule: SplitLinear, **options: object) -> str:
+    with pytest.raises(EquivalenceError) as caught:
+        fxopt.transform(deep_model(), [rule], example_inputs=(X,), **options)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_claim_tells_pass_claim_measurement_and_node(fault: str) -> None:
+    lines = violation(SplitLinear(fault, ("3.up",))).splitlines()
+    assert lines[0] == "SplitLinear() broke its claim"
+    assert lines[1] == "  claimed: close"
+    assert lines[2].startswith("  measured: ")
+    assert " in output on " in lines[2]
+    assert lines[3].startswith("  guilty node (")
+    assert "dB on its own): 3.up (" in lines[3]
+    if fault in ("NaN", "infinity"):
+        assert "entries are NaN" in lines[2] or "infinite" in lines[2]
+
+
+def test_the_claim_of_a_rule_is_the_one_that_is_judged() -> None:
+    assert "claimed: sqnr >= 60 dB" in violation(LooseSplit("dropped bias", ("3.up",)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("guilty", [("2.down",), ("0.up", "3.up", "5.down")])
+def test_revert_leaves_out_the_guilty_nodes_and_records_them(
+    fault: str, guilty: tuple[str, ...]
+) -> None:
+    model = deep_model()
+    opt = fxopt.transform(
+        model, [SplitLinear(fault, guilty)], example_inputs=(X,), on_violation="revert"
+    )
+    record = opt.steps[-1].record
+    labels = {
+        label(n)
+        for n in calls(capture(model, (X,)), aten.linear.default)
+        if n.meta["module_path"] in guilty
+    }
+    reverted = {refusal.node for refusal in record.reverted}
+    assert labels <= reverted
+    assert len(reverted) <= 2 ** math.ceil(math.log2(len(guilty)))
+    assert all(refusal.reason.startswith("reverted: ") for refusal in record.reverted)
+    assert record.fired == {"SplitLinear": 12 - len(reverted)}
+    assert record.holds
+    torch.testing.assert_close(opt(X), model(X))
+    kept = {n.meta["module_path"] for n in calls(opt.program, aten.linear.default)}
+    assert set(guilty) <= kept
+
+
+def test_revert_of_everything_keeps_the_predecessor() -> None:
+    everything = tuple(f"{index}.{name}" for index in range(6) for name in ("up", "down"))
+    opt = fxopt.transform(
+        deep_model(), [SplitLinear("zeros", everything)], example_inputs=(X,), on_violation="revert"
+    )
+    record = opt.steps[-1].record
+    assert record.firings == 0
+    assert len(record.reverted) == 12
+    assert torch.equal(opt(X), deep_model()(X))
+
+
+def test_a_sum_over_the_budget_says_what_to_do() -> None:
+    with pytest.raises(EquivalenceError) as caught:
+        fxopt.transform(
+            deep_model(), "int8-linear", example_inputs=(X,), budget=Close(rtol=1e-6)
+        )
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the whole list broke its claim"
+    assert lines[1] == "  claimed: close(rtol=1e-06)"
+    assert lines[-1] == (
+        "  each pass kept its own claim, but their sum is over the budget: loosen budget=, or drop "
+        "or tighten a pass"
+    )
+
+
+def test_a_single_rule_is_the_pass_that_is_blamed() -> None:
+    assert repr(SingleRule(SplitLinear())) == "SplitLinear()"
