@@ -75,7 +75,7 @@ def _rewrite(model: nn.Module) -> dict[str, Tensor]:
 
 def _measure(benchmark, record, name, calls, subject, base) -> None:  # type: ignore[no-untyped-def]
     times = benchmark.pedantic(
-        latency, args=(calls,), kwargs={"repeats": 5, "seconds": 20.0}, rounds=1
+        latency, args=(calls,), kwargs={"repeats": 5, "seconds": 8.0}, rounds=1
     )
     figures = {
         "seconds": {call: round(time.median / 1e3, 3) for call, time in times.items()},

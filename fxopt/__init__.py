@@ -31,7 +31,7 @@ from fxopt.passes import (
 )
 from fxopt.program import Program, Refusal
 from fxopt.report import Report
-from fxopt.rewriting import Match, Pass, Plan, Rule, constant, hole, op
+from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, constant, hole, op, rewrite
 from fxopt.transform import transform
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "Canonicalize",
     "CaptureError",
     "Close",
+    "Edit",
     "EquivalenceError",
     "Exact",
     "FuseConvBatchNorm",
@@ -71,5 +72,6 @@ __all__ = [
     "hole",
     "load",
     "op",
+    "rewrite",
     "transform",
 ]
