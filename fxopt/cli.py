@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+REPORT_SUFFIXES = (".html", ".json", ".txt")
 DEFAULT_PASSES = "canonicalize, fuse-linears, fuse-conv-batch-norm, prepack, lower"
 
 Model = Annotated[
@@ -68,6 +69,10 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Transform a model, print what was done, claimed and measured, and save the result."""
+    if report is not None and report.suffix.lower() not in REPORT_SUFFIXES:
+        raise typer.BadParameter(
+            f"end {report.name!r} in {', '.join(REPORT_SUFFIXES)}", param_hint="'--report'"
+        )
     with _steps() as progress:
         loaded = _load(model, batch, length, device, progress)
         optimized = transform(

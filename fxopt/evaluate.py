@@ -48,6 +48,7 @@ class _Evaluation:
         self.observe = observe
         self.inputs = [iter(inputs) for inputs in batches]
         self.shared: dict[fx.Node, Any] = {}
+        self.constants: set[fx.Node] = set()
         self.own: list[dict[fx.Node, Any]] = [{} for _ in batches]
         nodes = program.graph.nodes
         self.uses = Counter(used for node in nodes for used in node.all_input_nodes)
@@ -72,8 +73,7 @@ class _Evaluation:
             for run, inputs in zip(self.own, self.inputs, strict=True):
                 run[node] = self._seen(node, self._own(node, next(inputs)))
         elif node.op == "get_attr":
-            value = self._own(node, self.program.tensor(str(node.target)))
-            self.shared[node] = self._seen(node, value)
+            self.constants.add(node)
         elif self._is_shared(node):
             self.shared[node] = self._seen(node, self._compute(node, {}))
         else:
@@ -87,7 +87,7 @@ class _Evaluation:
         operands = node.all_input_nodes
         return (
             bool(operands)
-            and all(operand in self.shared for operand in operands)
+            and all(operand in self.shared or operand in self.constants for operand in operands)
             and is_pure(node, "train")
         )
 
@@ -96,7 +96,15 @@ class _Evaluation:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, run: dict[fx.Node, Any], node: fx.Node) -> Any:
+        if node in self.constants:
+            self._load(node)
         return self.shared[node] if node in self.shared else run[node]
+
+    def _load(self, node: fx.Node) -> None:
+        """Bring in a constant at its first use: all recipes at the head would be held at once."""
+        value = self._own(node, self.program.tensor(str(node.target)))
+        self.shared[node] = self._seen(node, value)
+        self.constants.remove(node)
 
     def _seen(self, node: fx.Node, value: Any) -> Any:
         return self.observe(node, value) if self.observe else value

@@ -7,6 +7,7 @@ where the folder has a tokenizer, else what the config tells.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pydoc
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ def load_model(path: str | None, batch: int = 8, length: int = 64, device: str =
     Raises `ModelError` when there is no such folder or file, the demo package is missing, or
     transformers can't read what is there; `InputError` for a device that isn't here.
     """
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device {device!r} is no device of torch: use cpu, cuda or cuda:N"
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"device {device!r} was asked for, but this machine (or this torch build) has no CUDA "
@@ -92,7 +98,7 @@ def _read(source: Path) -> nn.Module:
             names = config.architectures or ["AutoModel"]
             kind = getattr(transformers, names[0], transformers.AutoModel)
             model = kind.from_pretrained(str(source), local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # readers of foreign files raise whatever they stumble over
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"transformers can't load {source}: {first}") from error
     assert isinstance(model, nn.Module)
@@ -113,8 +119,8 @@ def _inputs(source: Path, model: nn.Module, batch: int, length: int) -> dict[str
             max_length=length,
             return_tensors="pt",
         )
-        wanted = ("input_ids", "attention_mask")
-        return {name: tokens[name] for name in wanted if name in tokens}
+        takes = inspect.signature(model.forward).parameters
+        return {name: value for name, value in tokens.items() if name in takes}
     derived = derive_inputs(model)
     return {name: _resized(name, value, batch, length) for name, value in derived.items()}
 

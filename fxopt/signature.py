@@ -9,8 +9,8 @@ placeholders, in that order; its other leaves (a flag, a number) were constants 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Signature:
-    """The calling convention of a captured model; turns calls into leaves and leaves into
-    outputs."""
+    """The calling convention of a captured model: calls into leaves, leaves into outputs.
+
+    `zeros` names arguments that, left out of a call, are zeros of the shape of another one.
+    """
 
     forward: inspect.Signature
     in_spec: pytree.TreeSpec
@@ -56,6 +58,7 @@ class Signature:
     ranges: Mapping[str, Range]
     out_spec: pytree.TreeSpec
     out_constants: Mapping[int, object]
+    zeros: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[TensorInput, ...]:
@@ -91,9 +94,12 @@ class Signature:
         Raises `InputError` when the call doesn't fit what was captured: another structure, another
         constant, or a tensor of another dtype, device, rank or fixed size.
         """
-        given = bind(self.forward, args, kwargs)
+        given = bind(self.forward, args, kwargs, spelled_out=self.names)
         for name, value in self.constants.items():
             given.setdefault(name, value)
+        for name, like in self.zeros.items():
+            if name not in given and isinstance(given.get(like), Tensor):
+                given[name] = torch.zeros_like(given[like])
         if set(given) != set(self.names):
             raise InputError(self._structure_text(given))
         leaves, spec = pytree.tree_flatten({name: given[name] for name in self.names})
@@ -108,7 +114,7 @@ class Signature:
             if isinstance(expected, TensorInput):
                 self._check_tensor(leaf, expected, sizes)
                 tensors.append(leaf)
-            elif leaf != expected:
+            elif isinstance(leaf, Tensor) or leaf != expected:
                 raise InputError(
                     f"{self._path_of(expected)} is {leaf!r} in this call, but the graph was "
                     f"captured with {expected!r}. Transform the model again with example_inputs "
@@ -203,9 +209,12 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
 
 
 def bind(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    signature: inspect.Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    spelled_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """A call as {argument name: value}, `None` and default values dropped.
+    """A call as {argument name: value}, `None` dropped, and defaults that aren't `spelled_out`.
 
     Keywords that land in `**kwargs` keep their own names; what lands in `*args` stays a tuple under
     its parameter's name. Raises `InputError` where the call doesn't fit the signature.
@@ -222,7 +231,9 @@ def bind(
         parameter = signature.parameters[name]
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update({key: inner for key, inner in value.items() if inner is not None})
-        elif value is not None and not _is_default(value, parameter.default):
+        elif value is not None and (
+            name in spelled_out or not _is_default(value, parameter.default)
+        ):
             named[name] = value
     return named
 

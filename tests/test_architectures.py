@@ -36,9 +36,7 @@ def test_captured_printed_and_quantized(name: str) -> None:
 def test_lowered_at_other_sizes(name: str, form: str) -> None:
     torch.compiler.reset()
     case = ARCHITECTURES[name]()
-    opt = fxopt.transform(
-        case.model, PASSES[form], example_inputs=case.example, measure_cost=False
-    )
+    opt = fxopt.transform(case.model, PASSES[form], example_inputs=case.example, measure_cost=False)
     claim = fxopt.Sqnr(16.0) if form == "numerics" else fxopt.Close()
     assert len(case.others) >= 2
     for inputs in case.others:

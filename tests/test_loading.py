@@ -13,7 +13,12 @@ from fxopt import loading
 from fxopt.errors import InputError, ModelError
 from fxopt.loading import load_model, real_sentences
 
-_SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+_SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +141,9 @@ def test_cuda_where_there_is_none(bert: Path, device: str) -> None:
 def test_a_device_that_does_not_exist(bert: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_model(str(bert), device="gpu")
-    assert str(caught.value).startswith("device 'gpu' is no device of torch: ")
+    assert str(caught.value).startswith(
+        "device 'gpu' is no device of torch: use cpu, cuda or cuda:N"
+    )
 
 
 def test_without_the_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,9 @@ def test_a_deep_copy_stands_alone() -> None:
     assert twin.report is opt.report
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()]
+)
 def test_another_dtype_is_refused(convert: Any) -> None:
     opt = optimized()
     with pytest.raises(ModelError) as caught:

@@ -49,9 +49,7 @@ class Squares(nn.Module):
 
 
 def test_each_step_is_recorded_with_its_graph() -> None:
-    opt = fxopt.transform(
-        mlp(), "canonicalize, fuse-linears, int8-linear", example_inputs=(X,)
-    )
+    opt = fxopt.transform(mlp(), "canonicalize, fuse-linears, int8-linear", example_inputs=(X,))
     records = [step.record for step in opt.steps]
     assert [record.name for record in records] == [
         "capture",
@@ -200,7 +198,9 @@ def test_a_claim_that_fails_names_pass_and_node() -> None:
     with pytest.raises(EquivalenceError) as caught:
         fxopt.transform(mlp(), "int8-linear{claim=sqnr(90)}", example_inputs=(X,))
     text = str(caught.value)
-    assert text.startswith("Int8Linear(claim=Sqnr(db=90.0)) broke its claim\n  claimed: sqnr >= 90 dB")
+    assert text.startswith(
+        "Int8Linear(claim=Sqnr(db=90.0)) broke its claim\n  claimed: sqnr >= 90 dB"
+    )
     assert "guilty node" in text
 
 
@@ -228,9 +228,7 @@ def test_wrong_passes_are_refused_before_the_capture() -> None:
 
 def test_progress_is_told_before_each_long_step() -> None:
     lines: list[str] = []
-    fxopt.transform(
-        mlp(), "canonicalize, int8-linear", example_inputs=(X,), progress=lines.append
-    )
+    fxopt.transform(mlp(), "canonicalize, int8-linear", example_inputs=(X,), progress=lines.append)
     assert lines == ["capturing Sequential", "running Canonicalize()", "running Int8Linear()"]
 
 
@@ -238,15 +236,6 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     fxopt.transform(mlp(), "canonicalize, int8-linear", example_inputs=(X,))
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-
-
-def test_cost_is_measured_on_demand() -> None:
-    opt = fxopt.transform(mlp(), "canonicalize", example_inputs=(X,))
-    assert opt.report.latency_before is None
-    opt = fxopt.transform(mlp(), "canonicalize", example_inputs=(X,), measure_cost=True)
-    assert opt.report.latency_before is not None
-    assert opt.report.latency_after is not None
-    assert opt.report.latency_after.median > 0
 
 
 def test_the_model_and_its_inputs_are_left_as_they_were() -> None:
@@ -273,6 +262,16 @@ def test_the_model_and_its_inputs_are_left_as_they_were() -> None:
     assert model.training
     assert_state_equal(model, before)
     assert opt.report.steps[-1].holds
+    assert opt.calls == 0, "measuring the result leaves its own buffers too"
+    assert opt.report.latency_before is not None
+    assert opt.report.latency_after is not None
+    assert opt.report.latency_after.median > 0
+
+
+def test_cost_is_not_measured_unless_asked_for() -> None:
+    opt = fxopt.transform(mlp(), "canonicalize", example_inputs=(X,))
+    assert opt.report.latency_before is None
+    assert opt.report.memory_after is None
 
 
 def test_notes_reach_the_report() -> None:

@@ -2,6 +2,13 @@
 
 from fxopt.capture.capture import capture
 from fxopt.capture.inputs import derive_inputs, normalize_inputs
-from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.model_checks import check_is_module, check_model, in_mode
 
-__all__ = ["capture", "check_model", "derive_inputs", "in_mode", "normalize_inputs"]
+__all__ = [
+    "capture",
+    "check_is_module",
+    "check_model",
+    "derive_inputs",
+    "in_mode",
+    "normalize_inputs",
+]

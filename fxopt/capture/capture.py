@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fxopt.capture.dialect import to_program
-from fxopt.capture.inputs import derive_inputs, normalize_inputs
+from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
@@ -74,7 +74,8 @@ def capture(
         exported = _export(model, named)
     program = to_program(exported, model, signature, named, mode)
     notes += _fixed_size_notes(program)
-    return replace(program, notes=tuple(notes))
+    convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
+    return replace(program, signature=convention, notes=tuple(notes))
 
 
 def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxopt.errors import InputError, NotCapturedError
 from fxopt.signature import bind, describe_leaves
 
+_TOKEN_TYPES = "token_type_ids"
 _BATCH, _LENGTH, _SAMPLES = 2, 16, 4000
 
 
@@ -52,7 +53,8 @@ def normalize_inputs(
 def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Example inputs of a transformers text, vision, audio-encoder or decoder model.
 
-    Text: `input_ids` and `attention_mask` int64[2, 16], the second row padded at its end; vision:
+    Text: `input_ids`, `attention_mask` and, where the model knows token types, `token_type_ids`
+    int64[2, 16], the second row padded at its end; vision:
     `pixel_values` float[2, channels, height, width]; audio: `input_features` float[2, mels,
     frames] or `input_values` float[2, samples]. Raises `NotCapturedError` when the config
     doesn't say what the inputs are; a shape is never guessed.
@@ -77,6 +79,8 @@ def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
         if "attention_mask" in names:
             inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
             inputs["attention_mask"][-1, (3 * length) // 4 :] = 0
+        if _TOKEN_TYPES in names and getattr(config, "type_vocab_size", None):
+            inputs[_TOKEN_TYPES] = torch.zeros(shape, dtype=torch.int64)
     elif main == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -94,3 +98,13 @@ def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def zeros_when_left_out(model: nn.Module, named: Mapping[str, Any]) -> dict[str, str]:
+    """{argument: the argument whose shape its zeros have}, for what transformers documents so.
+
+    Tokenizers give `token_type_ids` or don't, by the model; models that know them take zeros when
+    they are missing, and a captured program must too.
+    """
+    known = hasattr(model, "config") and _TOKEN_TYPES in named and "input_ids" in named
+    return {_TOKEN_TYPES: "input_ids"} if known else {}

@@ -20,14 +20,8 @@ def check_model(model: object) -> None:
     graph can't call. The hooks of `torch.nn.utils` (pruning masks, weight norm) compute weights;
     they are traced into the graph.
     """
-    if not isinstance(model, nn.Module):
-        if inspect.isclass(model) and issubclass(model, nn.Module):
-            hint = f"you passed the class {model.__name__}; create an instance of it first"
-        elif callable(model):
-            hint = "wrap the function in an nn.Module whose forward calls it"
-        else:
-            hint = "pass the loaded model itself"
-        raise ModelError(f"transform needs an nn.Module, not {type(model).__name__}: {hint}.")
+    check_is_module(model)
+    assert isinstance(model, nn.Module)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(
@@ -48,6 +42,18 @@ def check_model(model: object) -> None:
             )
     for path, module in model.named_modules():
         _check_hooks(path or type(model).__name__, module)
+
+
+def check_is_module(model: object) -> None:
+    """Raise `ModelError` unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        if inspect.isclass(model) and issubclass(model, nn.Module):
+            hint = f"you passed the class {model.__name__}; create an instance of it first"
+        elif callable(model):
+            hint = "wrap the function in an nn.Module whose forward calls it"
+        else:
+            hint = "pass the loaded model itself"
+        raise ModelError(f"transform needs an nn.Module, not {type(model).__name__}: {hint}.")
 
 
 @contextmanager

@@ -105,9 +105,9 @@ class Int8Linear(RulePass):
 
     `mode="dynamic"` also rounds each token of the input to int8 with a scale taken at run time;
     `mode="weight_only"` leaves activations as they are. `include` and `exclude` are globs over
-    module paths (`"encoder.layer.*.output.dense"`). A weight that an embedding reads too is left alone
-    unless `tied=True`. Claim: a signal-to-noise ratio of the model's outputs, 16 dB dynamic and
-    26 dB weight-only unless `claim` gives another.
+    module paths (`"encoder.layer.*.output.dense"`). A weight that an embedding reads too is left
+    alone unless `tied=True`. Claim: a signal-to-noise ratio of the model's outputs, 16 dB dynamic
+    and 26 dB weight-only unless `claim` gives another.
 
     Raises `PassError` for another mode; static scales need calibration, which isn't offered yet.
     """

@@ -7,6 +7,7 @@ also checks the call), and inherits module path and source line from the node it
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Edit:
         self._fake_mode: FakeTensorMode = program.fake_mode
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
+        self._types: dict[Hashable, Any] = {}
         self._names: set[str] = set()
         self._paths: set[str] = set()
         for name in (*program.state, *program.aliases):
@@ -127,6 +129,12 @@ class Edit:
 
     def _type(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        key = (node.target, _kind((args, kwargs)))
+        if key not in self._types:
+            self._types[key] = self._run_on_fakes(node, args, kwargs)
+        return self._types[key]
+
+    def _run_on_fakes(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             with self._fake_mode, torch.no_grad():
                 return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -136,6 +144,20 @@ class Edit:
                 f"a rewrite at {label(self._root)} built a call that can't be typed: "
                 f"{node.target}{tuple(args)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _kind(value: Any) -> Hashable:
+    """What a fake result depends on; equal layers ask for equal types, a dozen times each."""
+    if isinstance(value, Tensor):
+        sizes = (value.shape, value.stride(), (value.storage_offset(),))
+        return (value.dtype, value.device, *map(_kind, sizes))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
+    if isinstance(value, dict):
+        return tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, torch.SymInt):
+        return value.node.expr  # type: ignore[no-any-return]
+    return type(value), value if isinstance(value, Hashable) else id(value)
 
 
 def _parents(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from fxopt.errors import SaveError
-from fxopt.saving.values import decode, encode, field, read_device, read_dtype
+from fxopt.saving.values import decode, encode, field, read_device, read_dtype, strings
 from fxopt.signature import Range, Signature, TensorInput
 
 _MODULE = re.compile(r"transformers(\.\w+)*\.modeling_\w+")
@@ -48,6 +48,7 @@ def encode_signature(signature: Signature) -> dict[str, Any]:
             [index, encode(value, f"output {index}")]
             for index, value in signature.out_constants.items()
         ],
+        "zeros": dict(signature.zeros),
     }
 
 
@@ -68,6 +69,7 @@ def decode_signature(data: dict[str, Any]) -> Signature:
         ranges={name: _decode_range(b) for name, b in field(data, "ranges", dict).items()},
         out_spec=out_spec,
         out_constants=constants,
+        zeros=strings(data, "zeros"),
     )
 
 

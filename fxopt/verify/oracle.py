@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxopt.capture import in_mode
+from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all
 from fxopt.program import Program, Recipe, materialize
 from fxopt.signature import TensorInput, unbind
@@ -38,10 +39,9 @@ def trials(
     stay in the vocabulary and masks masks. Sizes that the reference itself rejects are left out and
     named in the second result.
     """
-    found = [Trial("the example", program.example, _frozen(reference(program.example)))]
+    found = [_given("the example", program, program.example, reference)]
     for index, inputs in enumerate(more):
-        what = f"verify_inputs[{index}]"
-        found.append(Trial(what, tuple(inputs), _frozen(reference(inputs))))
+        found.append(_given(f"verify_inputs[{index}]", program, tuple(inputs), reference))
     skipped = []
     for sizes in _other_sizes(program):
         inputs = _resized(program, sizes)
@@ -55,6 +55,18 @@ def trials(
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
     return tuple(found), tuple(skipped)
+
+
+def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
+    try:
+        return Trial(what, inputs, _frozen(reference(inputs)))
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        name = "the example inputs" if what == "the example" else what
+        reason = (str(error).splitlines() or ["(no message)"])[0]
+        raise InputError(
+            f"{program.name} itself rejects {name}: {type(error).__name__}: {reason}. Give inputs "
+            "that the model accepts."
+        ) from error
 
 
 def run_model(model: nn.Module, program: Program) -> Run:

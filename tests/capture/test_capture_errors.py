@@ -139,7 +139,9 @@ def test_inputs_on_another_device_than_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Branches(), ReadsValues(), ReturnsPrivate(), Autocast()], ids=lambda m: type(m).__name__
+    "model",
+    [Branches(), ReadsValues(), ReturnsPrivate(), Autocast()],
+    ids=lambda m: type(m).__name__,
 )
 def test_a_failing_capture_prints_nothing(
     model: nn.Module, capfd: pytest.CaptureFixture[str]

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from fxopt.capture import derive_inputs, normalize_inputs
 from fxopt.errors import InputError, NotCapturedError
 
-_SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+_SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 
 
 def _forward(x: Tensor, y: Tensor | None = None, flag: bool = False) -> None: ...
@@ -112,7 +117,7 @@ def test_text_models_get_ids_in_the_vocabulary_and_a_mask_with_padding() -> None
         ids, mask = inputs.values()
         assert ids.shape == mask.shape == (2, length)
         assert ids.dtype == mask.dtype == torch.int64
-        assert 0 <= int(ids.min())
+        assert int(ids.min()) >= 0
         assert int(ids.max()) < 30
         assert mask[0].all()
         assert not mask[1].all()

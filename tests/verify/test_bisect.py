@@ -100,8 +100,8 @@ def test_a_broken_claim_tells_pass_claim_measurement_and_node(fault: str) -> Non
     assert " in output on " in lines[2]
     assert lines[3].startswith("  guilty node (")
     assert "dB on its own): 3.up (" in lines[3]
-    if fault in ("NaN", "infinity"):
-        assert "entries are NaN" in lines[2] or "infinite" in lines[2]
+    if fault == "NaN":
+        assert "entries are NaN" in lines[2]
 
 
 def test_the_claim_of_a_rule_is_the_one_that_is_judged() -> None:
@@ -147,9 +147,7 @@ def test_revert_of_everything_keeps_the_predecessor() -> None:
 
 def test_a_sum_over_the_budget_says_what_to_do() -> None:
     with pytest.raises(EquivalenceError) as caught:
-        fxopt.transform(
-            deep_model(), "int8-linear", example_inputs=(X,), budget=Close(rtol=1e-6)
-        )
+        fxopt.transform(deep_model(), "int8-linear", example_inputs=(X,), budget=Close(rtol=1e-6))
     lines = str(caught.value).splitlines()
     assert lines[0] == "the whole list broke its claim"
     assert lines[1] == "  claimed: close(rtol=1e-06)"

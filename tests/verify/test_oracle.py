@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.capture import capture
+from fxopt.claim import Exact
+from fxopt.errors import InputError
 from fxopt.evaluate import evaluate
 from fxopt.verify import judge, output_names, run_model, run_program, trials
-from fxopt.claim import Exact
 from tests.check import assert_state_equal
 
 X = torch.linspace(-1.0, 1.0, 24).view(3, 8)
@@ -47,8 +48,21 @@ def test_inputs_of_the_users_are_trials_too() -> None:
     assert torch.equal(found[1].outputs[0], model(extra))
 
 
-class AtMostFour(nn.Module):
-    """Rejects what a graph can't: more than four rows, decided outside the trace."""
+def test_inputs_that_the_original_rejects_are_the_users_to_mend() -> None:
+    model = nn.Linear(8, 2)
+    program = capture(model, (X.double(),))
+    with pytest.raises(InputError) as caught:
+        trials(program, run_model(model, program))
+    text = str(caught.value)
+    assert text.startswith("Linear itself rejects the example inputs: RuntimeError: ")
+    assert text.endswith(". Give inputs that the model accepts.")
+    program = capture(model, (X,))
+    with pytest.raises(InputError, match=r"Linear itself rejects verify_inputs\[0\]: RuntimeError"):
+        trials(program, run_model(model, program), [(torch.randn(3, 7),)])
+
+
+class AtMostThree(nn.Module):
+    """Rejects what a graph can't: more than three rows, decided outside the trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting() and x.shape[0] > 3:
@@ -57,7 +71,7 @@ class AtMostFour(nn.Module):
 
 
 def test_sizes_that_the_original_rejects_are_named() -> None:
-    model = AtMostFour()
+    model = AtMostThree()
     program = capture(model, (X,))
     found, skipped = trials(program, run_model(model, program))
     assert len(found) + len(skipped) == 3
