@@ -122,11 +122,11 @@ def _inputs(source: Path, model: nn.Module, batch: int, length: int) -> dict[str
         takes = inspect.signature(model.forward).parameters
         return {name: value for name, value in tokens.items() if name in takes}
     derived = derive_inputs(model)
-    return {name: _resized(name, value, batch, length) for name, value in derived.items()}
+    return {name: _resized(value, batch, length) for name, value in derived.items()}
 
 
-def _resized(name: str, value: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+def _resized(value: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     value = value.index_select(0, torch.arange(batch) % value.shape[0])
-    if name in ("input_ids", "attention_mask"):
+    if not value.is_floating_point():
         value = value.index_select(1, torch.arange(length) % value.shape[1])
     return value

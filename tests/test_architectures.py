@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from check import tensors_of
 
 import fxopt
+from tests.architectures import ARCHITECTURES
+from tests.check import tensors_of
 
 PASSES = {
     "numerics": "canonicalize, fuse-linears, fuse-conv-batch-norm, int8-linear, lower",

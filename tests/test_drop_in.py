@@ -79,13 +79,13 @@ def test_sentence_transformers_takes_it_as_its_model(
     ("passes", "tolerance"), [(_FP32, 1e-5), (_INT8, 0.05)], ids=["fp32", "int8"]
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("derived", [True, False])
 def test_a_pipeline_takes_it_as_its_model(
-    classifier: Any, passes: str, tolerance: float, batch_size: int
+    classifier: Any, passes: str, tolerance: float, batch_size: int, derived: bool
 ) -> None:
     model, tokenizer = classifier
-    # The tokenizer's own output, since it decides which arguments the pipeline will pass.
     batch = dict(tokenizer(_SENTENCES[:2], padding=True, return_tensors="pt"))
-    opt = fxopt.transform(model, passes, example_inputs=batch)
+    opt = fxopt.transform(model, passes, example_inputs=None if derived else batch)
 
     def answers(used: nn.Module) -> Any:
         pipe = transformers.pipeline(

@@ -38,6 +38,7 @@ def test_a_folder_gives_its_own_architecture_in_eval_mode(bert: Path) -> None:
     assert {name: tuple(value.shape) for name, value in loaded.inputs.items()} == {
         "input_ids": (3, 10),
         "attention_mask": (3, 10),
+        "token_type_ids": (3, 10),
     }
     assert loaded.model(**loaded.inputs).logits.shape == (3, 2)
 
@@ -61,7 +62,7 @@ def test_a_folder_with_a_tokenizer_gives_real_sentences(bert: Path, tmp_path: Pa
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
     inputs = load_model(str(tmp_path), batch=4, length=12).inputs
-    assert list(inputs) == ["input_ids", "attention_mask"]
+    assert set(inputs) == {"input_ids", "token_type_ids", "attention_mask"}
     assert inputs["input_ids"].shape == (4, 12)
     assert (inputs["input_ids"][:, 0] == 2).all(), "each sentence opens with [CLS]"
     assert len(inputs["input_ids"].unique()) > 4

@@ -484,5 +484,8 @@ def test_inputs_that_cannot_be_derived_are_asked_for() -> None:
 def test_derived_inputs_are_used_when_none_are_given() -> None:
     model = bert()
     program = capture(model)
-    assert program.signature.names == ("input_ids", "attention_mask")
-    assert_faithful(model, program, input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    assert program.signature.names == ("input_ids", "attention_mask", "token_type_ids")
+    mask = torch.ones_like(IDS)
+    assert_faithful(model, program, input_ids=IDS, attention_mask=mask)
+    types = torch.zeros_like(IDS)
+    assert_faithful(model, program, input_ids=IDS, attention_mask=mask, token_type_ids=types)

@@ -113,8 +113,10 @@ def _whisper() -> Any:
 def test_text_models_get_ids_in_the_vocabulary_and_a_mask_with_padding() -> None:
     for model, length in ((_bert(), 12), (_llama(), 16)):
         inputs = derive_inputs(model)
-        assert list(inputs) == ["input_ids", "attention_mask"]
-        ids, mask = inputs.values()
+        ids, mask, *types = inputs.values()
+        assert list(inputs)[:2] == ["input_ids", "attention_mask"]
+        assert all(int(one.max()) == 0 and one.shape == ids.shape for one in types)
+        assert len(types) == ("token_type_ids" in inspect.signature(model.forward).parameters)
         assert ids.shape == mask.shape == (2, length)
         assert ids.dtype == mask.dtype == torch.int64
         assert int(ids.min()) >= 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from check import check
 from torch import Tensor, nn
 
 from fxopt import Canonicalize
 from fxopt.capture import capture
+from tests.check import check
 
 
 class Casts(nn.Module):

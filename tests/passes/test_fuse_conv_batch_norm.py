@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from check import check
 from torch import Tensor, nn
 
 from fxopt import FuseConvBatchNorm
 from fxopt.capture import capture
+from tests.check import check
 
 
 def _settled(norm: nn.Module) -> nn.Module:

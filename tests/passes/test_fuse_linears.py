@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from check import check
 from torch import Tensor, nn
 
 from fxopt import FuseLinears
 from fxopt.capture import capture
+from tests.check import check
 
 
 class Qkv(nn.Module):

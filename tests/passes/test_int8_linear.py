@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from check import check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fxopt import Close, Int8Linear, PassError, Sqnr
 from fxopt.capture import capture
+from tests.check import check
 
 
 class Spellings(nn.Module):

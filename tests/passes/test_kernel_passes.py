@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from check import check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +13,7 @@ from fxopt import Int8Linear, Prepack, SelectKernels
 from fxopt.capture import capture
 from fxopt.evaluate import evaluate
 from fxopt.program import Changes, Program
+from tests.check import check
 
 ACTIVATIONS = [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")]
 
