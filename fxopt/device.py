@@ -108,9 +108,7 @@ def _describe_cpu() -> Device:
 
 
 def read_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
-    """The model name and the instruction sets that the text of /proc/cpuinfo lists; empty if
-    none.
-    """
+    """The model name and the instruction sets that the text of /proc/cpuinfo lists."""
     name, instructions = "", frozenset[str]()
     for line in text.splitlines():
         key, _, value = line.partition(":")

@@ -117,6 +117,7 @@ class Optimized(nn.Module):
         """Take over a finished pipeline; called once by `transform` and `load`."""
         module = outcome.module or graph_module(outcome.program)
         object.__setattr__(self, "_outcome", replace(outcome, module=module))
+        object.__setattr__(self, "_build", None)  # it holds the original model
         # One set of tables for both: whatever moves or replaces a tensor here moves it there.
         self._parameters = module._parameters
         self._buffers = module._buffers
@@ -225,9 +226,7 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:
-    """An empty `Optimized` that presents itself as `model`: its attributes and forward
-    signature.
-    """
+    """An empty `Optimized` with the attributes and the forward signature of `model`."""
     carried = {
         name: value
         for name, value in vars(model).items()

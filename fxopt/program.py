@@ -152,9 +152,7 @@ class Program:
         return replace(self, state=state)
 
     def outline(self) -> Program:
-        """This program with its tensors on the meta device: enough to print it, none of its
-        memory.
-        """
+        """This program with its tensors on the meta device: all that printing needs."""
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
@@ -224,8 +222,7 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
-    """Whether dropping an unused `node` changes nothing: no write, and no random draw in
-    training."""
+    """Whether dropping an unused `node` changes nothing: no write, no draw in training."""
     if node.op in ("placeholder", "output"):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):

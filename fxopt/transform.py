@@ -18,7 +18,7 @@ from fxopt.errors import EquivalenceError, NotCapturedError, PassError
 from fxopt.graph_text import GraphText, text
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module, make_optimized
-from fxopt.passes import SelectKernels
+from fxopt.passes import Int8Linear, SelectKernels
 from fxopt.program import Changes, Mode, Program, Refusal
 from fxopt.report import Report, Step, picture
 from fxopt.rewriting import Pass, Plan
@@ -145,7 +145,7 @@ class _Pipeline:
         self.capture_ms = _since(start)
         self.program = self.captured = program
         self.notes += program.notes
-        claim = Close()
+        claim: Claim = Close()
         verdict = None
         if self.verify:
             extra = [self._flat(one) for one in more]
@@ -155,6 +155,9 @@ class _Pipeline:
             self.last_trials = found[len(self.trials) :]
             self.notes += skipped
             self.outputs = [trial.outputs for trial in self.trials]
+            if rounds_activations(program):  # a quantized module, transformed once more
+                claim = Int8Linear().claim
+                self.unrounded = (claim, self.outputs)
             verdict, self.outputs = self._judge(claim, self.outputs, run_program(program))
             if not verdict.holds:
                 raise EquivalenceError(_violation_text("the capture", verdict, ()))
@@ -255,7 +258,7 @@ class _Pipeline:
         self.claims.append(options.claim)
         self._record(
             options.name, repr(options), self.program, self.program, claim, verdict, start,
-            (), lowered.warnings, lowered.kernels,
+            (), lowered.warnings, lowered.kernels or {"operations": self.program.node_count()},
         )  # fmt: skip
 
     def finish(self, measure_cost: bool | None) -> Outcome:

@@ -79,9 +79,7 @@ def capture(
 
 
 def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
-    """Export on `named`, its batch doubled when it is 1 (a size of 1 can't be traced as
-    dynamic).
-    """
+    """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:

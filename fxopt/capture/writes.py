@@ -46,9 +46,7 @@ def functional(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
-    """Whether type promotion can't give the functional form another dtype than the written
-    tensor.
-    """
+    """Whether the functional form surely has the written tensor's dtype, in spite of promotion."""
     dtypes = {
         argument.meta["val"].dtype
         for argument in node.all_input_nodes

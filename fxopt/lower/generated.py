@@ -58,9 +58,7 @@ def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def count_calls(code: str) -> Counter[str]:
-    """How often the code calls each kernel, by the names of `GENERATED_AS`; comments don't
-    count.
-    """
+    """How often the code calls each kernel (a name of `GENERATED_AS`), outside comments."""
     lines = (line for line in code.splitlines() if not line.lstrip().startswith("#"))
     return Counter(match[1] for line in lines for match in _CALL.finditer(line))
 

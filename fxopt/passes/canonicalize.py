@@ -197,8 +197,7 @@ def _axes(node: fx.Node) -> frozenset[int]:
 
 
 def _repeatable(node: fx.Node) -> bool:
-    """Whether `node` is a pure operator that gives the same value each time, in memory of its
-    own."""
+    """Whether `node` is pure and gives the same value each time."""
     if node.op != "call_function" or not is_pure(node):
         return False
     target: Any = node.target

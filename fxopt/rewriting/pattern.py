@@ -78,9 +78,7 @@ def op(
     where: Predicate | None = None,
     **kwargs: Pattern,
 ) -> Op:
-    """A pattern for a call of one of `targets`; `commutes=True` also tries the first two
-    swapped.
-    """
+    """A pattern for a call of one of `targets`; `commutes` also tries the first two swapped."""
     several = targets if isinstance(targets, tuple) else (targets,)
     for target in several:
         if not isinstance(target, torch._ops.OpOverload):

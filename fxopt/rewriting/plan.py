@@ -22,8 +22,7 @@ from fxopt.rewriting.rule import Rule
 
 
 class Stage(IntEnum):
-    """Where in a list a pass makes sense; a list must not go down. `ANY` fits everywhere but
-    last."""
+    """Where in a list a pass makes sense; a list must not go down. `ANY` fits everywhere."""
 
     ANY = 0
     STRUCTURE = 1
@@ -43,8 +42,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass will do to one program: its sites and its refusals. `excluded` nodes are
-    spared."""
+    """What a pass will do to one program: sites and refusals; `excluded` nodes are spared."""
 
     spec: str
     sites: tuple[Site, ...] = ()

@@ -1,0 +1,83 @@
+"""Lowered modules through their life: several sizes, saved and loaded, transformed once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import fxopt
+from tests.models import Drawn, models, pass_lists
+
+X = torch.randn(5, 16)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
+
+
+def test_other_batches_run_and_agree() -> None:
+    model = _model()
+    opt = fxopt.transform(model, "prepack, lower", example_inputs=(X,))
+    for batch in (1, 2, 7, 64):
+        x = torch.randn(batch, 16)
+        assert fxopt.Close().measure(model(x).detach(), opt(x)).holds
+    assert opt.report.latency_before is not None
+    assert opt.steps[-1].record.fired == {"fxopt.packed_linear": 2}
+
+
+def test_a_lowered_int8_module_is_saved_loaded_and_lowered_again(tmp_path: Path) -> None:
+    opt = fxopt.transform(_model(), "int8-linear, lower", example_inputs=(X,), measure_cost=False)
+    opt.save(tmp_path / "saved")
+    loaded = fxopt.load(tmp_path / "saved")
+    assert loaded.lowering == fxopt.Lower()
+    assert torch.equal(loaded(X), opt(X))
+    assert not loaded(X).requires_grad
+
+
+def test_a_lowered_int8_module_can_be_transformed_once_more() -> None:
+    model = _model()
+    opt = fxopt.transform(model, "int8-linear, lower", example_inputs=(X,), measure_cost=False)
+    again = fxopt.transform(opt, "canonicalize, lower", measure_cost=False)
+    assert [step.record.name for step in again.steps] == ["capture", "canonicalize", "lower"]
+    assert fxopt.Sqnr(30.0).measure(model(X).detach(), again(X)).holds
+
+
+def test_lowering_a_program_without_kernels_counts_its_operations() -> None:
+    opt = fxopt.transform(_model(), "canonicalize, lower", example_inputs=(X,), measure_cost=False)
+    assert opt.steps[-1].record.fired == {"operations": 3}
+
+
+def test_the_original_is_let_go() -> None:
+    import gc
+    import weakref
+
+    model = _model()
+    opt = fxopt.transform(model, "int8-linear", example_inputs=(X,))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert opt(X).shape == (5, 8)
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(drawn=models(), passes=pass_lists(lower=True))
+def test_drawn_models_keep_their_claims_when_lowered(
+    drawn: Drawn, passes: list[fxopt.Pass]
+) -> None:
+    torch.compiler.reset()
+    opt = fxopt.transform(drawn.model, passes, example_inputs=drawn.example, measure_cost=False)
+    assert all(step.record.holds for step in opt.steps)
+    for call in drawn.others:
+        opt(**call)
