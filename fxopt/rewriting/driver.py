@@ -141,6 +141,7 @@ class _Driver:
             if not node.users and is_pure(node, self.program.mode):
                 self.edit.graph.erase_node(node)
                 self.gone.add(node)
+                self.fired["dead nodes"] += node.op == "call_function"
 
     def _enqueue(self, nodes: Collection[fx.Node] | fx.graph._node_list) -> None:
         for node in nodes:
@@ -184,7 +185,8 @@ class _Driver:
         refused = tuple(
             dict.fromkeys(refusal for (_, node), refusal in self.refused.items() if node in alive)
         )
-        changes = self.program.changes.then(Changes(dict(self.fired), replaced, refused))
+        fired = {rule: count for rule, count in self.fired.items() if count}
+        changes = self.program.changes.then(Changes(fired, replaced, refused))
         changed = self.program.with_graph(self.edit.graph, self.edit.added)
         return replace(changed, changes=changes)
 
