@@ -15,10 +15,14 @@ numerics-level regions; each call ends up as one call of a library, opaque to th
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
-which each is found in generated code.
+which each is found in generated code. `SHAPE_RULES` gives, for operators that are slow to trace,
+functions that return empty tensors of the kind of their results.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -31,6 +35,10 @@ from fxopt.kernels.quantization import quantize_weight
 NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
     {torch.ops.fxopt.quantize_per_token.default, torch.ops.fxopt.dequantize.default}
 )
+
+SHAPE_RULES: dict[Any, Callable[..., Any]] = {
+    torch.ops.fxopt.quantize_per_token.default: quantization.type_of_quantized,
+}
 
 GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.int8_linear.default: "fxopt.int8_product",
@@ -47,6 +55,7 @@ __all__ = [
     "NUMERICS_LEVEL",
     "PACKED_WEIGHTS",
     "POST_OPS",
+    "SHAPE_RULES",
     "int8",
     "packed",
     "quantization",

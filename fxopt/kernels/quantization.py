@@ -61,6 +61,12 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return q.to(wide).mul_(scale.to(wide)).to(dtype)
 
 
+def type_of_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors of the kind that `quantize_per_token(x)` gives; tracing it takes 40 ms."""
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8), scale
+
+
 _library.impl("quantize_per_token", quantize_per_token, "CompositeImplicitAutograd")
 _library.impl("dequantize", dequantize, "CompositeImplicitAutograd")
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import RewriteError
+from fxopt.kernels import SHAPE_RULES
 from fxopt.program import Program, Recipe, label, materialize
 
 
@@ -137,7 +138,7 @@ class Edit:
     def _run_on_fakes(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             with self._fake_mode, torch.no_grad():
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                return SHAPE_RULES.get(node.target, node.target)(*args, **kwargs)
         except Exception as error:
             assert self._root is not None
             raise RewriteError(

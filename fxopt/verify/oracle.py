@@ -131,11 +131,11 @@ def _other_sizes(program: Program) -> Iterator[dict[tuple[bool, int], int]]:
     if not known:
         return
     yield {
-        (batch, size): min(size + 1, high or size + 1) if batch else max(2, (2 * size) // 3)
+        (batch, size): 1 if batch else min(size + 3, high or size + 3)
         for (batch, size), high in known.items()
     }
     yield {
-        (batch, size): 1 if batch else min(size + 3, high or size + 3)
+        (batch, size): min(size + 1, high or size + 1) if batch else max(2, (2 * size) // 3)
         for (batch, size), high in known.items()
     }
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxopt.errors import KernelError
-from fxopt.kernels import quantize_weight
+from fxopt.kernels import quantization, quantize_weight
 
 ops = torch.ops.fxopt
 SHAPES = [(3, 8), (1, 1), (2, 3, 5), (2, 1, 3, 7), (0, 4), (4,)]
@@ -127,3 +127,17 @@ def test_compiles_into_fused_code_and_exports_as_one_node():
     targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert ops.quantize_per_token.default in targets
     assert ops.dequantize.default in targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 7), (0, 4)])
+def test_the_shape_rule_is_what_the_operator_gives(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape).to(dtype)
+    for real, rule in zip(
+        torch.ops.fxopt.quantize_per_token(x), quantization.type_of_quantized(x), strict=True
+    ):
+        assert real.shape == rule.shape
+        assert real.dtype == rule.dtype
+        assert real.stride() == rule.stride()

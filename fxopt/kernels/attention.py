@@ -1,0 +1,233 @@
+"""Attention in float32 on oneDNN, its two products each one grouped 1×1 convolution.
+
+    attention(q, k, v, mask, is_causal, s)  =  softmax(s · q kᵀ + mask) v
+
+aten's fused attention calls MKL for its products, which is slow on some CPUs (AMD's), and torch has
+no float32 batched product on oneDNN. A 1×1 convolution with G groups is one: G products side by
+side, with queries for pixels. With G = batch × heads and channels last,
+
+    scores[q, (g, k)]  =  Σ_d  Q[q, (g, d)] · K[(g, k), d]           convolution, weight K
+    output[q, (g, d)]  =  Σ_k  P[q, (g, k)] · V[(g, k), d]           its transpose, weight V
+
+so that K and V are the weights as they lie. Unlike a flash kernel it holds the scores of several
+rows of the batch at once (`_SCORES_BYTES`). Wherever that doesn't pay, off the CPU, in other dtypes
+and where a query may see no key at all, the operator is aten.scaled_dot_product_attention.
+Source: oneDNN, "Convolution"; Vaswani et al., "Attention Is All You Need", 3.2.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import KernelError
+
+# oneDNN's vectorised grouped convolutions take channels of a group by AVX-512's 16 floats; others
+# run on a reference loop that is slower than anything else.
+_LANES = 16
+# Scores made in one go stay in the last level of the cache between the two products.
+_SCORES_BYTES = 8 << 20
+# Below this many scores the calls around the products cost more than they save.
+_LEAST_SCORES = 1 << 17
+# One row of the batch that alone holds more scores than this is left to the flash kernel, which
+# never writes them to memory.
+_MOST_BYTES_A_ROW = 32 << 20
+
+_library = torch.library.Library("fxopt", "FRAGMENT")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor"
+)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise KernelError(
+            "attention needs q, k and v of rank 4 [batch, heads, length, size], not "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    _check(q, k, v)
+    return _sdpa(q, k, v, mask, is_causal, scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    _check(q, k, v)
+    if _fits(q, k, v, mask, is_causal) and _pays(q, k):
+        if is_causal:
+            ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = ones.tril()
+        visible, bias = _as_bias(mask)
+        if visible:
+            return _by_convolution(q, k, v, bias, scale)
+    return _reference(q, k, v, mask, is_causal and mask is None, scale)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    return (
+        q.dtype == k.dtype == v.dtype == torch.float32
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape[2] == v.shape[2]
+        and min(*q.shape, *v.shape) > 0
+        and not q.shape[3] % _LANES
+        and not v.shape[3] % _LANES
+        and (mask is None or (not is_causal and mask.dtype in (torch.bool, torch.float32)))
+    )
+
+
+def _pays(q: Tensor, k: Tensor) -> bool:
+    batch, heads, queries, _ = q.shape
+    row = heads * queries * k.shape[2]
+    return (
+        batch * row >= _LEAST_SCORES
+        and row * q.element_size() <= _MOST_BYTES_A_ROW
+        and bool(torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def _as_bias(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Whether each query sees some key, and what to add to the scores: nothing, [..., 1, keys] for
+    a mask that is the same for all queries, or [..., queries, keys]."""
+    if mask is None:
+        return True, None
+    if mask.dtype == torch.bool:
+        if mask.all():
+            return True, None
+        if _same_for_all_queries(mask):
+            mask = mask[..., :1, :]
+        if not mask.any(-1).all():
+            return False, None
+        return True, torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+    if _same_for_all_queries(mask):
+        mask = mask[..., :1, :]
+    return not (mask.amax(-1) == -math.inf).any(), mask
+
+
+def _same_for_all_queries(mask: Tensor) -> bool:
+    if mask.dim() < 2 or mask.shape[-2] == 1:
+        return False
+    return mask.stride(-2) == 0 or torch.equal(mask, mask[..., :1, :].expand_as(mask))
+
+
+def _by_convolution(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if bias is not None:
+        by_query = bias.dim() > 1 and bias.shape[-2] > 1
+        bias = bias.expand(batch, heads, queries if by_query else 1, keys)
+    output = q.new_empty(batch, queries, heads, v.shape[3])
+    fitting = max(1, _SCORES_BYTES // (queries * keys * q.element_size()))
+    rows_step, heads_step = max(1, fitting // heads), min(heads, fitting)
+    for row, head in itertools.product(range(0, batch, rows_step), range(0, heads, heads_step)):
+        part = (slice(row, row + rows_step), slice(head, head + heads_step))
+        added = None if bias is None else bias[part]
+        output.transpose(1, 2)[part] = _products(q[part], k[part], v[part], added, scale)
+    return output.transpose(1, 2)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """[batch, heads, queries, size]; `bias` [batch, heads, 1 or queries, keys]."""
+    batch, heads, queries, size = q.shape
+    groups, keys = batch * heads, k.shape[2]
+    padding = -keys % _LANES
+    if padding:
+        k, v = (torch.nn.functional.pad(t, (0, 0, 0, padding)) for t in (k, v))
+        if bias is None:
+            bias = q.new_zeros(1, 1, 1, keys).expand(batch, heads, 1, keys)
+        bias = torch.nn.functional.pad(bias, (0, padding), value=-math.inf)
+    pixels = q.new_empty(queries, batch, heads, size)
+    torch.mul(q.permute(2, 0, 1, 3), scale, out=pixels)
+    by_key = bias is not None and bias.shape[2] == 1
+    scores = torch.ops.aten.mkldnn_convolution(
+        _channels_last(pixels),
+        _weight(k),
+        bias.reshape(-1) if by_key and bias is not None else None,
+        (0, 0),
+        (1, 1),
+        (1, 1),
+        groups,
+    )
+    scores = scores.permute(0, 2, 3, 1).view(queries, batch, heads, -1)
+    if bias is not None and not by_key:
+        scores.add_(bias.permute(2, 0, 1, 3))
+    # In place: fresh pages for a second copy of the scores cost as much as the softmax.
+    torch.softmax(scores, -1, out=scores)
+    output = torch.ops.mkldnn._convolution_transpose_pointwise(
+        _channels_last(scores),
+        _weight(v),
+        None,
+        (0, 0),
+        (0, 0),
+        (1, 1),
+        (1, 1),
+        groups,
+        "none",
+        [],
+        "",
+    )
+    rows = output.permute(0, 2, 3, 1).reshape(queries, batch, heads, v.shape[3])
+    return rows.permute(1, 2, 0, 3)
+
+
+def _channels_last(rows: Tensor) -> Tensor:
+    """Contiguous rows [pixels, ...] as one image [1, channels, 1, pixels]."""
+    pixels, channels = rows.shape[0], rows[0].numel()
+    strides = (channels * pixels, 1, channels * pixels, channels)
+    return rows.as_strided((1, channels, 1, pixels), strides)
+
+
+def _weight(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[3], 1, 1)
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    _check(q, k, v)
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, mask, is_causal, scale = inputs
+    ctx.save_for_backward(q, k, v, mask)
+    ctx.options = is_causal, scale
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_() if needed and t is not None else t
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        q, k, v, mask = leaves
+        output = _sdpa(q, k, v, mask, *ctx.options)
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, grad))
+    filled = (next(grads) if t is not None and t.requires_grad else None for t in leaves)
+    return (*filled, None, None)
+
+
+_library.impl("attention", _reference, "CompositeExplicitAutograd")
+_library.impl("attention", _on_cpu, "CPU")
+torch.library.register_fake("fxopt::attention", _fake, lib=_library)
+torch.library.register_autograd("fxopt::attention", _backward, setup_context=_save, lib=_library)
