@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,10 @@ class Optimized(nn.Module):
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
-        save(self.program, folder, lowering=lowering, report_json=outcome.report.to_json())
+        report = outcome.report.to_json()
+        config: Any = getattr(self, "config", None)
+        known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
+        save(self.program, folder, lowering=lowering, report_json=report, config=known)
 
     def train(self, mode: bool = True) -> Optimized:
         """Only a program captured with mode="train" can train. Raises `ModelError` otherwise."""
@@ -219,10 +223,23 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
             raise SaveError(f"{folder} names {pass_!r} as its lowering; only Lower can be one")
         lowering = pass_
     program = saved.program
-    twin = optimized_like(program.name, program.signature.forward, {})
+    carried = {} if saved.config is None else {"config": _config(saved.config, folder)}
+    twin = optimized_like(program.name, program.signature.forward, carried)
     outcome = Outcome(program, Report.from_json(saved.report_json), (), lowering)
     twin.install(relowered(outcome))
     return twin
+
+
+def _config(saved: Mapping[str, Any], folder: str | Path) -> Any:
+    """The transformers config of a saved model; its class is one that transformers registers."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[saved["model_type"]].from_dict(dict(saved))
+    except Exception as error:  # the file may be hostile: any value may stand anywhere
+        raise SaveError(
+            f"{folder} holds a model config that transformers can't read: {error!s:.200}"
+        ) from error
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:

@@ -81,3 +81,29 @@ def test_drawn_models_keep_their_claims_when_lowered(
     assert all(step.record.holds for step in opt.steps)
     for call in drawn.others:
         opt(**call)
+
+
+def test_a_loaded_classifier_has_its_config_and_serves_a_pipeline(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=2, id2label={0: "no", 1: "yes"},
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    fxopt.transform(model, "fuse-linears").save(tmp_path / "saved")
+    loaded = fxopt.load(tmp_path / "saved")
+    assert type(loaded.config) is transformers.BertConfig
+    assert loaded.config.id2label == {0: "no", 1: "yes"}
+    assert loaded.config.to_dict() == config.to_dict()
+
+
+def test_a_config_that_transformers_does_not_know_is_a_clear_error(tmp_path: Path) -> None:
+    from fxopt import saving
+
+    program = fxopt.transform(_model(), "fuse-linears", example_inputs=(X,)).program
+    report = fxopt.transform(_model(), "fuse-linears", example_inputs=(X,)).report.to_json()
+    config = {"model_type": "os.system"}
+    saving.save(program, tmp_path / "saved", report_json=report, config=config)
+    with pytest.raises(fxopt.SaveError, match="holds a model config that transformers can't read"):
+        fxopt.load(tmp_path / "saved")

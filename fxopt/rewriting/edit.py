@@ -138,7 +138,8 @@ class Edit:
     def _run_on_fakes(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             with self._fake_mode, torch.no_grad():
-                return SHAPE_RULES.get(node.target, node.target)(*args, **kwargs)
+                run: Any = SHAPE_RULES.get(node.target, node.target)
+                return run(*args, **kwargs)
         except Exception as error:
             assert self._root is not None
             raise RewriteError(

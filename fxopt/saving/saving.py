@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,15 @@ from fxopt.wellformed import check
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder held: the program, the spec of its lowering pass, its report as JSON text."""
+    """What a folder held: the program, the spec of its lowering pass, its report as JSON text.
+
+    `config` is the JSON of the model's transformers config, where it had one.
+    """
 
     program: Program
     lowering: str | None
     report_json: str | None
+    config: Mapping[str, Any] | None = None
 
 
 def save(
@@ -33,6 +37,7 @@ def save(
     *,
     lowering: str | None = None,
     report_json: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
@@ -48,7 +53,8 @@ def save(
     with folders.writing(target) as partial:
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
-            partial / folders.GRAPH, {**graph, "lowering": lowering, "tensors": entries}
+            partial / folders.GRAPH,
+            {**graph, "lowering": lowering, "config": config, "tensors": entries},
         )
         if report_json is not None:
             (partial / folders.REPORT).write_text(report_json, encoding="utf-8")
@@ -68,7 +74,10 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
-        return Saved(program, lowering, _report(path))
+        config = data["config"]
+        if not isinstance(config, dict | None):
+            raise SaveError("the saved model config is no object")
+        return Saved(program, lowering, _report(path), config)
     except SaveError as error:
         raise SaveError(
             f"{path} (saved by fxopt {manifest['fxopt']}, torch {manifest['torch']}) can't be "
