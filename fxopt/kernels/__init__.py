@@ -13,6 +13,7 @@ numerics-level regions; each call ends up as one call of a library, opaque to th
     int8_product(q, weight)                                      that product alone
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
+    attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
 which each is found in generated code. `SHAPE_RULES` gives, for operators that are slow to trace,
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from fxopt.kernels import int8, packed, quantization
+from fxopt.kernels import attention, int8, packed, quantization
 from fxopt.kernels.packed import POST_OPS
 from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
@@ -45,6 +46,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.int8_product.default: "fxopt.int8_product",
     torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
+    torch.ops.fxopt.attention.default: "fxopt.attention",
 }
 
 KERNEL_LEVEL: frozenset[OpOverload] = frozenset(GENERATED_AS)
@@ -56,6 +58,7 @@ __all__ = [
     "PACKED_WEIGHTS",
     "POST_OPS",
     "SHAPE_RULES",
+    "attention",
     "int8",
     "packed",
     "quantization",

@@ -9,8 +9,8 @@ side, with queries for pixels. With G = batch × heads and channels last,
     scores[q, (g, k)]  =  Σ_d  Q[q, (g, d)] · K[(g, k), d]           convolution, weight K
     output[q, (g, d)]  =  Σ_k  P[q, (g, k)] · V[(g, k), d]           its transpose, weight V
 
-so that K and V are the weights as they lie. Unlike a flash kernel it holds the scores of several
-rows of the batch at once (`_SCORES_BYTES`). Wherever that doesn't pay, off the CPU, in other dtypes
+so that K and V are the weights as they lie. Several heads go at once, as many as the cache holds
+scores of. Wherever that doesn't pay (only AVX-512 has been measured), off the CPU, in other dtypes
 and where a query may see no key at all, the operator is aten.scaled_dot_product_attention.
 Source: oneDNN, "Convolution"; Vaswani et al., "Attention Is All You Need", 3.2.1.
 """
@@ -28,14 +28,16 @@ from fxopt.errors import KernelError
 
 # oneDNN's vectorised grouped convolutions take channels of a group by AVX-512's 16 floats; others
 # run on a reference loop that is slower than anything else.
-_LANES = 16
-# Scores made in one go stay in the last level of the cache between the two products.
-_SCORES_BYTES = 8 << 20
+LANES = 16
+# Scores made in one go: enough to outweigh two calls of oneDNN, little enough to stay in the cache
+# from one product to the next and in memory that malloc holds on to. Above 3 MiB a small process
+# gives the pages back after each call, and taking them anew costs more than the attention.
+_SCORES_BYTES = 5 << 19
 # Below this many scores the calls around the products cost more than they save.
 _LEAST_SCORES = 1 << 17
-# One row of the batch that alone holds more scores than this is left to the flash kernel, which
-# never writes them to memory.
-_MOST_BYTES_A_ROW = 32 << 20
+# Above this many scores a head, aten's flash kernel, which keeps them in registers and skips what a
+# causal mask hides, catches up.
+_MOST_SCORES_A_HEAD = 1 << 20
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define(
@@ -54,8 +56,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
+    grouped = bool(q.shape[1] != k.shape[1])
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped
     )
 
 
@@ -70,71 +73,61 @@ def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     _check(q, k, v)
-    if _fits(q, k, v, mask, is_causal) and _pays(q, k):
-        if is_causal:
-            ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = ones.tril()
-        visible, bias = _as_bias(mask)
-        if visible:
+    if not is_causal and _fits(q, k, v, mask) and _pays(q, k):
+        usable, bias = _key_bias(mask)
+        if usable:
             return _by_convolution(q, k, v, bias, scale)
-    return _reference(q, k, v, mask, is_causal and mask is None, scale)
+    return _reference(q, k, v, mask, is_causal, scale)
 
 
-def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return (
         q.dtype == k.dtype == v.dtype == torch.float32
         and q.shape[:2] == k.shape[:2] == v.shape[:2]
         and q.shape[3] == k.shape[3]
         and k.shape[2] == v.shape[2]
         and min(*q.shape, *v.shape) > 0
-        and not q.shape[3] % _LANES
-        and not v.shape[3] % _LANES
-        and (mask is None or (not is_causal and mask.dtype in (torch.bool, torch.float32)))
+        and not q.shape[3] % LANES
+        and not v.shape[3] % LANES
+        and (mask is None or mask.dtype in (torch.bool, torch.float32))
     )
 
 
 def _pays(q: Tensor, k: Tensor) -> bool:
     batch, heads, queries, _ = q.shape
-    row = heads * queries * k.shape[2]
+    head = queries * k.shape[2]
     return (
-        batch * row >= _LEAST_SCORES
-        and row * q.element_size() <= _MOST_BYTES_A_ROW
+        batch * heads * head >= _LEAST_SCORES
+        and head <= _MOST_SCORES_A_HEAD
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
 
 
-def _as_bias(mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Whether each query sees some key, and what to add to the scores: nothing, [..., 1, keys] for
-    a mask that is the same for all queries, or [..., queries, keys]."""
-    if mask is None:
+def _key_bias(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Whether the mask hides keys from all queries alike and leaves each some, and then what to add
+    to the scores, [..., 1, keys] or nothing. aten is as fast for masks that depend on the query."""
+    if mask is None or (mask.dtype == torch.bool and bool(mask.all())):
         return True, None
-    if mask.dtype == torch.bool:
-        if mask.all():
-            return True, None
-        if _same_for_all_queries(mask):
-            mask = mask[..., :1, :]
-        if not mask.any(-1).all():
-            return False, None
-        return True, torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-    if _same_for_all_queries(mask):
-        mask = mask[..., :1, :]
-    return not (mask.amax(-1) == -math.inf).any(), mask
+    if not _same_for_all_queries(mask):
+        return False, None
+    row = mask[..., :1, :]
+    if row.dtype == torch.bool:
+        row = torch.zeros(row.shape).masked_fill_(~row, -math.inf)
+    return not bool((row.amax(-1) == -math.inf).any()), row
 
 
 def _same_for_all_queries(mask: Tensor) -> bool:
-    if mask.dim() < 2 or mask.shape[-2] == 1:
-        return False
-    return mask.stride(-2) == 0 or torch.equal(mask, mask[..., :1, :].expand_as(mask))
+    if mask.shape[-2] == 1 or mask.stride(-2) == 0:
+        return True
+    return torch.equal(mask, mask[..., :1, :].expand_as(mask))
 
 
 def _by_convolution(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    if bias is not None:
-        by_query = bias.dim() > 1 and bias.shape[-2] > 1
-        bias = bias.expand(batch, heads, queries if by_query else 1, keys)
+    bias = None if bias is None else bias.expand(batch, heads, 1, keys)
     output = q.new_empty(batch, queries, heads, v.shape[3])
     fitting = max(1, _SCORES_BYTES // (queries * keys * q.element_size()))
     rows_step, heads_step = max(1, fitting // heads), min(heads, fitting)
@@ -146,10 +139,10 @@ def _by_convolution(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale:
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """[batch, heads, queries, size]; `bias` [batch, heads, 1 or queries, keys]."""
+    """[batch, heads, queries, size]; `bias` [batch, heads, 1, keys]."""
     batch, heads, queries, size = q.shape
     groups, keys = batch * heads, k.shape[2]
-    padding = -keys % _LANES
+    padding = -keys % LANES
     if padding:
         k, v = (torch.nn.functional.pad(t, (0, 0, 0, padding)) for t in (k, v))
         if bias is None:
@@ -157,19 +150,16 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         bias = torch.nn.functional.pad(bias, (0, padding), value=-math.inf)
     pixels = q.new_empty(queries, batch, heads, size)
     torch.mul(q.permute(2, 0, 1, 3), scale, out=pixels)
-    by_key = bias is not None and bias.shape[2] == 1
     scores = torch.ops.aten.mkldnn_convolution(
         _channels_last(pixels),
         _weight(k),
-        bias.reshape(-1) if by_key and bias is not None else None,
+        None if bias is None else bias.reshape(-1),
         (0, 0),
         (1, 1),
         (1, 1),
         groups,
     )
     scores = scores.permute(0, 2, 3, 1).view(queries, batch, heads, -1)
-    if bias is not None and not by_key:
-        scores.add_(bias.permute(2, 0, 1, 3))
     # In place: fresh pages for a second copy of the scores cost as much as the softmax.
     torch.softmax(scores, -1, out=scores)
     output = torch.ops.mkldnn._convolution_transpose_pointwise(
@@ -185,7 +175,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         [],
         "",
     )
-    rows = output.permute(0, 2, 3, 1).reshape(queries, batch, heads, v.shape[3])
+    rows: Tensor = output.permute(0, 2, 3, 1).reshape(queries, batch, heads, v.shape[3])
     return rows.permute(1, 2, 0, 3)
 
 

@@ -1,8 +1,9 @@
-"""Prepack: linears whose weights are laid out once for the fastest library on this CPU (oneDNN).
+"""Prepack: linears and attention on this CPU's fastest library (oneDNN), weights laid out once.
 
     linear(x, W, b)                 =  packed_linear(x, W, b, "none")
     f(linear(x, W, b))              =  packed_linear(x, W, b, f)          f: relu, gelu, silu
     linear(x, W, b) + r             =  packed_linear(x, W, b, "add", r)
+    scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)
 
 Claim: close; the same sums in another order.
 """
@@ -19,6 +20,7 @@ from torch import fx
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.analyses import LINEAR_TARGETS, Linear, as_linear
 from fxopt.claim import Claim, Close
+from fxopt.kernels.attention import LANES
 from fxopt.program import Program, same_sizes
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -123,10 +125,48 @@ class PackResidual(Rule):
         return edit.call(ops.packed_linear.default, x, weight, bias, "add", match["other"])
 
 
+class PackAttention(Rule):
+    """scaled_dot_product_attention(q, k, v, mask, c, s) = attention(q, k, v, mask, c, s)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.scaled_dot_product_attention.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        return Match((node,), arguments(node))
+
+    def refuse(self, match: Match) -> str | None:
+        q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
+        mask = match["attn_mask"]
+        if q.device.type != "cpu":
+            return f"its inputs are on {q.device}; oneDNN is for CPUs"
+        if q.dtype != torch.float32:
+            return f"its inputs are {q.dtype}; oneDNN beats aten in float32 only"
+        if match["dropout_p"]:
+            return "it drops out attention weights"
+        if not q.ndim == k.ndim == v.ndim == 4:
+            return "its inputs are not of rank 4"
+        if not all(same_sizes(q.shape[:2], other.shape[:2]) for other in (k, v)):
+            return "its queries have other batches or heads than its keys (grouped or broadcast)"
+        if not _fills_lanes(q.shape[3]) or not _fills_lanes(v.shape[3]):
+            return f"its heads are of size {q.shape[3]}; oneDNN needs a multiple of {LANES}"
+        if mask is not None and match["is_causal"]:
+            return "it is causal and has a mask too"
+        if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
+            return f"its mask is {mask.meta['val'].dtype}"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        scale = match["scale"]
+        if scale is None:
+            scale = match["query"].meta["val"].shape[3] ** -0.5
+        inputs = (match[name] for name in ("query", "key", "value", "attn_mask", "is_causal"))
+        return edit.call(ops.attention.default, *inputs, scale)
+
+
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
     """Linears on oneDNN with weights laid out once, activations and residual adds inside the
-    product.
+    product; float32 attention on oneDNN where that is faster than aten's.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.
@@ -138,7 +178,11 @@ class Prepack(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """The product first, then what can run in its epilogue."""
-        return (PackLinear(), PackActivation(), PackResidual())
+        return (PackLinear(), PackActivation(), PackResidual(), PackAttention())
+
+
+def _fills_lanes(size: Any) -> bool:
+    return isinstance(size, int) and size > 0 and size % LANES == 0
 
 
 def _match_packed(node: fx.Node, packed: Any, other: Any = None) -> Match | None:

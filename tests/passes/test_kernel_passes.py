@@ -131,3 +131,57 @@ def test_transposed_weights_are_laid_out_by_rows() -> None:
 def test_dtypes_that_onednn_does_not_pack_are_refused(dtype: torch.dtype) -> None:
     result = check(Prepack(), nn.Linear(8, 8, dtype=dtype), (torch.randn(3, 8, dtype=dtype),), 0)
     assert "oneDNN packs float32 and bfloat16" in result.changes.refused[0].reason
+
+
+class Attention(nn.Module):
+    """Self-attention over [batch, length, 32]; options go to aten's operator."""
+
+    def __init__(self, heads: int = 2, **options: object) -> None:
+        super().__init__()
+        self.heads, self.options = heads, options
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = x.unflatten(-1, (self.heads, 32 // self.heads)).transpose(1, 2)
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(q, q.sin(), q.cos(), mask, **self.options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_attention_goes_to_onednn(options: dict[str, object]) -> None:
+    x = torch.randn(3, 40, 32)
+    result = check(Prepack(), Attention(**options), (x,), {"PackAttention": 1})  # type: ignore[arg-type]
+    assert any(node.target is torch.ops.fxopt.attention.default for node in result.graph.nodes)
+
+
+def test_masks_go_along() -> None:
+    x, visible = torch.randn(3, 40, 32), torch.rand(3, 1, 40, 40) < 0.5
+    for mask in (visible, torch.randn(3, 1, 1, 40)):
+        check(Prepack(), Attention(), (x, mask), {"PackAttention": 1})
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "reason"),
+    [
+        (Attention(), torch.float64, "oneDNN beats aten in float32 only"),
+        (Attention(heads=4), torch.float32, "heads are of size 8; oneDNN needs a multiple of 16"),
+        (Attention(dropout_p=0.1), torch.float32, "it drops out attention weights"),
+    ],
+    ids=["dtype", "size", "dropout"],
+)
+def test_attention_that_does_not_fit_is_refused(
+    model: nn.Module, dtype: torch.dtype, reason: str
+) -> None:
+    program = capture(model, (torch.randn(3, 5, 32, dtype=dtype),))
+    plan = Prepack().plan(program)
+    assert reason in str(plan)
+    assert not Prepack().apply(program, plan).changes.fired.get("PackAttention")
+
+
+def test_grouped_heads_are_refused() -> None:
+    class Grouped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+    inputs = (torch.randn(3, 4, 5, 16), torch.randn(3, 2, 5, 16))
+    result = check(Prepack(), Grouped(), inputs, 0)
+    assert "other batches or heads than its keys" in result.changes.refused[0].reason
