@@ -133,6 +133,7 @@ def test_inspect_with_json(bert: str) -> None:
     assert [text.partition(":")[0] for text in document["inputs"]] == [
         "input_ids",
         "attention_mask",
+        "token_type_ids",
     ]
     assert document["graph"].startswith("BertModel(")
 
