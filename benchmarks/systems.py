@@ -135,7 +135,7 @@ _STRUCTURE = "canonicalize, fuse-linears"
 
 EAGER = System("torch eager fp32", eager)
 FXOPT_FP32 = System("fxopt fp32", fxopt_list(f"{_STRUCTURE}, prepack, lower"))
-FXOPT_INT8 = System("fxopt int8 dynamic", fxopt_list(f"{_STRUCTURE}, int8-linear, prepack, lower"))
+FXOPT_INT8 = System("fxopt int8 dynamic", fxopt_list("canonicalize, int8-linear, prepack, lower"))
 COMPILE_FP32 = System("torch.compile fp32, freezing", torch_compile)
 TORCHAO_INT8 = System("torchao int8 dynamic + compile", torchao_int8(False), ("torchao",))
 TORCHAO_INT8_FROZEN = System(

@@ -5,6 +5,7 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
     quantize_per_token(x) -> (q, scale)          int8 rows with one float32 scale each
     dequantize(q, scale, dtype) -> x             q * scale
+    gelu(x)                                      with a rational erf, which the compiler fuses
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler.
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from fxopt.kernels import attention, int8, packed, quantization
+from fxopt.kernels import attention, gelu, int8, packed, quantization
 from fxopt.kernels.packed import POST_OPS
 from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
@@ -59,6 +60,7 @@ __all__ = [
     "POST_OPS",
     "SHAPE_RULES",
     "attention",
+    "gelu",
     "int8",
     "packed",
     "quantization",

@@ -97,6 +97,27 @@ class PackActivation(Rule):
         return edit.call(ops.packed_linear.default, x, weight, bias, activation, None)
 
 
+class RationalGelu(Rule):
+    """gelu(x) = x/2 (1 + p(x)/q(x)), where no product takes it in"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.gelu.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        if arguments(node)["approximate"] != "none" or _match_packed(node, node.args[0]):
+            return None
+        return Match((node,), {"x": node.args[0]})
+
+    def refuse(self, match: Match) -> str | None:
+        x = match["x"].meta["val"]
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return f"it is in {x.dtype} on {x.device}; the rational form is float32 for CPUs"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        return edit.call(ops.gelu.default, match["x"])
+
+
 class PackResidual(Rule):
     """packed_linear(x, W, b, "none") + r = packed_linear(x, W, b, "add", r)"""
 
@@ -178,7 +199,7 @@ class Prepack(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """The product first, then what can run in its epilogue."""
-        return (PackLinear(), PackActivation(), PackResidual(), PackAttention())
+        return (PackLinear(), PackActivation(), RationalGelu(), PackResidual(), PackAttention())
 
 
 def _fills_lanes(size: Any) -> bool:

@@ -185,3 +185,13 @@ def test_grouped_heads_are_refused() -> None:
     inputs = (torch.randn(3, 4, 5, 16), torch.randn(3, 2, 5, 16))
     result = check(Prepack(), Grouped(), inputs, 0)
     assert "other batches or heads than its keys" in result.changes.refused[0].reason
+
+
+def test_a_gelu_that_no_product_takes_in_becomes_rational() -> None:
+    check(Prepack(), nn.Sequential(nn.LayerNorm(8), nn.GELU()), (torch.randn(3, 8),), 1)
+
+
+def test_a_gelu_in_another_dtype_stays() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU()).double()
+    result = check(Prepack(), model, (torch.randn(3, 8, dtype=torch.float64),), 0)
+    assert "the rational form is float32 for CPUs" in result.changes.refused[0].reason
