@@ -182,18 +182,29 @@ class Optimized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         outcome = self._done()
-        probe = torch.empty(0, dtype=torch.float32)
-        if fn(probe).dtype != torch.float32:
+        probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
+        if probe.dtype != torch.float32:
             raise ModelError(
                 "the graph was captured and judged in its own dtype; convert the original model "
                 "first and transform it again"
             )
         before = self.device
+        if probe.device != before:
+            self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             program = replace(outcome.program, state=self.program.state).on_device(self.device)
             self.install(relowered(replace(outcome, program=program, module=None, compiled=None)))
         return self
+
+    def _unshare(self) -> None:
+        """Parameters of its own over the same memory: moving them must not move the model's."""
+        own: dict[nn.Parameter, nn.Parameter] = {}
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    module._parameters[name] = own.setdefault(parameter, twin)
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome

@@ -153,8 +153,11 @@ def test_another_dtype_is_refused(convert: Any) -> None:
 
 
 def test_to_another_device_moves_graph_and_signature() -> None:
-    opt = copy.deepcopy(optimized()).to("meta")
+    model = net()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    opt = optimized(model).to("meta")
     assert opt.device.type == "meta"
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     assert opt(X.to("meta"))["y"].shape == (3, 4)
     with pytest.raises(InputError, match=r"x is on cpu, but the model is on meta"):
         opt(X)
