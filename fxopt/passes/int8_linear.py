@@ -22,12 +22,12 @@ import torch
 from torch import fx
 
 from fxopt import kernels
-from fxopt.analyses import LINEAR_TARGETS, Linear, as_linear, refuse_shared_weight
+from fxopt.analyses import Linear, as_linear, refuse_shared_weight
 from fxopt.claim import Claim, Sqnr
 from fxopt.errors import PassError
+from fxopt.passes.linear_rule import LinearRule
 from fxopt.program import Program, materialize, module_path
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage
-from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
 
@@ -38,20 +38,13 @@ _FLOOR = {"dynamic": Sqnr(16.0), "weight_only": Sqnr(26.0)}
 are harder than trained ones; a dropped bias or a swapped channel falls below."""
 
 
-class QuantizeLinear(Rule):
+class QuantizeLinear(LinearRule):
     """x @ Wᵀ + b ~ dq(q(x)) @ dq(q(W))ᵀ + b"""
 
     def __init__(self, options: Int8Linear) -> None:
         self.options = options
         self.weights: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
         self.rounded: dict[fx.Node, fx.Node] = {}
-
-    def targets(self) -> tuple[Target, ...]:
-        return LINEAR_TARGETS
-
-    def match(self, node: fx.Node) -> Match | None:
-        linear = as_linear(node)
-        return None if linear is None else Match((node,), {"linear": linear})
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]

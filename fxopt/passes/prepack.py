@@ -18,9 +18,10 @@ import torch
 from torch import fx
 
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
-from fxopt.analyses import LINEAR_TARGETS, Linear, as_linear
+from fxopt.analyses import Linear
 from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
+from fxopt.passes.linear_rule import LinearRule
 from fxopt.program import Program, same_sizes
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -34,18 +35,11 @@ _ACTIVATIONS: dict[Any, str] = {
 }
 
 
-class PackLinear(Rule):
+class PackLinear(LinearRule):
     """linear(x, W, b) = packed_linear(x, W, b, "none")"""
 
     def __init__(self) -> None:
         self.weights: dict[fx.Node, fx.Node] = {}
-
-    def targets(self) -> tuple[Target, ...]:
-        return LINEAR_TARGETS
-
-    def match(self, node: fx.Node) -> Match | None:
-        linear = as_linear(node)
-        return None if linear is None else Match((node,), {"linear": linear})
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
