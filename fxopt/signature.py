@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Signature:
         """The argument names that the program was captured with, in order."""
         return tuple(self.in_spec.context)
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, object]:
         """Arguments that hold no tensor and are fixed in the graph, as {name: value}."""
         values = pytree.tree_unflatten(list(self.leaves), self.in_spec)

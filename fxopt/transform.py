@@ -64,10 +64,10 @@ def transform(
     `passes` are pass or rule instances or textual specs, run in order. `example_inputs` (a tensor,
     a tuple of positionals or a dict of keywords) may be left out where a transformers config tells
     what they are; else the capture waits for the first call. Each pass is judged on the example, on
-    two other sizes and on `verify_inputs`, against its predecessor; the whole list once more
-    against
-    the eager original, within `budget` (left out: the sum of the claims). A broken claim raises
-    `EquivalenceError`, or with `on_violation="revert"` undoes the change at the guilty nodes.
+    another size and on `verify_inputs`, against its predecessor; the whole list once more, on one
+    size more, against the eager original, within `budget` (left out: the sum of the claims). A
+    broken claim raises `EquivalenceError`, or with `on_violation="revert"` undoes the change at the
+    guilty nodes.
 
     `measure_cost` times original and result and reads their peak memory; left out, it does so when
     the list ends in `Lower`. `progress` is called with a line before each long step.

@@ -127,7 +127,6 @@ class _Driver:
             operands = dead.all_input_nodes
             self.edit.before_erasing(dead)
             self.edit.graph.erase_node(dead)
-            self.edit.erased(dead)
             self.gone.add(dead)
             for operand in operands:
                 if operand.users:

@@ -45,7 +45,6 @@ class Edit:
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         assert first is not None
         self._first_operation = first
-        self._constants = {n.target: n for n in self.graph.nodes if n.op == "get_attr"}
 
     def start(self, root: fx.Node) -> None:
         """Begin a rewrite at `root`: new nodes go before it and inherit its origin."""
@@ -83,7 +82,6 @@ class Edit:
         with self._fake_mode:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         node.meta = {"val": value, "module_path": "", "source": ""}
-        self._constants[unique] = node
         self._new.append(node)
         return node
 
@@ -95,13 +93,6 @@ class Edit:
     def tensor(self, node: fx.Node) -> Tensor:
         """The value behind a `get_attr` node, computed now if it is a recipe."""
         return materialize(self.state(node)).detach()
-
-    def erased(self, node: fx.Node) -> None:
-        """Note that the driver erased `node`."""
-        if node is self._first_operation:
-            raise AssertionError("the head is moved before it is erased")
-        if node.op == "get_attr" and self._constants.get(node.target) is node:
-            del self._constants[node.target]
 
     def before_erasing(self, node: fx.Node) -> None:
         """Keep the head of the operations valid when its first node goes."""
