@@ -7,7 +7,11 @@ import torch
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.program import Program
 
-_ROUNDING = {torch.ops.fxopt.quantize_per_token.default}
+_ROUNDING = {
+    torch.ops.fxopt.quantize_per_token.default,
+    torch.ops.fxopt.quantize_per_token_affine.default,
+    torch.ops.fxopt.quantize.default,
+}
 
 
 def rounds_activations(program: Program) -> bool:

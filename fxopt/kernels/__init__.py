@@ -3,8 +3,10 @@
 Numerics level: where values are rounded. Device-free, written in aten, and traced through by
 torch.compile, so that Inductor fuses them with their neighbours.
 
-    quantize_per_token(x) -> (q, scale)          int8 rows with one float32 scale each
-    dequantize(q, scale, dtype) -> x             q * scale
+    quantize_per_token(x) -> (q, scale)                      int8 rows, one float32 scale each
+    quantize_per_token_affine(x) -> (q, scale, zero_point)   the same with a zero point each
+    quantize(x, scale, zero_point) -> q                      with a given scale and zero point
+    dequantize(q, scale, dtype, zero_point) -> x             (q - zero_point) * scale
     gelu(x)                                      with a rational erf, which the compiler fuses
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
@@ -35,11 +37,17 @@ from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
 
 NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
-    {torch.ops.fxopt.quantize_per_token.default, torch.ops.fxopt.dequantize.default}
+    {
+        torch.ops.fxopt.quantize_per_token.default,
+        torch.ops.fxopt.quantize_per_token_affine.default,
+        torch.ops.fxopt.quantize.default,
+        torch.ops.fxopt.dequantize.default,
+    }
 )
 
 SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.fxopt.quantize_per_token.default: quantization.type_of_quantized,
+    torch.ops.fxopt.quantize_per_token_affine.default: quantization.type_of_quantized_affine,
 }
 
 GENERATED_AS: dict[OpOverload, str] = {

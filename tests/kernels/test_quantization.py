@@ -141,3 +141,49 @@ def test_the_shape_rule_is_what_the_operator_gives(
         assert real.shape == rule.shape
         assert real.dtype == rule.dtype
         assert real.stride() == rule.stride()
+
+
+@given(rows())
+def test_affine_rows_err_by_at_most_half_a_step(x):
+    q, scale, zero_point = ops.quantize_per_token_affine(x)
+    assert q.dtype == zero_point.dtype == torch.int8
+    assert scale.shape == zero_point.shape == (*x.shape[:-1], 1)
+    y = (q.double() - zero_point.double()) * scale.double()
+    # The zero point is rounded too, so the ends of the range may fall half a step outside of it.
+    assert ((x.double() - y).abs() <= scale.double() * 1.001).all()
+    assert (y[x == 0] == 0).all()
+
+
+def test_affine_rows_of_one_sign_use_all_steps():
+    x = torch.rand(3, 64)
+    q, scale, zero_point = ops.quantize_per_token_affine(x)
+    assert (zero_point == -128).all()
+    assert (q.amax(-1) == 127).all()
+    symmetric, coarse = ops.quantize_per_token(x)
+    fine = (ops.dequantize(q, scale, torch.float32, zero_point) - x).square().mean()
+    assert fine < (ops.dequantize(symmetric, coarse, torch.float32) - x).square().mean() / 3
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (4,)])
+def test_affine_rows_of_odd_shapes(shape):
+    q, scale, zero_point = ops.quantize_per_token_affine(torch.ones(shape))
+    assert q.shape == shape
+    assert scale.shape == zero_point.shape == (*shape[:-1], 1)
+
+
+@given(rows(), st.sampled_from([torch.int8, torch.uint8]), st.integers(-128, 127))
+def test_given_scales_round_to_the_nearest_step_and_saturate(x, dtype, zero):
+    zero_point = torch.tensor(zero + 128 * (dtype == torch.uint8)).to(dtype)
+    scale = torch.tensor(0.25)
+    q = ops.quantize(x, scale, zero_point)
+    limits = torch.iinfo(dtype)
+    exact = ((x.double() / 0.25).round() + zero_point.double()).clamp(limits.min, limits.max)
+    assert q.dtype == dtype
+    assert torch.equal(q.double(), exact)
+
+
+def test_given_scales_need_an_integer_zero_point():
+    with pytest.raises(KernelError, match="int8 or uint8 zero point"):
+        ops.quantize(torch.ones(2), torch.tensor(1.0), torch.tensor(0.0))
+    with pytest.raises(KernelError, match="floating-point"):
+        ops.quantize_per_token_affine(torch.ones(2, dtype=torch.int64))
