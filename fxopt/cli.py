@@ -23,7 +23,7 @@ from fxopt import measure
 from fxopt.capture import capture
 from fxopt.errors import EquivalenceError, FxoptError
 from fxopt.graph_text import GraphText
-from fxopt.loading import Loaded, load_model
+from fxopt.loading import Loaded, TextBatches, load_model
 from fxopt.transform import transform
 
 app = typer.Typer(
@@ -46,6 +46,10 @@ Passes = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Rows of the example inputs.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per row, for text models.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="UTF-8 text file, one text a line, from which passes learn ranges."),
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to the standard output.")]
 
@@ -63,6 +67,7 @@ def optimize(
     on_violation: Annotated[
         str, typer.Option(help="raise or revert when a claim fails.")
     ] = "raise",
+    calibration: Calibration = None,
     batch: Batch = 8,
     length: Length = 64,
     device: Device = "cpu",
@@ -79,6 +84,7 @@ def optimize(
             loaded.model,
             passes,
             example_inputs=loaded.inputs,
+            calibration=_texts(loaded, calibration, length),
             on_violation=on_violation,  # type: ignore[arg-type]
             progress=progress,
         )
@@ -106,6 +112,7 @@ def inspect(
     diff: Annotated[
         bool, typer.Option(help="With --passes: print only what they changed.")
     ] = False,
+    calibration: Calibration = None,
     batch: Batch = 2,
     length: Length = 16,
     device: Device = "cpu",
@@ -120,9 +127,13 @@ def inspect(
             graph, before = GraphText(program), None
         else:
             optimized = transform(
-                loaded.model, passes, example_inputs=loaded.inputs, progress=progress,
+                loaded.model,
+                passes,
+                example_inputs=loaded.inputs,
+                calibration=_texts(loaded, calibration, length),
                 measure_cost=False,
-            )  # fmt: skip
+                progress=progress,
+            )
             program = optimized.program
             graph, before = optimized.graph, optimized.steps[0].graph
     shown = (
@@ -153,6 +164,7 @@ def bench(
         typer.Option("--passes", "-p", help="A pass list to time; give it several times."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each system.")] = 20,
+    calibration: Calibration = None,
     batch: Batch = 8,
     length: Length = 128,
     device: Device = "cpu",
@@ -164,9 +176,13 @@ def bench(
         systems: dict[str, Callable[[], object]] = {"eager": _call(loaded.model, loaded.inputs)}
         for spec in passes or [DEFAULT_PASSES]:
             optimized = transform(
-                loaded.model, spec, example_inputs=loaded.inputs, progress=progress,
+                loaded.model,
+                spec,
+                example_inputs=loaded.inputs,
+                calibration=_texts(loaded, calibration, length),
                 measure_cost=False,
-            )  # fmt: skip
+                progress=progress,
+            )
             systems[spec] = _call(optimized, loaded.inputs)
         progress("timing, interleaved")
         times = measure.latency(systems, repeats=repeats, seconds=60.0)
@@ -210,6 +226,10 @@ def _load(
 ) -> Loaded:
     progress(f"loading {model or 'the demo model'}")
     return load_model(model, batch, length, device)
+
+
+def _texts(loaded: Loaded, file: Path | None, length: int) -> TextBatches | None:
+    return None if file is None else TextBatches(loaded, file, length)
 
 
 def _call(model: Any, inputs: Any) -> Callable[[], object]:

@@ -25,6 +25,10 @@ class NotCapturedError(FxoptError):
     """The graph was asked for before the first call provided the inputs to capture it with."""
 
 
+class CalibrationError(FxoptError, ValueError):
+    """Calibration inputs are unusable: no iterable, empty, a batch that doesn't fit, a NaN."""
+
+
 class WellFormedError(FxoptError):
     """A program holds what the dialect doesn't allow; names the node and its neighbours."""
 
@@ -51,3 +55,7 @@ class LowerError(FxoptError):
 
 class SaveError(FxoptError):
     """A saved program can't be written or read: damaged, truncated, hostile, other version."""
+
+
+class ExportError(FxoptError):
+    """A program can't be written for another runtime: operator, missing package, path."""

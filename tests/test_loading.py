@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from fxopt import loading
-from fxopt.errors import InputError, ModelError
-from fxopt.loading import load_model, real_sentences
+from fxopt.errors import CalibrationError, InputError, ModelError
+from fxopt.loading import TextBatches, load_model, real_sentences
 
 _SMALL = {
     "hidden_size": 8,
@@ -56,11 +56,17 @@ def test_images_keep_the_size_of_the_config(tmp_path: Path) -> None:
     assert loaded.inputs["pixel_values"].shape == (5, 3, 16, 16)
 
 
-def test_a_folder_with_a_tokenizer_gives_real_sentences(bert: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def speaking(bert: Path, tmp_path: Path) -> Path:
+    """The tiny BERT with a tokenizer of ten words."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "of", "a", "is", "and"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_with_a_tokenizer_gives_real_sentences(speaking: Path, tmp_path: Path) -> None:
     inputs = load_model(str(tmp_path), batch=4, length=12).inputs
     assert set(inputs) == {"input_ids", "token_type_ids", "attention_mask"}
     assert inputs["input_ids"].shape == (4, 12)
@@ -163,3 +169,49 @@ def test_left_out_the_demo_model_is_loaded_with_real_sentences() -> None:
     assert type(loaded.model) is transformers.BertModel
     assert loaded.inputs["input_ids"].shape == (2, 8)
     assert loaded.model(**loaded.inputs).last_hidden_state.shape == (2, 8, 384)
+
+
+def test_the_lines_of_a_file_are_batches_of_eight_read_as_often_as_asked(speaking: Path) -> None:
+    file = speaking / "texts.txt"
+    file.write_text("\n\n".join(["the of a"] * 9 + ["a " * 50]) + "\n  \n", encoding="utf-8")
+    batches = TextBatches(load_model(str(speaking), batch=2, length=12), file, length=12)
+    for _ in range(2):
+        first, last = batches
+        assert set(first) == {"input_ids", "token_type_ids", "attention_mask"}
+        assert first["input_ids"].shape == (8, 5), "padded to the longest, not to length"
+        assert first["input_ids"][0].tolist() == [2, 5, 6, 7, 3]
+        assert last["input_ids"].shape == (2, 12), "cut at length"
+        assert last["attention_mask"].sum(1).tolist() == [5, 12]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "can't read calibration texts from FILE: No such file or directory. Give a UTF-8 "
+               "text file with one text a line."),
+        (b"\xff\xfe\x00", "can't read calibration texts from FILE: it isn't UTF-8. Give a UTF-8 "
+                          "text file with one text a line."),
+        (b" \n\n", "FILE holds no text; give one text a line"),
+    ],
+)  # fmt: skip
+def test_a_file_without_texts_is_refused(
+    speaking: Path, content: bytes | None, reason: str
+) -> None:
+    file = speaking / "texts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    loaded = load_model(str(speaking), batch=2, length=12)
+    with pytest.raises(CalibrationError) as caught:
+        TextBatches(loaded, file, length=12)
+    assert str(caught.value) == reason.replace("FILE", str(file))
+
+
+def test_texts_for_a_model_without_a_tokenizer_are_refused(bert: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(bert), batch=2, length=12)
+    with pytest.raises(CalibrationError) as caught:
+        TextBatches(loaded, tmp_path / "texts.txt", length=12)
+    assert str(caught.value) == (
+        f"{bert} has no tokenizer (no tokenizer_config.json), so text can't become its inputs. "
+        "Save the tokenizer in the model's folder, or call fxopt.transform(calibration=...) with "
+        "tensors."
+    )

@@ -195,12 +195,14 @@ def _pass(step: Step) -> str:
     refused = f", refused {len(step.refused)}" if step.refused else ""
     reverted = f", reverted {len(step.reverted)}" if step.reverted else ""
     lists = _refusals("Refused", step.refused) + _refusals("Reverted", step.reverted)
+    lines = "\n".join(step.details)
+    planned = f"<pre>{escape(lines)}</pre>" if lines else ""
     empty = "" if lists else "<p class='soft'>Nothing was refused.</p>"
-    is_open = " open" if step.refused or step.reverted else ""
+    is_open = " open" if step.refused or step.reverted or step.details else ""
     return (
         f'<details class="pass"{is_open}><summary><b>{escape(step.name)}</b> '
         f'<span class="soft">{escape(fired + refused + reverted)}</span></summary>'
-        f'<p class="spec mono">{escape(step.spec)}</p>{lists}{empty}</details>'
+        f'<p class="spec mono">{escape(step.spec)}</p>{planned}{lists}{empty}</details>'
     )
 
 

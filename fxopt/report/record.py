@@ -19,8 +19,9 @@ class Step:
 
     `spec` is the pass's `repr`; `fired` counts firings by rule; `reverted` lists what was undone
     because the claim failed there; bytes are those of all parameters and buffers; `milliseconds`
-    includes judging; `graph` is the graph's text after the step and `changed` names the nodes in
-    it that the step made.
+    includes judging; `warnings` are what the user must know, `details` the lines with which the
+    pass explained its decisions; `graph` is the graph's text after the step and `changed` names
+    the nodes in it that the step made.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Step:
     warnings: tuple[str, ...] = ()
     graph: str = ""
     changed: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fired", dict(self.fired))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _LABEL = 12
 _MOST_GROUPS = 8
+_MOST_DETAILS = 24
 
 
 def render(report: Report) -> str:
@@ -91,10 +92,20 @@ def _details(step: Step) -> Iterator[str]:
     outcome = "holds" if step.holds else "BROKEN"
     judged = f"measured {step.measured}: {outcome}" if step.measured else "not judged"
     yield from _wrapped("claim", f"{step.claim}; {judged}")
+    yield from _decisions(step.details)
     yield from _groups("refused", step.refused)
     yield from _groups("reverted", step.reverted)
     for warning in step.warnings:
         yield from _wrapped("warning", warning)
+
+
+def _decisions(details: Sequence[str]) -> Iterator[str]:
+    """The lines in one column, so that a table stays one; each is wrapped by itself."""
+    for index, line in enumerate(details[:_MOST_DETAILS]):
+        yield from _wrapped("planned" if index == 0 else " ", line)
+    hidden = len(details) - _MOST_DETAILS
+    if hidden > 0:
+        yield from _wrapped(" ", f"{hidden} further lines, listed in the JSON and HTML")
 
 
 def _groups(name: str, refusals: Sequence[Refusal]) -> Iterator[str]:

@@ -42,12 +42,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass will do to one program: sites and refusals; `excluded` nodes are spared."""
+    """What a pass will do to one program: sites and refusals; `excluded` nodes are spared.
+
+    `warnings` are what the user must know about how it was planned; `details` are lines that
+    explain its decisions, such as a table. A pass may subclass it to carry what `apply` needs.
+    """
 
     spec: str
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     excluded: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     def without(self, nodes: Collection[str]) -> Plan:
         """This plan with the sites at `nodes` taken out."""
@@ -60,7 +66,9 @@ class Plan:
         lines += [f"  {rule}: {count} sites" for rule, count in counts.items()] or [
             "  nothing to do"
         ]
+        lines += [f"  {detail}" for detail in self.details]
         lines += [f"  refused {refusal}" for refusal in self.refusals]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 

@@ -27,8 +27,15 @@ def test_schema_is_stable(report):
     assert list(data["steps"][0]) == [
         *("name", "spec", "fired", "refused", "reverted", "nodes_before", "nodes_after"),
         *("bytes_before", "bytes_after", "claim", "measured", "holds", "milliseconds"),
-        *("warnings", "graph", "changed"),
+        *("warnings", "graph", "changed", "details"),
     ]
+
+
+def test_a_report_of_before_details_were_kept_can_be_read(report):
+    data = json.loads(report.to_json())
+    for step in data["steps"]:
+        del step["details"]
+    assert all(step.details == () for step in Report.from_json(json.dumps(data)).steps)
 
 
 def edited(report, **changes):

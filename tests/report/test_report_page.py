@@ -49,6 +49,13 @@ def test_is_one_well_formed_page_that_fetches_nothing(report):
     assert "default-src 'none'" in html
 
 
+def test_a_steps_details_are_shown_as_they_are(report):
+    html = report.to_html()
+    assert "\n".join(report.steps[2].details) in Page(html).content
+    assert "<int8>" not in html
+    assert "<pre>layer                     alone     kept\nencoder.layer.0.dense" in html
+
+
 def test_hostile_names_are_text(report):
     evil = "</title><script>alert('x')</script><img src=x onerror=alert(1)> \" ' &"
     node = PictureNode("n", evil, f"{evil}.a", evil, (), weights=(evil,), source=evil)

@@ -69,6 +69,15 @@ def test_what_was_not_measured_is_said(report):
     assert "peak memory  not measurable here -> 31.0 MB" in text
 
 
+def test_details_keep_their_columns_and_further_ones_are_counted(report):
+    rows = tuple(f"layer.{number:<10} {number:5.1f} dB" for number in range(30))
+    text = str(replace(report, steps=(replace(report.steps[0], details=rows),)))
+    assert f"   planned      {rows[0]}\n                {rows[1]}\n" in text
+    assert rows[23] in text
+    assert rows[24] not in text
+    assert "6 further lines, listed in the JSON and HTML" in text
+
+
 def test_further_reasons_are_counted_not_dropped(report):
     reasons = [chr(ord("a") + number) * 3 for number in range(12)]
     step = replace(report.steps[0], refused=tuple(Refusal(why, "node") for why in reasons))

@@ -1,0 +1,150 @@
+"""Calibration: the user's own inputs, streamed, from which passes learn the ranges of values.
+
+An iterable that can be iterated again (a list, a DataLoader) is iterated at every pass over it. A
+generator can't be, so the first pass writes each batch to a temporary file that has no name, and
+later passes read it: memory stays flat in the number of batches either way.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import CalibrationError, InputError
+from fxopt.signature import Signature
+
+Progress = Callable[[str], None]
+
+
+class Calibration:
+    """Inputs of one captured model, to be streamed as often as passes ask.
+
+    `source` is any iterable of inputs, each a tensor, a tuple of positionals or a dict of keywords,
+    and must give the same batches each time it is iterated. `progress` is called with a line now
+    and then while batches are streamed. `was_read` tells whether any pass has asked for them.
+
+    Raises `CalibrationError` when `source` is no iterable of inputs.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], signature: Signature, progress: Progress | None = None
+    ) -> None:
+        check_is_iterable(source)
+        self.signature = signature
+        self.progress = progress
+        self.was_read = False
+        self.length = _length(source)
+        once = iter(source) is source
+        self._source: Iterable[Any] = _Spool(source, self._flat) if once else source
+        self._is_flat = once
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors of each batch in placeholder order, from the first batch on.
+
+        Raises `CalibrationError` for a batch that doesn't fit the model (naming its index), for an
+        iterable without any batch, and where there is no room for the temporary file.
+        """
+        self.was_read = True
+        index = -1
+        for index, batch in enumerate(self._source):
+            yield batch if self._is_flat else self._flat(index, batch)
+        if index < 0:
+            raise CalibrationError(
+                "calibration= is empty: it gave no batch at all. Give an iterable of inputs, each "
+                "a tensor, a tuple of positional arguments or a dict of keyword arguments; a "
+                "generator that was used up before gives nothing."
+            )
+
+    def _flat(self, index: int, batch: Any) -> tuple[Tensor, ...]:
+        try:
+            if isinstance(batch, Tensor):
+                return tuple(self.signature.flatten((batch,), {}))
+            if isinstance(batch, Mapping):
+                return tuple(self.signature.flatten((), dict(batch)))
+            if isinstance(batch, (tuple, list)):
+                return tuple(self.signature.flatten(tuple(batch), {}))
+        except InputError as error:
+            raise CalibrationError(
+                f"calibration batch {index} doesn't fit the model: {error}"
+            ) from error
+        raise CalibrationError(
+            f"calibration batch {index} must be a tensor, a tuple of positional arguments or a "
+            f"dict of keyword arguments, not {type(batch).__name__}"
+        )
+
+
+class _Spool:
+    """The batches of a one-shot iterator, each written as it comes and read back ever after.
+
+    A pass that stops early leaves the rest in the iterator, where the next pass finds it.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], flat: Callable[[int, Any], tuple[Tensor, ...]]
+    ) -> None:
+        self.source = iter(source)
+        self.flat = flat
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+        self.ends = [0]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        index = 0
+        while True:
+            if index + 1 < len(self.ends):
+                yield self._read(index)
+            else:
+                try:
+                    batch = next(self.source)
+                except StopIteration:
+                    return
+                tensors = self.flat(index, batch)
+                self._write(tensors)
+                yield tensors
+            index += 1
+
+    def _write(self, tensors: tuple[Tensor, ...]) -> None:
+        buffer = io.BytesIO()
+        torch.save([tensor.detach().clone() for tensor in tensors], buffer)  # no view of more
+        try:
+            self.file.seek(self.ends[-1])
+            self.file.write(buffer.getbuffer())
+            self.file.flush()
+        except OSError as error:
+            raise CalibrationError(
+                f"calibration batch {len(self.ends) - 1} can't be kept for later passes in "
+                f"{tempfile.gettempdir()}: {error.strerror}. Give calibration= as a list or "
+                "DataLoader, which is iterated again instead."
+            ) from error
+        self.ends.append(self.ends[-1] + buffer.tell())
+
+    def _read(self, index: int) -> tuple[Tensor, ...]:
+        start, end = self.ends[index : index + 2]
+        self.file.seek(start)
+        return tuple(torch.load(io.BytesIO(self.file.read(end - start)), weights_only=True))
+
+
+def check_is_iterable(source: object) -> None:
+    """Raise `CalibrationError` unless `source` is an iterable of inputs, rather than one input."""
+    if isinstance(source, (Tensor, Mapping)):
+        raise CalibrationError(
+            f"calibration= is one input (a {type(source).__name__}), not an iterable of inputs. "
+            "Give a list of them: calibration=[inputs]"
+        )
+    if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
+        raise CalibrationError(
+            "calibration= must be an iterable of inputs (a list, a DataLoader, a generator), not "
+            f"{type(source).__name__}"
+        )
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    """How many batches there are, where the iterable tells; a DataLoader over a stream doesn't."""
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except TypeError:
+        return None

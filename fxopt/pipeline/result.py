@@ -1,0 +1,123 @@
+"""The result of a pass list: judged against the original, measured, and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt import measure
+from fxopt.claim import Claim
+from fxopt.errors import EquivalenceError
+from fxopt.pipeline.recording import violation_text
+from fxopt.program import Program
+from fxopt.report import Report, Step, picture
+from fxopt.verify import (
+    Trial,
+    judge,
+    one_by_one,
+    output_names,
+    run_model,
+    run_program,
+    state_kept,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the last pass left: the program, its module and, where lowered, the compiled call."""
+
+    program: Program
+    module: fx.GraphModule
+    compiled: Callable[..., Any] | None
+
+    def judged(
+        self,
+        budget: Claim,
+        known: tuple[Sequence[Trial], Sequence[Sequence[Tensor]]],
+        last: Sequence[Trial],
+    ) -> str:
+        """The end-to-end verdict over the `known` trials (with outputs) and the `last` ones.
+
+        Raises `EquivalenceError` when the budget isn't kept.
+        """
+        trials, outputs = [*known[0], *last], [*known[1]]
+        if last:
+            run = run_program(self.program)
+            if self.compiled is not None:
+                run = one_by_one(runner(self.compiled, self.program, self.module))
+            outputs += run([trial.inputs for trial in last])
+        kept = [list(output) for output in outputs]
+        reference = [trial.outputs for trial in trials]
+        names = output_names(self.program)
+        verdict, _ = judge(budget, trials, reference, lambda batches: kept, names)
+        if not verdict.holds:
+            raise EquivalenceError(
+                violation_text("the whole list", verdict)
+                + "\n  each pass kept its own claim, but their sum is over the budget: loosen "
+                "budget=, or drop or tighten a pass"
+            )
+        return f"{budget}; measured {verdict.measured.text} over {len(trials)} inputs"
+
+    def reported(
+        self,
+        captured: Program,
+        capture_ms: float,
+        steps: tuple[Step, ...],
+        end_to_end: str | None,
+    ) -> Report:
+        """The report of how `captured` became this program; notes are the program's."""
+        left = {node.name for node in self.program.graph.nodes}
+        gone = frozenset({node.name for node in captured.graph.nodes} - left)
+        changed = frozenset(name for step in steps for name in step.changed)
+        return Report(
+            model=self.program.name,
+            capture_ms=capture_ms,
+            steps=steps,
+            end_to_end=end_to_end,
+            notes=self.program.notes,
+            fingerprint=measure.fingerprint(),
+            picture_before=picture(captured, gone),
+            picture_after=picture(self.program, changed),
+        )
+
+    def with_cost(self, report: Report, model: nn.Module) -> Report:
+        """`report` with the latency and peak memory of `model` and of this result."""
+        example = self.program.example
+        run = self.compiled or self.module
+        before = run_model(model, self.program)
+
+        def after() -> object:
+            with torch.no_grad():
+                return run(*example)
+
+        systems: dict[str, Callable[[], object]] = {
+            "before": lambda: before(example),
+            "after": after,
+        }
+        device = example[0].device if example else torch.device("cpu")
+        with state_kept(self.program, example, dict(self.module.named_buffers())):
+            latency = measure.latency(systems)
+            memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
+        return replace(
+            report,
+            latency_before=latency["before"],
+            latency_after=latency["after"],
+            memory_before=memory["before"],
+            memory_after=memory["after"],
+        )
+
+
+def runner(
+    run: Callable[..., Any], program: Program, module: nn.Module
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """A compiled program as a function of its inputs that leaves its state as it was."""
+
+    def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), state_kept(program, inputs, dict(module.named_buffers())) as kept:
+            return [output.clone() for output in run(*inputs)] if kept else list(run(*inputs))
+
+    return call
