@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.program import Program, is_pure
 
-Observer = Callable[[fx.Node, Any], Any]
+Observer: TypeAlias = Callable[[fx.Node, Any], Any]
+Override: TypeAlias = Mapping[fx.Node, Callable[..., Any]]
+"""A node -> what computes its value from those of its operands, in place of its target."""
 
 
 def evaluate(
-    program: Program, inputs: Sequence[Tensor], observe: Observer | None = None
+    program: Program,
+    inputs: Sequence[Tensor],
+    observe: Observer | None = None,
+    override: Override | None = None,
 ) -> list[Tensor]:
     """The output tensors of `program` for its input tensors, each value freed after its last use.
 
     `observe(node, value)` sees every computed value and returns what the rest of the graph is to
-    use in its place. Gradients are recorded for a program in train mode only. Buffers and
-    inputs that the program writes are written to copies, so that judging changes neither.
+    use in its place. `override[node]` is called as the node's target would be, with the values of
+    its arguments. Gradients are recorded for a program in train mode only. Buffers and inputs that
+    the program writes are written to copies, so that judging changes neither.
     """
-    return _Evaluation(program, [inputs], observe).run()[0]
+    return _Evaluation(program, [inputs], observe, override).run()[0]
 
 
 def evaluate_all(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -35,43 +43,95 @@ def evaluate_all(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[
     """
     if program.mode == "train":
         return [evaluate(program, inputs) for inputs in batches]
-    return _Evaluation(program, batches, None).run()
+    return _Evaluation(program, batches).run()
+
+
+def evaluate_variants(
+    program: Program, inputs: Sequence[Tensor], variants: Sequence[Override]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """`(index, evaluate(program, inputs, override=variants[index]))` for each of `variants`.
+
+    They come in the order in which they first differ from the program: what lies before that place
+    is computed once for all, so that evenly spread variants take half of a run each. At any time
+    the values of two runs are alive. Each variant draws the random numbers that the program draws.
+    """
+    place = {node: index for index, node in enumerate(program.graph.nodes)}
+    starts = [min(variant, key=place.__getitem__, default=program.output) for variant in variants]
+    common = _Evaluation(program, [inputs])
+    for index in sorted(range(len(variants)), key=lambda index: place[starts[index]]):
+        common.run_to(starts[index])
+        with draws_undone():
+            outputs = common.fork(variants[index]).run()[0]
+        yield index, outputs
+
+
+@contextmanager
+def draws_undone() -> Iterator[None]:
+    """What is drawn inside leaves the random generators, on every device, where they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 class _Evaluation:
     """One walk: values that are the same in every run, and those of each run."""
 
     def __init__(
-        self, program: Program, batches: Sequence[Sequence[Tensor]], observe: Observer | None
+        self,
+        program: Program,
+        batches: Sequence[Sequence[Tensor]],
+        observe: Observer | None = None,
+        override: Override | None = None,
     ) -> None:
         self.program = program
         self.observe = observe
-        self.inputs = [iter(inputs) for inputs in batches]
+        self.override: Override = override or {}
+        self.inputs = [dict(zip(program.placeholders, inputs, strict=True)) for inputs in batches]
         self.shared: dict[fx.Node, Any] = {}
         self.constants: set[fx.Node] = set()
         self.own: list[dict[fx.Node, Any]] = [{} for _ in batches]
         nodes = program.graph.nodes
+        self.next: fx.Node = next(iter(nodes))
         self.uses = Counter(used for node in nodes for used in node.all_input_nodes)
         self.written = {
             node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default
         }
 
     def run(self) -> list[list[Tensor]]:
+        output = self.program.output
+        self.run_to(output)
+        results: Any = output.args[0]
+        return [[self._value(run, result) for result in results] for run in self.own]
+
+    def run_to(self, stop: fx.Node) -> None:
+        """Compute what comes before `stop`."""
         with torch.set_grad_enabled(self.program.mode == "train"):
-            for node in self.program.graph.nodes:
-                if node.op == "output":
-                    return [[self._value(run, out) for out in node.args[0]] for run in self.own]
+            while self.next is not stop:
+                node, self.next = self.next, self.next.next
                 self._visit(node)
                 for used in node.all_input_nodes:
                     self.uses[used] -= 1
                     if not self.uses[used]:
                         self._free(used)
-        raise AssertionError("a well-formed graph ends in an output node")
+
+    def fork(self, override: Override) -> _Evaluation:
+        """A walk that goes on from here by itself; tensors that neither writes are shared."""
+        twin = copy.copy(self)
+        twin.override = override
+        twin.uses, twin.constants = Counter(self.uses), set(self.constants)
+        twin.shared = self._apart(self.shared)
+        twin.own = [self._apart(run) for run in self.own]
+        return twin
+
+    def _apart(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        return {
+            node: value.clone() if node in self.written else value for node, value in values.items()
+        }
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             for run, inputs in zip(self.own, self.inputs, strict=True):
-                run[node] = self._seen(node, self._own(node, next(inputs)))
+                run[node] = self._seen(node, self._own(node, inputs[node]))
         elif node.op == "get_attr":
             self.constants.add(node)
         elif self._is_shared(node):
@@ -93,7 +153,8 @@ class _Evaluation:
 
     def _compute(self, node: fx.Node, run: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(run, n))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        compute = self.override.get(node, node.target)
+        return compute(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, run: dict[fx.Node, Any], node: fx.Node) -> Any:
         if node in self.constants:

@@ -16,9 +16,11 @@ ROOMS = (
     "errors",
     "claim",
     "signature",
+    "calibration",
     "program",
     "evaluate",
     "device",
+    "measure",
     "kernels",
     "graph_text",
     "wellformed",
@@ -28,12 +30,13 @@ ROOMS = (
     "passes",
     "verify",
     "lower",
-    "measure",
     "report",
     "saving",
     "spec",
     "optimized",
+    "pipeline",
     "transform",
+    "export",
     "loading",
     "cli",
 )
@@ -124,6 +127,8 @@ def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("path", sources(), ids=name_of)
 def test_no_file_imports_a_peer(path: Path) -> None:
     peers = [module for _, module in imported_modules(path) if module.partition(".")[0] in PEERS]
+    if room_of(path) == "export":  # it writes ONNX, inside functions: `import fxopt` loads none
+        peers = [module for module in peers if module.partition(".")[0] != "onnx"]
     assert peers == []
 
 
