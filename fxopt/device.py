@@ -8,6 +8,7 @@ whether that pays, and its plan shows the answer.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,14 @@ from pathlib import Path
 
 import torch
 
-_ASKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_ASKED = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int8,
+    torch.float8_e4m3fn,
+)
 _CPUINFO = Path("/proc/cpuinfo")
 # A dtype -> the instruction sets that multiply it natively, by their names in /proc/cpuinfo on x86
 # (flags) and on Arm (Features).
@@ -23,15 +31,20 @@ _NATIVE: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "asimdhp"),
     torch.int8: ("amx_int8", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "i8mm", "asimddp"),
+    # Some CPUs to come have instructions for it; torch has no kernel that uses them.
+    torch.float8_e4m3fn: (),
 }
-# The least compute capability whose tensor cores take the dtype. Source: CUDA C++ Programming
-# Guide,
-# "Compute Capabilities".
+# The least compute capability whose tensor cores take the dtype.
+# Source: CUDA C++ Programming Guide, "Compute Capabilities".
 _TENSOR_CORES: dict[torch.dtype, tuple[int, int]] = {
     torch.float16: (7, 0),
     torch.int8: (7, 5),
     torch.bfloat16: (8, 0),
+    torch.float8_e4m3fn: (8, 9),
 }
+# Below, Triton has no pipelined int8 product.
+_TRITON: tuple[int, int] = (8, 0)
+_NO_CUDA = "this machine has no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Device:
-    """A device by what it has: CPU instruction sets, or a CUDA compute capability.
+    """A device by what it has: CPU instruction sets, or a CUDA compute capability and Triton.
 
     `Device.describe("cpu")` asks this machine; a test builds one by hand.
     """
@@ -56,6 +69,7 @@ class Device:
     name: str
     instructions: frozenset[str] = frozenset()
     capability: tuple[int, int] | None = None
+    triton: bool = False
 
     @staticmethod
     def describe(device: torch.device | str = "cpu") -> Device:
@@ -77,7 +91,26 @@ class Device:
             return self._on_cuda(dtype)
         return Answer(False, f"nothing is known about {dtype} on {self.name}")
 
+    def runs_triton(self) -> Answer:
+        """Whether kernels written in Triton run here, and why."""
+        if self.kind != "cuda":
+            return Answer(False, f"Triton kernels run on CUDA devices, not on {self.name}")
+        if self.capability is None:
+            return Answer(False, _NO_CUDA)
+        if not self.triton:
+            return Answer(False, "Triton isn't installed: pip install triton, on Linux")
+        has, wants = _versions(self.capability, _TRITON)
+        if self.capability >= _TRITON:
+            return Answer(True, f"Triton compiles for {self.name} (capability {has})")
+        return Answer(False, f"{self.name} has capability {has}; the kernels need {wants}")
+
     def _on_cpu(self, dtype: torch.dtype) -> Answer:
+        if not _NATIVE[dtype]:
+            return Answer(
+                False,
+                f"no CPU kernel multiplies {dtype} natively: on {self.name} it would be emulated, "
+                "slower than float32",
+            )
         found = [name for name in _NATIVE[dtype] if name in self.instructions]
         if found:
             return Answer(True, f"{self.name} multiplies {dtype} natively ({', '.join(found)})")
@@ -89,14 +122,18 @@ class Device:
 
     def _on_cuda(self, dtype: torch.dtype) -> Answer:
         if self.capability is None:
-            return Answer(False, "this machine has no CUDA device")
+            return Answer(False, _NO_CUDA)
         need = _TENSOR_CORES[dtype]
-        has, wants = (".".join(map(str, pair)) for pair in (self.capability, need))
+        has, wants = _versions(self.capability, need)
         if self.capability >= need:
             return Answer(True, f"{self.name}'s tensor cores take {dtype} (capability {has})")
         return Answer(
             False, f"{self.name}'s tensor cores don't take {dtype}: capability {has}, needs {wants}"
         )
+
+
+def _versions(*capabilities: tuple[int, int]) -> list[str]:
+    return [".".join(map(str, capability)) for capability in capabilities]
 
 
 @functools.cache
@@ -135,4 +172,6 @@ def _describe_cuda(index: int) -> Device:
     if not torch.cuda.is_available():
         return Device("cuda", "CUDA")
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return Device("cuda", name, capability=capability)
+    # Looked for, not imported: that takes a second and settles how Triton itself runs.
+    triton = importlib.util.find_spec("triton") is not None
+    return Device("cuda", name, capability=capability, triton=triton)

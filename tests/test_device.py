@@ -27,6 +27,7 @@ def test_reads_cpuinfo():
         (torch.float16, False),
         (torch.int8, True),
         (torch.int64, False),
+        (torch.float8_e4m3fn, False),
     ],
 )
 def test_cpu_answers_by_instruction_set(dtype, yes):
@@ -48,13 +49,15 @@ def test_cpu_reason_names_what_is_missing():
     [
         ((7, 0), {torch.float16}),
         ((7, 5), {torch.float16, torch.int8}),
-        ((9, 0), {torch.float16, torch.int8, torch.bfloat16}),
+        ((8, 6), {torch.float16, torch.int8, torch.bfloat16}),
+        ((8, 9), {torch.float16, torch.int8, torch.bfloat16, torch.float8_e4m3fn}),
+        ((9, 0), {torch.float16, torch.int8, torch.bfloat16, torch.float8_e4m3fn}),
         (None, set()),
     ],
 )
 def test_cuda_answers_by_capability(capability, dtypes):
     device = Device("cuda", "GPU", capability=capability)
-    asked = (torch.float16, torch.int8, torch.bfloat16)
+    asked = (torch.float16, torch.int8, torch.bfloat16, torch.float8_e4m3fn)
     assert {dtype for dtype in asked if device.accelerates(dtype)} == dtypes
 
 
@@ -64,6 +67,46 @@ def test_cuda_reasons():
     assert Device("cuda", "CUDA").accelerates(torch.int8).reason == (
         "this machine has no CUDA device"
     )
+
+
+def test_float8_reasons_name_what_is_missing():
+    cpu = Device("cpu", *read_cpuinfo(CPUINFO))
+    assert cpu.accelerates(torch.float8_e4m3fn).reason == (
+        "no CPU kernel multiplies torch.float8_e4m3fn natively: on Some CPU it would be emulated, "
+        "slower than float32"
+    )
+    gpu = Device("cuda", "A100", capability=(8, 0))
+    assert gpu.accelerates(torch.float8_e4m3fn).reason == (
+        "A100's tensor cores don't take torch.float8_e4m3fn: capability 8.0, needs 8.9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "yes", "reason"),
+    [
+        (Device("cpu", "Some CPU"), False, "Triton kernels run on CUDA devices, not on Some CPU"),
+        (Device("cuda", "CUDA", triton=True), False, "this machine has no CUDA device"),
+        (
+            Device("cuda", "H100", capability=(9, 0)),
+            False,
+            "Triton isn't installed: pip install triton, on Linux",
+        ),
+        (
+            Device("cuda", "T4", capability=(7, 5), triton=True),
+            False,
+            "T4 has capability 7.5; the kernels need 8.0",
+        ),
+        (
+            Device("cuda", "H100", capability=(9, 0), triton=True),
+            True,
+            "Triton compiles for H100 (capability 9.0)",
+        ),
+    ],
+)
+def test_triton_answers(device, yes, reason):
+    answer = device.runs_triton()
+    assert bool(answer) is yes
+    assert answer.reason == reason
 
 
 def test_describes_this_machine_once():
