@@ -16,10 +16,31 @@ _RESULTS = Path(__file__).parent / "results"
 _LINES = pytest.StashKey[list[str]]()
 
 Record = Callable[[str, Mapping[str, Any]], None]
+Effort = dict[str, Any]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write benchmarks/results/*.json")
+    parser.addoption(
+        "--quick", action="store_true", help="tiny models and few rounds: does everything run?"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick") and config.getoption("--record"):
+        raise pytest.UsageError("--quick measures nothing worth keeping: leave out --record")
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether models are to be tiny and rounds few; no figure of such a run means anything."""
+    return bool(request.config.getoption("--quick"))
+
+
+@pytest.fixture(scope="session")
+def effort(quick: bool) -> Effort:
+    """How long `compare` measures systems that take tens of milliseconds and more."""
+    return {"repeats": 3, "seconds": 0.2} if quick else {"repeats": 15, "seconds": 6.0}
 
 
 @pytest.fixture
@@ -42,7 +63,8 @@ def record(request: pytest.FixtureRequest) -> Record:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     lines = config.stash.get(_LINES, [])
     if lines:
-        terminalreporter.section("figures")
+        quick = " of a quick run: they mean nothing" if config.getoption("--quick") else ""
+        terminalreporter.section(f"figures{quick}")
         for line in lines:
             terminalreporter.write_line(line)
 
@@ -54,11 +76,11 @@ def _lines(figures: Mapping[str, Any], indent: str = "  ") -> list[str]:
             lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         elif isinstance(value, Mapping):
             text = "  ".join(f"{key} {_figure(figure)}" for key, figure in value.items())
-            lines.append(f"{indent}{name:<44} {text}")
+            lines.append(f"{indent}{name:<60} {text}")
         else:
-            lines.append(f"{indent}{name:<44} {_figure(value)}")
+            lines.append(f"{indent}{name:<60} {_figure(value)}")
     return lines
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -2,60 +2,109 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.systems import EAGER, Inputs, System
+from benchmarks.systems import EAGER, Call, System, Workload
 from fxopt.claim import sqnr
-from fxopt.measure import latency, ratio
+from fxopt.measure import Latency, latency, ratio
+
+# Longer than the thread pools of OpenMP, TBB and ONNX Runtime spin after a call.
+_PAUSE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured: callables and latencies by name, and decibels of each system's outputs."""
+
+    calls: Mapping[str, Call]
+    times: Mapping[str, Latency]
+    sqnr: Mapping[str, float]
+
+    def systems(self) -> dict[str, dict[str, Any]]:
+        """Milliseconds with spread and, where outputs are compared, SQNR against eager fp32."""
+        rows: dict[str, dict[str, Any]] = {name: timing(self.times[name]) for name in self.times}
+        for name, value in self.sqnr.items():
+            rows[name]["sqnr_db"] = round(value, 1)
+        return rows
+
+    def ratios(self, against: Mapping[str, Iterable[str]]) -> dict[str, dict[str, float]]:
+        """Each name's time over that of each it is compared with: below 1 means faster."""
+        return {
+            f"{name} / {other}": spread(ratio(self.times[name], self.times[other]))
+            for name, others in against.items()
+            for other in others
+        }
+
+    def fastest(self, names: Iterable[str]) -> str:
+        """The one of `names` with the lowest median."""
+        return min(names, key=lambda name: self.times[name].median)
 
 
 def compare(
-    model: nn.Module,
-    inputs: Inputs,
+    workload: Workload,
     systems: Sequence[System],
-    against: Mapping[str, Sequence[str]],
     *,
     floor_db: float,
     repeats: int = 10,
     seconds: float = 5.0,
-) -> dict[str, Any]:
-    """Latency of each system in milliseconds, SQNR against eager, and ratios with their spread.
+    alongside: Mapping[str, Callable[[], object]] | None = None,
+) -> Comparison:
+    """Latency of each system, and of the callables `alongside`, in turns; SQNR against eager.
 
-    `against` maps a system's name to the peers that it is compared with; a ratio below 1 means that
-    it is faster than the peer. Fails where a system's output is further than `floor_db` decibels
-    from eager's: a fast wrong answer isn't a figure. Skips where a peer isn't installed.
+    Fails where a system's output is further than `floor_db` decibels from eager's: a fast wrong
+    answer isn't a figure. Skips where a peer isn't installed.
     """
     for system in systems:
         if system.missing:
             pytest.skip(f"{system.name} needs {', '.join(system.missing)}: see requirements.txt")
+    # What an earlier comparison left in Dynamo's tables would slow these systems' guards down.
+    torch._dynamo.reset()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference = EAGER.prepare(model, inputs)().clone()
-        runs = {system.name: system.prepare(model, inputs) for system in systems}
-        fidelity = {name: _fidelity(name, reference, run(), floor_db) for name, run in runs.items()}
-        times = latency(runs, repeats=repeats, seconds=seconds)
+        reference = EAGER.prepare(workload)(workload.inputs).clone()
+        calls: dict[str, Call] = {}
+        measured: dict[str, float] = {}
+        for system in systems:
+            call = calls[system.name] = system.prepare(workload)
+            output = call(workload.inputs)
+            measured[system.name] = _checked(system.name, reference, output, floor_db)
+        runs = {name: partial(call, workload.inputs) for name, call in calls.items()}
+        times = in_turns({**runs, **(alongside or {})}, repeats, seconds)
+    return Comparison(calls, times, measured)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float
+) -> dict[str, Latency]:
+    """`fxopt.measure.latency`, where no system pays for the one before it.
+
+    Before each sample comes a pause, in which the other's threads go to sleep, and a call that
+    isn't timed, which fetches the system's own weights into the caches.
+    """
+    turns: dict[str, Callable[[], object]] = {}
+    for name, run in runs.items():
+        turns[f"before {name}"] = partial(_settle, run)
+        turns[name] = run
+    times = latency(turns, repeats=repeats, seconds=seconds)
+    return {name: times[name] for name in runs}
+
+
+def timing(value: Latency) -> dict[str, Any]:
+    """A latency as figures: median, 5th and 95th percentile in milliseconds, and the rounds."""
     return {
-        "systems": {
-            name: {
-                "median_ms": round(time.median, 2),
-                "p5_ms": round(time.p5, 2),
-                "p95_ms": round(time.p95, 2),
-                "rounds": time.runs,
-                "sqnr_db": round(fidelity[name], 1),
-            }
-            for name, time in times.items()
-        },
-        "ratios": {
-            f"{name} / {peer}": spread(ratio(times[name], times[peer]))
-            for name, peers in against.items()
-            for peer in peers
-        },
+        "median_ms": round(value.median, 3),
+        "p5_ms": round(value.p5, 3),
+        "p95_ms": round(value.p95, 3),
+        "rounds": value.runs,
     }
 
 
@@ -68,8 +117,19 @@ def spread(value: Any) -> dict[str, float]:
     }
 
 
-def _fidelity(name: str, reference: Tensor, output: Tensor, floor_db: float) -> float:
-    measured = sqnr(reference, output)
-    if not measured >= floor_db:
-        pytest.fail(f"{name} is {measured:.1f} dB from eager, below {floor_db:g} dB")
-    return min(measured, 200.0)
+def against_all(ours: Iterable[System], peers: Iterable[System]) -> dict[str, list[str]]:
+    """Each of ours against each peer, by name."""
+    names = [peer.name for peer in peers]
+    return {system.name: names for system in ours}
+
+
+def _settle(run: Callable[[], object]) -> None:
+    time.sleep(_PAUSE_SECONDS)
+    run()
+
+
+def _checked(name: str, reference: Tensor, output: Tensor, floor_db: float) -> float:
+    value = sqnr(reference, output)
+    if not value >= floor_db:
+        pytest.fail(f"{name} is {value:.1f} dB from eager, below {floor_db:g} dB")
+    return min(value, 200.0)

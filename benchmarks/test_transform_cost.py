@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -24,8 +25,8 @@ _INPUTS = {"input_ids": torch.arange(16).view(2, 8)}
 _ROOT = Path(__file__).parent.parent
 
 
-def test_against_export_alone(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
-    model = _bert(12)
+def test_against_export_alone(quick: bool, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    model = _bert(1 if quick else 12)
     calls: dict[str, Callable[[], object]] = {
         "torch.export": lambda: _export(model),
         "capture and passes": lambda: _rewrite(model),
@@ -34,8 +35,8 @@ def test_against_export_alone(benchmark, record: Record) -> None:  # type: ignor
     _measure(benchmark, record, "transform_against_export", calls, "torch.export")
 
 
-def test_layers_48_against_12(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
-    small, large = _bert(12), _bert(48)
+def test_layers_48_against_12(quick: bool, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    small, large = (_bert(1), _bert(4)) if quick else (_bert(12), _bert(48))
     calls: dict[str, Callable[[], object]] = {
         "12 layers": lambda: _rewrite(small),
         "48 layers": lambda: _rewrite(large),
@@ -43,7 +44,9 @@ def test_layers_48_against_12(benchmark, record: Record) -> None:  # type: ignor
     _measure(benchmark, record, "transform_of_48_layers", calls, "12 layers")
 
 
-def test_peak_memory(benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+def test_peak_memory(quick: bool, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    if quick:
+        pytest.skip("peak memory is measured on the whole model only")
     command = [sys.executable, "-m", "benchmarks.transform_memory"]
     finished = benchmark.pedantic(
         subprocess.run,
