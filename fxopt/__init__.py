@@ -8,6 +8,7 @@ from fxopt.claim import Close, Exact, Sqnr
 from fxopt.errors import (
     CaptureError,
     EquivalenceError,
+    ExportError,
     FxoptError,
     InputError,
     KernelError,
@@ -19,15 +20,20 @@ from fxopt.errors import (
     SaveError,
     WellFormedError,
 )
+from fxopt.export import to_onnx
 from fxopt.lower import Lower
 from fxopt.optimized import Optimized, load
 from fxopt.passes import (
     Canonicalize,
+    Float8Linear,
     FuseConvBatchNorm,
     FuseLinears,
+    HalfAttention,
+    Int4Linear,
     Int8Linear,
     Prepack,
     SelectKernels,
+    SmoothQuant,
 )
 from fxopt.program import Program, Refusal
 from fxopt.report import Report
@@ -43,10 +49,14 @@ __all__ = [
     "Edit",
     "EquivalenceError",
     "Exact",
+    "ExportError",
+    "Float8Linear",
     "FuseConvBatchNorm",
     "FuseLinears",
     "FxoptError",
+    "HalfAttention",
     "InputError",
+    "Int4Linear",
     "Int8Linear",
     "KernelError",
     "Lower",
@@ -66,6 +76,7 @@ __all__ = [
     "Rule",
     "SaveError",
     "SelectKernels",
+    "SmoothQuant",
     "Sqnr",
     "WellFormedError",
     "constant",
@@ -73,5 +84,6 @@ __all__ = [
     "load",
     "op",
     "rewrite",
+    "to_onnx",
     "transform",
 ]

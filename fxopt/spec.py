@@ -17,11 +17,15 @@ from fxopt.errors import PassError
 from fxopt.lower import Lower
 from fxopt.passes import (
     Canonicalize,
+    Float8Linear,
     FuseConvBatchNorm,
     FuseLinears,
+    HalfAttention,
+    Int4Linear,
     Int8Linear,
     Prepack,
     SelectKernels,
+    SmoothQuant,
 )
 from fxopt.rewriting import Pass, Rule, SingleRule, Stage
 
@@ -31,7 +35,11 @@ PASSES: dict[str, type[Pass]] = {
         Canonicalize,
         FuseLinears,
         FuseConvBatchNorm,
+        HalfAttention,
+        SmoothQuant,
         Int8Linear,
+        Int4Linear,
+        Float8Linear,
         SelectKernels,
         Prepack,
         Lower,
@@ -127,8 +135,8 @@ def _build(name: str, options: str) -> Pass:
 
 
 def _value(key: str, text: str, default: Any) -> Any:
-    if key == "claim":
-        return _claim(text)
+    if key in ("claim", "budget"):
+        return None if text.lower() == "none" else _claim(text)
     if isinstance(default, tuple):
         return tuple(text.split("|")) if text else ()
     if text.lower() in _WORDS:

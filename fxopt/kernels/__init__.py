@@ -6,16 +6,26 @@ torch.compile, so that Inductor fuses them with their neighbours.
     quantize_per_token(x) -> (q, scale)                      int8 rows, one float32 scale each
     quantize_per_token_affine(x) -> (q, scale, zero_point)   the same with a zero point each
     quantize(x, scale, zero_point) -> q                      with a given scale and zero point
+    quantize_float8(x) -> (q, scale)                         float8 (e4m3) rows, one scale each
     dequantize(q, scale, dtype, zero_point) -> x             (q - zero_point) * scale
+    unpack_int4(packed) -> q                                 int8 from two values a byte
     gelu(x)                                      with a rational erf, which the compiler fuses
+    written_attention(q, k, v, bias, is_causal, scale)       written out, for the compiler to fuse
+    layer_norm(x, weight, bias, eps)                         in two passes, for the same
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler.
 
-    int8_linear(q, scale, weight, weight_scale, bias, dtype)     exact int32 product, then scales
+    int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone
+    int8_linear_fused(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype, post_op)
+                                                                 one Triton kernel on CUDA
+    float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
+    int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns
+    packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue and requantization
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
+    attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
@@ -31,7 +41,20 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from fxopt.kernels import attention, gelu, int8, packed, quantization
+from fxopt.kernels import (
+    attention,
+    float8,
+    gelu,
+    half_attention,
+    int4,
+    int8,
+    int8_fused,
+    int8_packed,
+    layer_norm,
+    packed,
+    quantization,
+)
+from fxopt.kernels.int4 import pack_int4
 from fxopt.kernels.packed import POST_OPS
 from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
@@ -41,21 +64,29 @@ NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
         torch.ops.fxopt.quantize_per_token.default,
         torch.ops.fxopt.quantize_per_token_affine.default,
         torch.ops.fxopt.quantize.default,
+        torch.ops.fxopt.quantize_float8.default,
         torch.ops.fxopt.dequantize.default,
+        torch.ops.fxopt.unpack_int4.default,
     }
 )
 
 SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.fxopt.quantize_per_token.default: quantization.type_of_quantized,
     torch.ops.fxopt.quantize_per_token_affine.default: quantization.type_of_quantized_affine,
+    torch.ops.fxopt.quantize_float8.default: float8.type_of_quantized_float8,
 }
 
 GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.int8_linear.default: "fxopt.int8_product",
     torch.ops.fxopt.int8_product.default: "fxopt.int8_product",
+    torch.ops.fxopt.int8_linear_fused.default: "fxopt.int8_linear_fused",
+    torch.ops.fxopt.float8_linear.default: "fxopt.float8_linear",
     torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
+    torch.ops.fxopt.int4_weight_only_linear.default: "fxopt.int4_weight_only_linear",
+    torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
+    torch.ops.fxopt.attention_bias.default: "fxopt.attention_bias",
 }
 
 KERNEL_LEVEL: frozenset[OpOverload] = frozenset(GENERATED_AS)
@@ -68,8 +99,15 @@ __all__ = [
     "POST_OPS",
     "SHAPE_RULES",
     "attention",
+    "float8",
     "gelu",
+    "half_attention",
+    "int4",
     "int8",
+    "int8_fused",
+    "int8_packed",
+    "layer_norm",
+    "pack_int4",
     "packed",
     "quantization",
     "quantize_weight",

@@ -1,9 +1,9 @@
 """Linear layers with an int8 weight.
 
-    int8_linear(q, s, W, t, b)  =  (q @ Wᵀ) * (s · tᵀ) + b
+    int8_linear(q, s, W, t, b, z)  =  (q @ Wᵀ - z · ΣW) * (s · tᵀ) + b
 
-for q int8 `[..., K]` with a scale s `[..., 1]` a token, and W int8 `[N, K]` with a scale t `[N, 1]`
-per output channel: the scales leave the sum, so the sum is one of integers, exact in int32 up to
+for q int8 `[..., K]` with a scale s `[..., 1]` and a zero point z (or none) a token, and W int8
+`[N, K]` with a scale t `[N, 1]` per output channel and the sums ΣW `[N]` of its rows: the scales leave the sum, so the sum is one of integers, exact in int32 up to
 K = 133 000 (2³¹ / 127²). Only that product is opaque to the compiler; the rest is aten, and
 Inductor fuses it with what follows.
 """
@@ -32,7 +32,7 @@ _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("int8_product(Tensor q, Tensor weight) -> Tensor")
 _library.define(
     "int8_linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
-    "ScalarType dtype) -> Tensor"
+    "ScalarType dtype, Tensor? zero_point=None, Tensor? weight_sums=None) -> Tensor"
 )
 _library.define(
     "int8_weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
@@ -46,12 +46,19 @@ def int8_linear(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    weight_sums: Tensor | None = None,
 ) -> Tensor:
     """`[..., N]` in `dtype` from int8 `q` `[..., K]`, `scale` `[..., 1]`, int8 `weight` `[N, K]`,
     `weight_scale` `[N, 1]` and `bias` `[N]`; scales and bias are applied in float32, or float64 if
-    that is `dtype`."""
+    that is `dtype`. `zero_point` int8 `[..., 1]` comes with `weight_sums` int32 `[N]`, the sums of
+    the weight's rows."""
+    if (zero_point is None) != (weight_sums is None):
+        raise KernelError("int8_linear takes zero_point and weight_sums together")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     product: Tensor = torch.ops.fxopt.int8_product(q, weight)
+    if zero_point is not None and weight_sums is not None:
+        product = product - zero_point.to(torch.int32) * weight_sums
     y = product.to(wide) * weight_scale.detach().reshape(-1).to(wide) * scale.detach().to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
 

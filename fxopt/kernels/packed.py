@@ -19,7 +19,7 @@ from fxopt.errors import KernelError
 from fxopt.kernels.packing import PACKED_WEIGHTS
 
 # Our name of a post-operation -> the attribute and the algorithm that oneDNN takes for it.
-_ONEDNN: dict[str, tuple[str, str | None]] = {
+ONEDNN_POST_OPS: dict[str, tuple[str, str | None]] = {
     "none": ("none", None),
     "relu": ("relu", None),
     "gelu": ("gelu", "none"),
@@ -27,7 +27,7 @@ _ONEDNN: dict[str, tuple[str, str | None]] = {
     "silu": ("swish", None),
     "add": ("add", None),
 }
-POST_OPS: frozenset[str] = frozenset(_ONEDNN)
+POST_OPS: frozenset[str] = frozenset(ONEDNN_POST_OPS)
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define(
@@ -35,7 +35,8 @@ _library.define(
 )
 
 
-def _activate(z: Tensor, post_op: str, other: Tensor | None) -> Tensor:
+def activate(z: Tensor, post_op: str, other: Tensor | None) -> Tensor:
+    """`post_op` applied to `z` in aten; "add" adds `other`."""
     if post_op == "relu":
         return torch.relu(z)
     if post_op == "gelu":
@@ -54,7 +55,7 @@ def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, other: Tensor | None
 ) -> Tensor:
     _check(x, weight, bias, post_op, other)
-    return _activate(torch.nn.functional.linear(x, weight, bias), post_op, other)
+    return activate(torch.nn.functional.linear(x, weight, bias), post_op, other)
 
 
 def _check(
@@ -104,7 +105,7 @@ def _on_cpu(
         return _reference(x, weight, bias, post_op, other)
     _check(x, weight, bias, post_op, other)
     packed = PACKED_WEIGHTS.get(weight, _pack)
-    attribute, algorithm = _ONEDNN[post_op]
+    attribute, algorithm = ONEDNN_POST_OPS[post_op]
     # oneDNN takes a bias of unit stride only and reads a wrong one past its end.
     bias = None if bias is None else bias.contiguous()
     linear = torch.ops.mkldnn._linear_pointwise

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxopt.errors import LowerError
 from fxopt.kernels import GENERATED_AS
+from fxopt.lower.allocator import keep_freed_memory
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lower import Lower
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
@@ -95,6 +96,8 @@ def compile_program(
     start = time.perf_counter()
     asked = kernel_nodes(program.graph.nodes)
     device = _device(module, program.example)
+    if device.type == "cpu":
+        keep_freed_memory()
     with torch.set_grad_enabled(program.mode == "train"):
         try:
             check_toolchain(device, options.mode)

@@ -1,17 +1,25 @@
 """The passes: one file each. `fxopt.lower.Lower`, which ends a list, lives in its own room."""
 
 from fxopt.passes.canonicalize import Canonicalize
+from fxopt.passes.float8_linear import Float8Linear
 from fxopt.passes.fuse_conv_batch_norm import FuseConvBatchNorm
 from fxopt.passes.fuse_linears import FuseLinears
+from fxopt.passes.half_attention import HalfAttention
+from fxopt.passes.int4_linear import Int4Linear
 from fxopt.passes.int8_linear import Int8Linear
 from fxopt.passes.prepack import Prepack
 from fxopt.passes.select_kernels import SelectKernels
+from fxopt.passes.smooth_quant import SmoothQuant
 
 __all__ = [
     "Canonicalize",
+    "Float8Linear",
     "FuseConvBatchNorm",
     "FuseLinears",
+    "HalfAttention",
+    "Int4Linear",
     "Int8Linear",
     "Prepack",
     "SelectKernels",
+    "SmoothQuant",
 ]

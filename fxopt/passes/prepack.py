@@ -3,7 +3,9 @@
     linear(x, W, b)                 =  packed_linear(x, W, b, "none")
     f(linear(x, W, b))              =  packed_linear(x, W, b, f)          f: relu, gelu, silu
     linear(x, W, b) + r             =  packed_linear(x, W, b, "add", r)
-    scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)
+    scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)            float32
+    scaled_dot_product_attention(q, k, v, mask)  =  written_attention(q, k, v, mask)    bfloat16
+    layer_norm(x, [K], w, b, eps)   =  the same in two passes, for the compiler
 
 Claim: close; the same sums in another order.
 """
@@ -22,17 +24,15 @@ from fxopt.analyses import Linear
 from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
 from fxopt.passes.linear_rule import LinearRule
-from fxopt.program import Program, same_sizes
+from fxopt.passes.select_kernels import ACTIVATIONS, activation_name
+from fxopt.program import Program, same_sizes, size_at_capture
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
-_ACTIVATIONS: dict[Any, str] = {
-    aten.relu.default: "relu",
-    aten.silu.default: "silu",
-    aten.gelu.default: "gelu",
-}
+# Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
+_MOST_WRITTEN_SCORES = 1 << 20
 
 
 class PackLinear(LinearRule):
@@ -78,17 +78,15 @@ class PackActivation(Rule):
     """f(packed_linear(x, W, b, "none")) = packed_linear(x, W, b, f)"""
 
     def targets(self) -> tuple[Target, ...]:
-        return tuple(_ACTIVATIONS)
+        return tuple(ACTIVATIONS)
 
     def match(self, node: fx.Node) -> Match | None:
         return _match_packed(node, node.args[0])
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        activation = _ACTIVATIONS[match.root.target]
-        if activation == "gelu" and arguments(match.root)["approximate"] == "tanh":
-            activation = "gelu_tanh"
         x, weight, bias = match["packed"].args[:3]
-        return edit.call(ops.packed_linear.default, x, weight, bias, activation, None)
+        post_op = activation_name(match.root)
+        return edit.call(ops.packed_linear.default, x, weight, bias, post_op, None)
 
 
 class RationalGelu(Rule):
@@ -178,10 +176,72 @@ class PackAttention(Rule):
         return edit.call(ops.attention.default, *inputs, scale)
 
 
+class WriteOutAttention(Rule):
+    """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
+
+    def __init__(self) -> None:
+        self.biases: dict[fx.Node, fx.Node] = {}
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.scaled_dot_product_attention.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        given = arguments(node)
+        q = given["query"].meta["val"]
+        rounded = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not given["dropout_p"]
+        return Match((node,), given) if rounded else None
+
+    def refuse(self, match: Match) -> str | None:
+        q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
+        if not q.ndim == k.ndim == v.ndim == 4:
+            return "its inputs are not of rank 4"
+        if not all(same_sizes(q.shape[:1], other.shape[:1]) for other in (k, v)):
+            return "its queries have another batch than its keys"
+        if size_at_capture(q.shape[2]) * size_at_capture(k.shape[2]) > _MOST_WRITTEN_SCORES:
+            return "it is too long to write its scores to memory"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        scale = match["scale"]
+        if scale is None:
+            scale = match["query"].meta["val"].shape[3] ** -0.5
+        bias, mask = None, match["attn_mask"]
+        if mask is not None:
+            if mask not in self.biases:
+                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
+            bias = self.biases[mask]
+        inputs = (match[name] for name in ("query", "key", "value"))
+        return edit.call(ops.written_attention.default, *inputs, bias, match["is_causal"], scale)
+
+
+class TwoPassNorm(Rule):
+    """layer_norm(x, [K], w, b, eps) = c / sqrt(mean(c²) + eps) · w + b, c = x - mean(x)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.layer_norm.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        return Match((node,), arguments(node))
+
+    def refuse(self, match: Match) -> str | None:
+        tensors = [match[name] for name in ("input", "weight", "bias") if match[name] is not None]
+        x = match["input"].meta["val"]
+        if x.device.type != "cpu" or {t.meta["val"].dtype for t in tensors} != {torch.float32}:
+            return f"it is in {x.dtype} on {x.device}; two passes are for float32 on CPUs"
+        if len(match["normalized_shape"]) != 1:
+            return "it normalises several axes at once"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        inputs = (match[name] for name in ("input", "weight", "bias", "eps"))
+        return edit.call(ops.layer_norm.default, *inputs)
+
+
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
     """Linears on oneDNN with weights laid out once, activations and residual adds inside the
-    product; float32 attention on oneDNN where that is faster than aten's.
+    product; float32 attention on oneDNN where that is faster than aten's, bfloat16 attention written
+    out for the compiler.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.
@@ -193,7 +253,15 @@ class Prepack(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """The product first, then what can run in its epilogue."""
-        return (PackLinear(), PackActivation(), RationalGelu(), PackResidual(), PackAttention())
+        return (
+            PackLinear(),
+            PackActivation(),
+            RationalGelu(),
+            PackResidual(),
+            WriteOutAttention(),
+            PackAttention(),
+            TwoPassNorm(),
+        )
 
 
 def _fills_lanes(size: Any) -> bool:

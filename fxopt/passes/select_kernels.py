@@ -1,7 +1,13 @@
 """SelectKernels: quantize / dequantize regions become fused int8 operators.
 
-    linear(dq(q, s), dq(Wq, Ws), b)  =  int8_linear(q, s, Wq, Ws, b)
-    linear(x, dq(Wq, Ws), b)         =  int8_weight_only_linear(x, Wq, Ws, b)
+    linear(dq(q, s), dq(Wq, Ws), b)            =  int8_linear(q, s, Wq, Ws, b)             per token
+    linear(dq(q, s, z), dq(Wq, Ws), b)         =  int8_linear(q, s, Wq, Ws, b, z, ΣWq)     affine
+    linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   s, z given
+    linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
+    f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)      f: relu, gelu, silu
+    quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
+    bf16(packed_int8_linear(...))              =  packed_int8_linear(..., bf16)
+    packed_int8_linear(q, s, z, ...)           =  packed_int8_linear(q + 128, s, z + 128, ...)  CPU
 
 Claim: close to the quantized reference: the int8 product is exact, the order of scaling isn't.
 """
@@ -10,21 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.claim import Claim, Close
-from fxopt.program import Program
-from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, hole, op
+from fxopt.program import Program, Recipe
+from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments, constant, hole, op
+from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
+ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+}
 _WEIGHT = op(
     ops.dequantize.default, constant("weight"), constant("weight_scale"), hole("weight_dtype")
 )
+_POST_OP, _OUT_SCALE, _OUT_ZERO, _DTYPE = 6, 7, 8, 9
 
 
 class SelectInt8Linear(Rule):
@@ -43,6 +56,106 @@ class SelectInt8Linear(Rule):
         return edit.call(ops.int8_linear.default, *(match[name] for name in names))
 
 
+class _AffineLinear(Rule):
+    exclusive = False
+    pattern = op(
+        aten.linear.default,
+        op(ops.dequantize.default, hole("q"), hole("scale"), hole("dtype"), hole("zero_point")),
+        _WEIGHT,
+        hole("bias"),
+    )
+    given: ClassVar[bool]
+    """Whether scale and zero point are one number each, known ahead."""
+
+    def match(self, node: fx.Node) -> Match | None:
+        match = super().match(node)
+        if match is None or match["zero_point"] is None:
+            return None
+        return match if self.given == (match["scale"].meta["val"].ndim == 0) else None
+
+
+class SelectAffineInt8Linear(_AffineLinear):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq)"""
+
+    given = False
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "weight", "weight_scale", "bias", "dtype", "zero_point")
+        sums = _row_sums(match["weight"], edit)
+        return edit.call(ops.int8_linear.default, *(match[name] for name in names), sums)
+
+
+class SelectPackedInt8Linear(_AffineLinear):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b)"""
+
+    given = True
+
+    def refuse(self, match: Match) -> str | None:
+        if match["dtype"] not in (torch.float32, torch.bfloat16):
+            return f"it computes in {match['dtype']}; the kernel gives float32 and bfloat16"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "zero_point", "weight", "weight_scale", "bias")
+        inputs = [match[name] for name in names]
+        return edit.call(
+            ops.packed_int8_linear.default, *inputs, "none", None, None, match["dtype"]
+        )
+
+
+class UnsignedActivations(Rule):
+    """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
+
+    def __init__(self) -> None:
+        self.shifted: dict[fx.Node, fx.Node] = {}
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.packed_int8_linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        q = node.args[0]
+        value = q.meta["val"]  # type: ignore[union-attr]
+        signed = value.dtype == torch.int8 and value.device.type == "cpu"
+        return Match((node,), {"q": q, "zero_point": node.args[2]}) if signed else None
+
+    def refuse(self, match: Match) -> str | None:
+        if match["zero_point"].op != "get_attr":
+            return "its zero point is no constant"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        q, zero = match["q"], match["zero_point"]
+        if q not in self.shifted:
+            self.shifted[q] = edit.call(ops.shift_to_unsigned.default, q)
+        if zero not in self.shifted:
+            self.shifted[zero] = _unsigned(zero, edit)
+        args = list(match.root.args)
+        args[0], args[2] = self.shifted[q], self.shifted[zero]
+        return edit.call(ops.packed_int8_linear.default, *args)
+
+
+class UnsignedOutput(Rule):
+    """packed_int8_linear(..., s, z) + 128 = packed_int8_linear(..., s, z + 128)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.shift_to_unsigned.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        product = node.args[0]
+        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
+            return None
+        return Match((node,), {"product": product}, (product,))
+
+    def refuse(self, match: Match) -> str | None:
+        zero: Any = match["product"].args[_OUT_ZERO]
+        return None if zero.op == "get_attr" else "its zero point is no constant"
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        args = list(match["product"].args)
+        args[_OUT_ZERO], args[_DTYPE] = _unsigned(args[_OUT_ZERO], edit), torch.uint8
+        return edit.call(ops.packed_int8_linear.default, *args)
+
+
 class SelectInt8WeightOnlyLinear(Rule):
     """linear(x, dq(Wq, Ws), b) = int8_weight_only_linear(x, Wq, Ws, b)"""
 
@@ -52,6 +165,74 @@ class SelectInt8WeightOnlyLinear(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("x", "weight", "weight_scale", "bias")
         return edit.call(ops.int8_weight_only_linear.default, *(match[name] for name in names))
+
+
+class _Epilogue(Rule):
+    """What follows a packed int8 product and can be done in it."""
+
+    def targets(self) -> tuple[Target, ...]:
+        raise NotImplementedError
+
+    def match(self, node: fx.Node) -> Match | None:
+        product = node.args[0]
+        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
+            return None
+        if product.args[_OUT_SCALE] is not None or product.args[_DTYPE] != torch.float32:
+            return None
+        return Match((node,), {"product": product}, (product,)) if self.fits(node) else None
+
+    def fits(self, node: fx.Node) -> bool:
+        """Whether this call is one that a product can do at its end."""
+        raise NotImplementedError
+
+    def inside(self, match: Match, edit: Edit, position: int, *values: Any) -> fx.Node:
+        """The product with `values` as its arguments from `position` on."""
+        args = list(match["product"].args)
+        args[position : position + len(values)] = values
+        return edit.call(ops.packed_int8_linear.default, *args)
+
+
+class ActivationInside(_Epilogue):
+    """f(packed_int8_linear(..., "none")) = packed_int8_linear(..., f)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(ACTIVATIONS)
+
+    def fits(self, node: fx.Node) -> bool:
+        product: Any = node.args[0]
+        return bool(product.args[_POST_OP] == "none")
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        return self.inside(match, edit, _POST_OP, activation_name(match.root))
+
+
+class QuantizeInside(_Epilogue):
+    """quantize(packed_int8_linear(...), s, z) = packed_int8_linear(..., s, z)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.quantize.default,)
+
+    def fits(self, node: fx.Node) -> bool:
+        scale: Any = node.args[1]
+        return bool(scale.meta["val"].ndim == 0)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        _, scale, zero_point = match.root.args
+        dtype = zero_point.meta["val"].dtype  # type: ignore[union-attr]
+        return self.inside(match, edit, _OUT_SCALE, scale, zero_point, dtype)
+
+
+class CastInside(_Epilogue):
+    """bf16(packed_int8_linear(...)) = packed_int8_linear(..., bf16)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.to.dtype,)
+
+    def fits(self, node: fx.Node) -> bool:
+        return tuple(node.args[1:]) == (torch.bfloat16,) and not node.kwargs
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        return self.inside(match, edit, _DTYPE, torch.bfloat16)
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,4 +248,38 @@ class SelectKernels(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """Activations first: the weight-only rule would match the same linear."""
-        return (SelectInt8Linear(), SelectInt8WeightOnlyLinear())
+        return (
+            SelectInt8Linear(),
+            SelectAffineInt8Linear(),
+            SelectPackedInt8Linear(),
+            SelectInt8WeightOnlyLinear(),
+            UnsignedActivations(),
+            UnsignedOutput(),
+            ActivationInside(),
+            QuantizeInside(),
+            CastInside(),
+        )
+
+
+def activation_name(node: fx.Node) -> str:
+    """The post-operation that an activation's call is: gelu, gelu_tanh, relu or silu."""
+    name = ACTIVATIONS[node.target]
+    tanh = name == "gelu" and arguments(node)["approximate"] == "tanh"
+    return "gelu_tanh" if tanh else name
+
+
+def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:
+    shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
+    return edit.constant(f"{zero_point.target}_unsigned", shifted)
+
+
+def _row_sums(weight: fx.Node, edit: Edit) -> fx.Node:
+    source = edit.state(weight)
+    shape = torch.Size((source.shape[0],))
+    sums = Recipe(row_sums, (source,), shape, torch.int32, source.device)
+    return edit.constant(f"{weight.target}_sums", sums)
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """int32 sums [N] of the rows of an int8 weight [N, K]."""
+    return weight.sum(-1, dtype=torch.int32)

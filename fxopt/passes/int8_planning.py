@@ -1,0 +1,264 @@
+"""What Int8Linear decides before it acts: which linears, with which scales, and why not the rest.
+
+Four questions, each asked of what the one before left: which linears can be int8; which are faster
+so on this machine; which ranges their inputs have (calibration); which cost too much at the outputs
+(sensitivity). Linears that share an input are chosen together, since it is rounded once for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.analyses import (
+    BreakEven,
+    Candidate,
+    Histogram,
+    Linear,
+    Observer,
+    SecondMoment,
+    Sensitivity,
+    as_linear,
+    calibration_warnings,
+    linear_speeds,
+    measure_sensitivity,
+    observe,
+    quantize_rows,
+)
+from fxopt.passes.quantize_linear import QuantizeLinear, Rounded, Scheme, StaticScale
+from fxopt.program import Program, materialize, module_path, size_at_capture
+from fxopt.rewriting import Plan, plan_rules
+
+_MEASURED_BATCHES = 2
+"""Batches that sensitivity is measured on, besides the example: it runs the model 2 L times."""
+
+_KERNELS = {"dynamic": "int8", "static": "int8_static", "weight_only": "weight_only"}
+"""The name under which a mode's kernel is timed."""
+
+
+@dataclass(frozen=True)
+class Int8Plan(Plan):
+    """A plan with the scheme that carries it out, and the sensitivity it was chosen by, if any."""
+
+    scheme: Scheme = Scheme("dynamic", "symmetric", None, ("*",), (), False)
+    sensitivity: Sensitivity | None = None
+
+
+def make_plan(program: Program, scheme: Scheme, needs: Mapping[str, Any], spec: str) -> Int8Plan:
+    """The plan of Int8Linear for `program`; `needs` are its options about what to leave alone."""
+    planning = _Planning(program, scheme)
+    if needs["where"] == "faster":
+        planning.keep_slower()
+    if scheme.mode == "static" or needs["weights"] == "gptq":
+        planning.calibrate(needs["observer"], needs["weights"])
+    if needs.get("table") or needs["budget"] is not None or needs["max_layers"] is not None:
+        planning.keep_costly(needs["budget"], needs["max_layers"])
+    return planning.plan(spec)
+
+
+class _Planning:
+    def __init__(self, program: Program, scheme: Scheme) -> None:
+        self.program, self.scheme = program, scheme
+        self.warnings: list[str] = []
+        self.details: list[str] = []
+        self.sensitivity: Sensitivity | None = None
+        sites = plan_rules(program, (QuantizeLinear(scheme),), "").sites
+        chosen = {site.node for site in sites}
+        found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
+        self.linears = [linear for linear in found if linear is not None]
+
+    def plan(self, spec: str) -> Int8Plan:
+        base = plan_rules(self.program, (QuantizeLinear(self.scheme),), spec)
+        return Int8Plan(
+            spec,
+            base.sites,
+            base.refusals,
+            warnings=tuple(self.warnings),
+            details=tuple(self.details),
+            scheme=self.scheme,
+            sensitivity=self.sensitivity,
+        )
+
+    def keep_slower(self) -> None:
+        """Leave alone what is not faster in int8 here, at the example's number of rows."""
+        kernel = _KERNELS[self.scheme.mode]
+        speeds: dict[Any, BreakEven] = {}
+        reasons = {}
+        for linear in self.linears:
+            m, shape = _rows(linear), (linear.in_features, linear.out_features, linear.dtype)
+            device = linear.weight.meta["val"].device
+            key = (m, *shape, device)
+            if key not in speeds:
+                speeds[key] = linear_speeds(m, *shape, device)
+            timing = speeds[key].at(m)
+            if not timing.pays(kernel):
+                ratio = timing.ratios.get(kernel)
+                failure = f"can't run: {timing.failed.get(kernel)}"
+                takes = f"takes {ratio} the time of float" if ratio else failure
+                reasons[linear.node.name] = (
+                    f"no faster in int8 here: at M={m}, K={shape[0]}, N={shape[1]} it {takes} "
+                    "(where='always' rewrites it all the same)"
+                )
+        self.details += [f"timed: {speed.sentence}" for speed in speeds.values()]
+        total = len(self.linears)
+        if reasons:
+            self.details.append(
+                f"rewrites {total - len(reasons)} of {total} linears; no faster: {len(reasons)}"
+            )
+        self._keep(reasons)
+
+    def calibrate(self, observer: Any, weights: str) -> None:
+        """Learn the ranges of inputs, and round weights by what their inputs are."""
+        histograms: dict[fx.Node, Histogram] = {}
+        moments: dict[fx.Node, SecondMoment] = {}
+        for linear in self.linears:
+            if self.scheme.mode == "static":
+                histograms[linear.x] = Histogram()
+            if weights == "gptq":
+                moments[linear.x] = SecondMoment()
+        watched: dict[fx.Node, list[Observer]] = {}
+        for node, seen in itertools.chain(histograms.items(), moments.items()):
+            watched.setdefault(node, []).append(seen)
+        if not watched:
+            return
+        observation = observe(self.program, watched)
+        names = self._names()
+        named = {names[node]: seen for node, seen in watched.items()}
+        self.warnings += calibration_warnings(observation, named)
+        symmetric = self.scheme.activations == "symmetric"
+        scales = {
+            x: StaticScale.of_range(*seen.range(observer, symmetric), self.scheme.activations)
+            for x, seen in histograms.items()
+        }
+        self.scheme = replace(
+            self.scheme,
+            scales={one.node.name: scales[one.x] for one in self.linears if one.x in scales},
+            weights=self._rounded_by(moments) if moments else {},
+        )
+
+    def keep_costly(self, budget: Any, max_layers: int | None) -> None:
+        """Leave alone the groups that cost most at the outputs."""
+        groups, names = self._groups(), self._names()
+        candidates = [
+            Candidate(names[x], {linear.node: self._values(linear) for linear in group})
+            for x, group in groups.items()
+        ]
+        if not candidates:
+            return
+        first = itertools.islice(self.program.batches(), _MEASURED_BATCHES)
+        more = first if self.program.calibration else ()
+        batches = [self.program.example, *more]
+        found = measure_sensitivity(self.program, candidates, batches, budget)
+        self.sensitivity = found
+        self.details += found.lines(12)
+        if budget is None and max_layers is None:
+            return
+        kept = found.within(budget, max_layers)
+        left = found.cumulative_db(kept)
+        alone = {row.name: row.alone_db for row in found.rows}
+        limits = [f"budget={budget}" if budget else "", f"max_layers={max_layers}"]
+        limit = ", ".join(text for text in limits if text and not text.endswith("None"))
+        remaining = "" if left is None else f"; without them {left:.1f} dB remain"
+        self.details.append(f"leaves {len(kept)} of {len(groups)} groups in float{remaining}")
+        self._keep(
+            {
+                linear.node.name: f"costs {alone[names[x]]:.1f} dB alone: left in float by {limit}"
+                for x, group in groups.items()
+                if names[x] in kept
+                for linear in group
+            }
+        )
+
+    def _keep(self, reasons: Mapping[str, str]) -> None:
+        self.scheme = replace(self.scheme, kept={**self.scheme.kept, **reasons})
+        self.linears = [linear for linear in self.linears if linear.node.name not in reasons]
+
+    def _groups(self) -> dict[fx.Node, list[Linear]]:
+        groups: dict[fx.Node, list[Linear]] = {}
+        for linear in self.linears:
+            groups.setdefault(linear.x, []).append(linear)
+        return groups
+
+    def _names(self) -> dict[fx.Node, str]:
+        """A name for each group of linears by their input; a module that is called twice has two
+        groups, which the names of their nodes tell apart."""
+        groups = self._groups()
+        names = {x: _common_path([one.node for one in group]) for x, group in groups.items()}
+        often = Counter(names.values())
+        return {
+            x: f"{name} ({groups[x][0].node.name})" if often[name] > 1 else name
+            for x, name in names.items()
+        }
+
+    def _values(self, linear: Linear) -> Callable[..., Tensor]:
+        """The linear with rounded operands, as a function of its node's argument values."""
+        scheme, name, spelling = self.scheme, linear.node.name, linear.node.target
+
+        def rounded(*args: Any, **kwargs: Any) -> Tensor:
+            x, weight, bias = _operands(linear, spelling, args)
+            ahead = scheme.weights.get(linear.weight.name)
+            q, scale = ahead or scheme.round_weight(weight)
+            if scheme.group is not None:
+                q, scale = q.reshape(*scale.shape, -1), scale.unsqueeze(-1)
+            dense = torch.ops.fxopt.dequantize(q, scale, weight.dtype).reshape(weight.shape)
+            return torch.nn.functional.linear(scheme.rounded_input(x, name), dense, bias)
+
+        return rounded
+
+    def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[str, Rounded]:
+        weights: dict[str, SecondMoment] = {}
+        known: dict[str, Linear] = {}
+        for linear in self.linears:
+            # A weight that several inputs meet is rounded for the first of them.
+            known.setdefault(linear.weight.name, linear)
+            weights.setdefault(linear.weight.name, moments[linear.x])
+        rounded = {}
+        for name, linear in known.items():
+            rows = materialize(linear.rows_first(self.program.state[str(linear.weight.target)]))
+            rounded[name] = quantize_rows(
+                rows.detach(),
+                group=self.scheme.group,
+                method="gptq",
+                second_moment=weights[name].matrix,
+            )
+        return rounded
+
+
+def _common_path(nodes: Sequence[fx.Node]) -> str:
+    """`layer.0.attention.{query,key,value}` for what lies in one module, else all paths."""
+    paths = list(dict.fromkeys(module_path(node) or node.name for node in nodes))
+    if len(paths) == 1:
+        return paths[0]
+    parents = {path.rpartition(".")[0] for path in paths}
+    if len(parents) > 1:
+        return " + ".join(paths)
+    parent, tails = parents.pop(), ",".join(path.rpartition(".")[2] for path in paths)
+    return f"{parent}.{{{tails}}}" if parent else f"{{{tails}}}"
+
+
+def _operands(
+    linear: Linear, spelling: Any, args: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, W as [N, K] and b from the argument values of any spelling of a linear."""
+    if spelling is torch.ops.aten.linear.default:
+        x, weight, bias = (*args, None)[:3]
+    elif spelling is torch.ops.aten.addmm.default:
+        bias, x, weight = args
+    else:
+        x, weight, bias = *args[:2], None
+    n_first = spelling is torch.ops.aten.linear.default
+    return x, weight if n_first else weight.t(), bias
+
+
+def _rows(linear: Linear) -> int:
+    rows = 1
+    for size in linear.x.meta["val"].shape[:-1]:
+        rows *= size_at_capture(size)
+    return rows
+
