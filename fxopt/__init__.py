@@ -6,6 +6,7 @@ print(opt.report)
 
 from fxopt.claim import Close, Exact, Sqnr
 from fxopt.errors import (
+    CalibrationError,
     CaptureError,
     EquivalenceError,
     ExportError,
@@ -34,6 +35,7 @@ from fxopt.passes import (
     Prepack,
     SelectKernels,
     SmoothQuant,
+    SplitOutliers,
 )
 from fxopt.program import Program, Refusal
 from fxopt.report import Report
@@ -43,6 +45,7 @@ from fxopt.transform import transform
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "Canonicalize",
     "CaptureError",
     "Close",
@@ -77,6 +80,7 @@ __all__ = [
     "SaveError",
     "SelectKernels",
     "SmoothQuant",
+    "SplitOutliers",
     "Sqnr",
     "WellFormedError",
     "constant",

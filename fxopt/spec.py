@@ -26,6 +26,7 @@ from fxopt.passes import (
     Prepack,
     SelectKernels,
     SmoothQuant,
+    SplitOutliers,
 )
 from fxopt.rewriting import Pass, Rule, SingleRule, Stage
 
@@ -37,6 +38,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseConvBatchNorm,
         HalfAttention,
         SmoothQuant,
+        SplitOutliers,
         Int8Linear,
         Int4Linear,
         Float8Linear,

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxopt import wellformed
+from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.evaluate import evaluate
 from fxopt.program import Changes, Program
@@ -27,16 +28,20 @@ def check(
     fires: Mapping[str, int] | int,
     *,
     others: Sequence[Call] = (),
+    calibration: Sequence[Call] | None = None,
 ) -> Program:
     """Run `pass_` on `model` and assert all that a pass owes; returns its result.
 
     `fires` is the exact number of firings, by rule or in all. The claim is judged against the eager
-    model on `inputs`, on `inputs` with another batch size and on `others`. Asserted as well: a
-    well-formed result, a plan that can be printed and repeated, a second run that changes nothing,
-    and model, input program and untouched tensors left as they were.
+    model on `inputs`, on `inputs` with another batch size and on `others`; `calibration` is what
+    `transform(calibration=)` takes. Asserted as well: a well-formed result, a plan that can be
+    printed and repeated, a second run that changes nothing, and model, input program and untouched
+    tensors left as they were.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     program = capture(model, inputs)
+    if calibration is not None:
+        program = replace(program, calibration=Calibration(calibration, program.signature))
     text, state = str(program.graph), dict(program.state)
 
     plan = pass_.plan(program)

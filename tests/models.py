@@ -396,9 +396,13 @@ def pass_lists(*, int8: bool = True, lower: bool = False) -> st.SearchStrategy[l
             "int8-linear{mode=dynamic}",
             fxopt.Int8Linear(mode="weight_only"),
             "int8-linear{mode=weight_only}",
+            fxopt.Int8Linear(mode="static"),
+            "int8-linear{mode=static, activations=symmetric, observer=minmax}",
+            fxopt.Int8Linear(activations="affine", max_layers=1),
         ]
         if int8
         else [],
+        [fxopt.HalfAttention(force=True), "half-attention{force=true}"] if int8 else [],
         [fxopt.Prepack(), "prepack"],
         [fxopt.Lower(fallback="eager")] if lower else [],
     ]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from torch import Tensor, nn
 
 import fxopt
-from tests.models import Drawn, models, pass_lists
+from tests.models import Attention, Drawn, models, pass_lists
 
 X = torch.randn(5, 16)
 
@@ -50,6 +50,51 @@ def test_a_lowered_int8_module_can_be_transformed_once_more() -> None:
     again = fxopt.transform(opt, "canonicalize, lower", measure_cost=False)
     assert [step.record.name for step in again.steps] == ["capture", "canonicalize", "lower"]
     assert fxopt.Sqnr(30.0).measure(model(X).detach(), again(X)).holds
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part behind a norm, deep enough for rounding to grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = Attention(16, 2, False, True), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.attention(x))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def _layers(count: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer() for _ in range(count))).eval()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int8-linear{mode=static}, half-attention{force=true}",
+        "half-attention{force=true}, int8-linear",
+        "half-attention{force=true}, int8-linear{activations=affine}",
+    ],
+)
+def test_int8_and_half_are_lowered_together(spec: str) -> None:
+    x = torch.randn(2, 6, 16)
+    passes = f"fuse-linears, {spec}, prepack, lower{{strict=true}}"
+    opt = fxopt.transform(_layers(3), passes, example_inputs=(x,), measure_cost=False)
+    names = [step.name for step in opt.report.steps]
+    assert names[-3:] == ["select-kernels", "prepack", "lower"]
+    product = "packed_int8_linear" if "static" in spec else "int8_product"
+    assert opt.report.steps[-1].fired[f"fxopt.{product}"] == 12
+    other = torch.randn(3, 9, 16)
+    assert fxopt.Sqnr(10.0).measure(_layers(3)(other).detach(), opt(other)).holds
+
+
+def test_a_lowered_program_is_held_to_all_claims_that_round() -> None:
+    x = torch.randn(2, 6, 16)
+    passes = "half-attention{force=true}, int8-linear, lower"
+    opt = fxopt.transform(_layers(2), passes, example_inputs=(x,), measure_cost=False)
+    assert opt.report.steps[-1].claim == "sqnr >= 14.4 dB"
 
 
 def test_lowering_a_program_without_kernels_counts_its_operations() -> None:

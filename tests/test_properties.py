@@ -28,6 +28,7 @@ from fxopt.spec import resolve_passes
 from fxopt.verify import compose
 from tests.check import assert_state_equal, assert_unchanged, eager, tensors_of
 from tests.models import (
+    Attention,
     ConstantSubgraph,
     Drawn,
     ParallelLinears,
@@ -80,7 +81,7 @@ def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
 ) -> None:
     violation = _violation(drawn, passes)
     if violation is not None:
-        assert "Int8Linear" in violation
+        assert "Int8Linear" in violation or "HalfAttention" in violation
         assert "guilty node" in violation
     opt = _optimize(drawn, passes, on_violation="revert")
     reverted = any(step.record.reverted for step in opt.steps)
@@ -324,8 +325,16 @@ _SABOTAGE: list[tuple[str, Pass, st.SearchStrategy[Drawn]]] = [
     ),
     ("", fxopt.Int8Linear(mode="dynamic"), sequence_models(dtypes=_FLOATS)),
     ("", fxopt.Int8Linear(mode="weight_only"), sequence_models(dtypes=_FLOATS)),
+    ("", fxopt.Int8Linear(mode="static"), sequence_models(dtypes=_FLOATS)),
+    ("", fxopt.Int8Linear(activations="affine"), sequence_models(dtypes=_FLOATS)),
+    (
+        "",
+        fxopt.HalfAttention(force=True),
+        sequence_models(dtypes=_FLOATS, last=lambda width: Attention(width, 1, False, True)),
+    ),
     ("", fxopt.Prepack(), sequence_models(dtypes=_FLOATS)),
     ("int8-linear", fxopt.SelectKernels(), sequence_models(dtypes=_FLOATS)),
+    ("int8-linear{mode=static}", fxopt.SelectKernels(), sequence_models(dtypes=_FLOATS)),
 ]
 
 

@@ -36,9 +36,20 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "dynamic": st.sampled_from([None, True, False]),
     "fallback": st.sampled_from([None, "eager"]),
     "backend": st.just("inductor"),
+    "force": st.booleans(),
+    "channels": st.integers(1, 99),
+    "ratio": st.floats(1.5, 1e6),
+    "alpha": st.just("auto") | st.floats(0.0, 1.0),
+    "activations": st.sampled_from(["symmetric", "affine"]),
+    "observer": st.sampled_from(["minmax", "percentile", "mse"]),
+    "weights": st.sampled_from(["nearest", "gptq"]),
+    "budget": st.none() | st.builds(Sqnr, _POSITIVE),
+    "max_layers": st.none() | st.integers(0, 99),
+    "where": st.sampled_from(["faster", "always"]),
 }
+_GROUPS = {"int8-linear": st.none(), "int4-linear": st.sampled_from([None, 32, 128])}
 _MODES = {
-    "int8-linear": st.sampled_from(["dynamic", "weight_only"]),
+    "int8-linear": st.sampled_from(["dynamic", "static", "weight_only"]),
     "lower": st.sampled_from([None, "default", "reduce-overhead", "max-autotune"]),
 }
 
@@ -46,7 +57,8 @@ _MODES = {
 def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
     """Any values for any of the options of a pass."""
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    known = {**_OPTIONS, "mode": _MODES.get(kind.name, st.nothing())}
+    own = {"mode": _MODES, "group": _GROUPS}
+    known = {**_OPTIONS, **{name: of.get(kind.name, st.nothing()) for name, of in own.items()}}
     return st.fixed_dictionaries({}, optional={name: known[name] for name in fields})
 
 
@@ -104,6 +116,16 @@ def test_every_registered_pass_has_its_own_name_and_no_needed_option(name: str) 
         ("int8-linear{claim=close(1e-3)}", fxopt.Int8Linear(claim=Close(1e-3))),
         ("int8-linear{claim=close(none|1e-3)}", fxopt.Int8Linear(claim=Close(None, 1e-3))),
         ("int8-linear{}", fxopt.Int8Linear()),
+        (
+            "int8-linear{mode=static, activations=symmetric, observer=minmax, weights=gptq}",
+            fxopt.Int8Linear("static", activations="symmetric", observer="minmax", weights="gptq"),
+        ),
+        (
+            "int8-linear{budget=sqnr(30), max_layers=3, where=always}",
+            fxopt.Int8Linear(budget=Sqnr(30.0), max_layers=3, where="always"),
+        ),
+        ("int8-linear{mode=weight_only, group=32}", fxopt.Int8Linear("weight_only", group=32)),
+        ("half-attention{force=true}", fxopt.HalfAttention(force=True)),
         ("lower{strict=true, dynamic=none}", fxopt.Lower(strict=True)),
     ],
 )
@@ -116,8 +138,7 @@ def test_a_spec_is_the_pass_it_spells(text: str, expected: Pass) -> None:
     [
         (
             "int8-linaer",
-            "unknown pass 'int8-linaer'; did you mean 'int8-linear'? Known: canonicalize, "
-            "fuse-linears, fuse-conv-batch-norm, int8-linear, select-kernels, prepack, lower",
+            f"unknown pass 'int8-linaer'; did you mean 'int8-linear'? Known: {', '.join(PASSES)}",
         ),
         ("Canonicalise", "unknown pass 'Canonicalise'; did you mean 'canonicalize'? Known: "),
         ("quux", "unknown pass 'quux'. Known: canonicalize, "),

@@ -22,9 +22,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def rounds_activations(program: Program) -> bool:
     """Whether the program rounds values that depend on its inputs: to integers, or to half."""
-    return any(
-        node.target in _ROUNDING or _is_cast_to_half(node) for node in program.graph.nodes
-    )
+    return any(node.target in _ROUNDING or _is_cast_to_half(node) for node in program.graph.nodes)
 
 
 def _is_cast_to_half(node: fx.Node) -> bool:

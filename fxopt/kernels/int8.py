@@ -3,9 +3,10 @@
     int8_linear(q, s, W, t, b, z)  =  (q @ Wᵀ - z · ΣW) * (s · tᵀ) + b
 
 for q int8 `[..., K]` with a scale s `[..., 1]` and a zero point z (or none) a token, and W int8
-`[N, K]` with a scale t `[N, 1]` per output channel and the sums ΣW `[N]` of its rows: the scales leave the sum, so the sum is one of integers, exact in int32 up to
-K = 133 000 (2³¹ / 127²). Only that product is opaque to the compiler; the rest is aten, and
-Inductor fuses it with what follows.
+`[N, K]` with a scale t `[N, 1]` per output channel and the sums ΣW `[N]` of its rows:
+the scales leave the sum, so the sum is one of integers, exact in int32 up to K = 133 000
+(2³¹ / 127²). Only that product is opaque to the compiler; the rest is aten, and Inductor fuses it
+with what follows.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _product_on_cuda(q: Tensor, weight: Tensor) -> Tensor:
     rows = pad(rows, (0, inner, 0, max(0, _CUDA_ROWS - count)))
     columns = pad(weight, (0, inner, 0, -outputs % _CUDA_MULTIPLE))
     y = torch._int_mm(rows.contiguous(), columns.contiguous().t())
-    return y[:count, :outputs].reshape(shape)
+    return y[:count, :outputs].reshape(shape).contiguous()
 
 
 def _dequantized_linear(

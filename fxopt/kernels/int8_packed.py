@@ -3,9 +3,9 @@
     y  =  f((q - z) @ Wᵀ * (s · t) + b)                                   in `dtype`, or
     quantize(y, out_scale, out_zero_point)                                where these are given
 
-for q 8-bit `[..., K]` with one scale s and zero point z, and W int8 `[N, K]` with a scale t `[N, 1]`
-per output channel. With an output scale the next layer's integers leave the product's epilogue, and
-no float lies between two layers. The sum is exact in int32; the epilogue is float32.
+for q 8-bit `[..., K]` with one scale s and zero point z, and W int8 `[N, K]` with a scale t
+`[N, 1]` per output channel. With an output scale the next layer's integers leave the product's
+epilogue, and no float lies between two layers. The sum is exact in int32; the epilogue is float32.
 
 Off the CPU, and where the CPU has no int8 dot product (there oneDNN saturates in 16 bits), the
 operator is the equation. Inference only: rounding has no gradient.
@@ -88,9 +88,7 @@ def _reference(
     out_zero_point: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(
-        q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype
-    )
+    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
     signed = q if q.dtype == torch.int8 else (q.to(torch.int16) - 128).to(torch.int8)
     zero = zero_point.to(torch.int32) - (0 if q.dtype == torch.int8 else 128)
     sums = weight.sum(-1, dtype=torch.int32)
@@ -149,8 +147,13 @@ def _runs_on_onednn(q: Tensor, weight: Tensor, out_zero_point: Tensor | None) ->
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and not weight.is_inference()
-        and bool(Device.describe("cpu").accelerates(torch.int8))
+        and _has_int8_products()
     )
+
+
+@functools.cache
+def _has_int8_products() -> bool:
+    return bool(Device.describe("cpu").accelerates(torch.int8))
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -71,7 +71,15 @@ class Compiled:
     def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
         # Dynamo counts recompilations by code object; recompiling gives the module one of its own.
         self.module.recompile()
-        return torch.compile(self.module, fullgraph=True, dynamic=dynamic, backend=self.backend)
+        # In training a parameter may be frozen between two calls.
+        options = None if self._grad else {"guard_filter_fn": _guards}
+        return torch.compile(
+            self.module,
+            fullgraph=True,
+            dynamic=dynamic,
+            backend=self.backend,
+            options=options,  # type: ignore[arg-type]
+        )
 
     def _call(self, inputs: Sequence[Tensor]) -> Any:
         if not self._graphs:
@@ -79,6 +87,12 @@ class Compiled:
         # A recorded CUDA graph writes its outputs to the same memory at each replay.
         torch.compiler.cudagraph_mark_step_begin()
         return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*inputs))
+
+
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which conditions to check at each call: all but those on the module's own state, which only
+    `Optimized` holds and which moves to another device by compiling anew."""
+    return [not (entry.is_global or entry.name.startswith("self")) for entry in entries]
 
 
 def compile_program(
@@ -154,6 +168,8 @@ def _inductor_options(options: Lower) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     chosen = dict(list_mode_options(options.mode, options.dynamic)) if options.mode else {}
+    # Dynamo's guards check the inputs, and the state has the strides it was compiled for.
+    chosen["size_asserts"] = False
     if chosen.get("triton.cudagraphs"):
         chosen["triton.cudagraph_skip_dynamic_graphs"] = True
     return chosen

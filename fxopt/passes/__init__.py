@@ -10,6 +10,7 @@ from fxopt.passes.int8_linear import Int8Linear
 from fxopt.passes.prepack import Prepack
 from fxopt.passes.select_kernels import SelectKernels
 from fxopt.passes.smooth_quant import SmoothQuant
+from fxopt.passes.split_outliers import SplitOutliers
 
 __all__ = [
     "Canonicalize",
@@ -22,4 +23,5 @@ __all__ = [
     "Prepack",
     "SelectKernels",
     "SmoothQuant",
+    "SplitOutliers",
 ]

@@ -44,10 +44,10 @@ class Int8Linear(Pass):
     `mode="dynamic"` also rounds each token of the input to int8 with a scale taken at run time;
     `"static"` rounds the input with one scale learnt from `transform(calibration=)`;
     `"weight_only"` leaves it as it is. `activations="affine"` (static: the default) adds a zero
-    point to the input's scale. `observer` takes a static range from the values seen: `"minmax"`,
-    `"percentile"` (99.99 % of them) or `"mse"` (least squared error). `group` gives each so many
-    input channels of a weight their own scale (weight-only). `weights="gptq"` rounds weights with
-    error feedback from calibration, `"nearest"` without.
+    point to the input's scale. `observer` takes a static range from the values seen: `"minmax"` all
+    of them, `"percentile"` 99.99 % of them, `"mse"` what has the least squared error. `group` gives
+    each so many input channels of a weight their own scale (weight-only). `weights="gptq"` rounds
+    weights with error feedback from calibration, `"nearest"` without.
 
     `include` and `exclude` are globs over module paths (`"encoder.layer.*.output.dense"`) or
     functions of the path. A weight that an embedding reads too is left alone unless `tied=True`.
@@ -68,7 +68,7 @@ class Int8Linear(Pass):
     tied: bool = False
     claim: Claim = None  # type: ignore[assignment]
     activations: Activations = None  # type: ignore[assignment]
-    observer: RangeMethod = "mse"
+    observer: RangeMethod = "minmax"
     group: int | None = None
     weights: Weights = "nearest"
     budget: Sqnr | None = None
@@ -79,7 +79,8 @@ class Int8Linear(Pass):
 
     def __post_init__(self) -> None:
         self._check_choice("mode", get_args(Int8Mode))
-        if self.activations is None:
+        unset: tuple[object, object] = (self.activations, self.claim)
+        if unset[0] is None:
             usual = "affine" if self.mode == "static" else "symmetric"
             object.__setattr__(self, "activations", usual)
         self._check_choice("activations", get_args(Activations))
@@ -89,7 +90,7 @@ class Int8Linear(Pass):
         for option in ("include", "exclude"):
             object.__setattr__(self, option, _selections(option, getattr(self, option)))
         self._check_numbers()
-        if self.claim is None:
+        if unset[1] is None:
             object.__setattr__(self, "claim", self._usual_claim())
 
     def plan(self, program: Program) -> Plan:

@@ -31,7 +31,14 @@ from fxopt.analyses import (
     observe,
     quantize_rows,
 )
-from fxopt.passes.quantize_linear import QuantizeLinear, Rounded, Scheme, StaticScale
+from fxopt.passes.quantize_linear import (
+    QuantizeLinear,
+    Rounded,
+    Scheme,
+    StaticScale,
+    WeightKey,
+    weight_key,
+)
 from fxopt.program import Program, materialize, module_path, size_at_capture
 from fxopt.rewriting import Plan, plan_rules
 
@@ -123,8 +130,9 @@ class _Planning:
             if weights == "gptq":
                 moments[linear.x] = SecondMoment()
         watched: dict[fx.Node, list[Observer]] = {}
-        for node, seen in itertools.chain(histograms.items(), moments.items()):
-            watched.setdefault(node, []).append(seen)
+        for found in (histograms, moments):
+            for node, seen in found.items():
+                watched.setdefault(node, []).append(seen)
         if not watched:
             return
         observation = observe(self.program, watched)
@@ -202,7 +210,7 @@ class _Planning:
 
         def rounded(*args: Any, **kwargs: Any) -> Tensor:
             x, weight, bias = _operands(linear, spelling, args)
-            ahead = scheme.weights.get(linear.weight.name)
+            ahead = scheme.weights.get(weight_key(linear))
             q, scale = ahead or scheme.round_weight(weight)
             if scheme.group is not None:
                 q, scale = q.reshape(*scale.shape, -1), scale.unsqueeze(-1)
@@ -211,21 +219,23 @@ class _Planning:
 
         return rounded
 
-    def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[str, Rounded]:
-        weights: dict[str, SecondMoment] = {}
-        known: dict[str, Linear] = {}
+    def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:
+        """Each weight rounded for all the inputs that meet it: their moments are summed."""
+        meeting: dict[WeightKey, dict[fx.Node, SecondMoment]] = {}
+        linears: dict[WeightKey, Linear] = {}
         for linear in self.linears:
-            # A weight that several inputs meet is rounded for the first of them.
-            known.setdefault(linear.weight.name, linear)
-            weights.setdefault(linear.weight.name, moments[linear.x])
+            meeting.setdefault(weight_key(linear), {})[linear.x] = moments[linear.x]
+            linears.setdefault(weight_key(linear), linear)
         rounded = {}
-        for name, linear in known.items():
+        for key, linear in linears.items():
             rows = materialize(linear.rows_first(self.program.state[str(linear.weight.target)]))
-            rounded[name] = quantize_rows(
+            moment = sum((seen.matrix for seen in meeting[key].values()), torch.zeros(()))
+            rounded[key] = quantize_rows(
                 rows.detach(),
                 group=self.scheme.group,
                 method="gptq",
-                second_moment=weights[name].matrix,
+                second_moment=moment,
+                order=True,
             )
         return rounded
 
@@ -261,4 +271,3 @@ def _rows(linear: Linear) -> int:
     for size in linear.x.meta["val"].shape[:-1]:
         rows *= size_at_capture(size)
     return rows
-

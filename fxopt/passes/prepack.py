@@ -240,8 +240,8 @@ class TwoPassNorm(Rule):
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
     """Linears on oneDNN with weights laid out once, activations and residual adds inside the
-    product; float32 attention on oneDNN where that is faster than aten's, bfloat16 attention written
-    out for the compiler.
+    product; float32 attention on oneDNN where that is faster than aten's, bfloat16 attention
+    written out for the compiler.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.

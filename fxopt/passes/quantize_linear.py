@@ -1,8 +1,8 @@
 """The rule behind Int8Linear: one linear layer on int8 weights, and how its input is rounded.
 
-    weight_only   x @ Wᵀ + b  ~  x @ dq(q(W))ᵀ + b
-    dynamic       x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b        a scale a token, at run time
-    static        x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b        one scale, from calibration
+weight_only   x @ Wᵀ + b  ~  x @ dq(q(W))ᵀ + b
+dynamic       x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b        a scale a token, at run time
+static        x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b        one scale, from calibration
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxopt.analyses import Linear, as_linear, quantize_rows, refuse_shared_weight
 from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.split_outliers import is_outlying
 from fxopt.program import materialize, module_path
 from fxopt.rewriting import Edit, Match
 
@@ -26,6 +27,9 @@ Int8Mode = Literal["dynamic", "static", "weight_only"]
 Activations = Literal["symmetric", "affine"]
 Rounded = tuple[Tensor, Tensor]
 """int8 values [N, K] of a weight, and float32 scales [N, 1] or [N, K / group]."""
+
+WeightKey = tuple[str, bool]
+"""The name of a weight's node, and whether it is used transposed."""
 
 _STEPS = 255
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -61,8 +65,8 @@ class Scheme:
     """How linears are rounded: the options, and what planning found out for them.
 
     `scales` gives the static scale of a linear's input by the linear's node name, `weights` a
-    weight rounded ahead by its node's name, `kept` the reason for leaving a linear alone by its
-    node's name.
+    weight rounded ahead by what `weight_key` gives, `kept` the reason for leaving a linear alone by
+    its node's name.
     """
 
     mode: Int8Mode
@@ -72,7 +76,7 @@ class Scheme:
     exclude: tuple[Any, ...]
     tied: bool
     scales: Mapping[str, StaticScale] = field(default_factory=dict)
-    weights: Mapping[str, Rounded] = field(default_factory=dict)
+    weights: Mapping[WeightKey, Rounded] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def round_weight(self, weight: Tensor) -> Rounded:
@@ -115,6 +119,8 @@ class QuantizeLinear(LinearRule):
             return f"its weight is {linear.dtype}, not floating point"
         if not linear.in_features or not linear.out_features:
             return "its weight is empty"
+        if is_outlying(linear):
+            return "it multiplies the outliers that SplitOutliers keeps in float"
         if scheme.group is not None and linear.in_features % scheme.group:
             return f"its K = {linear.in_features} is no multiple of group={scheme.group}"
         shared = None if scheme.tied else refuse_shared_weight(linear, _reads_as_linear)
@@ -150,11 +156,16 @@ class QuantizeLinear(LinearRule):
         return self.weights[key]
 
     def _rounded_weight(self, linear: Linear, edit: Edit) -> Rounded:
-        ahead = self.scheme.weights.get(linear.weight.name)
+        ahead = self.scheme.weights.get(weight_key(linear))
         if ahead is not None:
             return ahead
         rows = linear.rows_first(edit.state(linear.weight))
         return self.scheme.round_weight(materialize(rows))
+
+
+def weight_key(linear: Linear) -> WeightKey:
+    """One tensor can serve as W here and as Wᵀ there; their rows are not the same."""
+    return linear.weight.name, linear.transposed
 
 
 def in_groups(values: Tensor, scale: Tensor) -> Rounded:

@@ -2,9 +2,10 @@
 
     linear(dq(q, s), dq(Wq, Ws), b)            =  int8_linear(q, s, Wq, Ws, b)             per token
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  int8_linear(q, s, Wq, Ws, b, z, ΣWq)     affine
-    linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   s, z given
+    linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
-    f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)      f: relu, gelu, silu
+    f(int8_linear(...))                        =  int8_linear_fused(..., f)                on CUDA
+    f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
     quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
     bf16(packed_int8_linear(...))              =  packed_int8_linear(..., bf16)
     packed_int8_linear(q, s, z, ...)           =  packed_int8_linear(q + 128, s, z + 128, ...)  CPU
@@ -23,8 +24,22 @@ from torch import Tensor, fx
 
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.claim import Claim, Close
+from fxopt.passes.float8_linear import SelectFloat8Linear
+from fxopt.passes.int4_linear import SelectInt4Linear
 from fxopt.program import Program, Recipe
-from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments, constant, hole, op
+from fxopt.rewriting import (
+    Edit,
+    Match,
+    Rule,
+    RulePass,
+    Stage,
+    arguments,
+    constant,
+    has_dtype,
+    has_rank,
+    hole,
+    op,
+)
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -34,8 +49,12 @@ ACTIVATIONS: dict[Any, str] = {
     aten.silu.default: "silu",
     aten.gelu.default: "gelu",
 }
+_INT8 = has_dtype(torch.int8)
 _WEIGHT = op(
-    ops.dequantize.default, constant("weight"), constant("weight_scale"), hole("weight_dtype")
+    ops.dequantize.default,
+    constant("weight", _INT8),
+    constant("weight_scale", has_rank(2)),
+    hole("weight_dtype"),
 )
 _POST_OP, _OUT_SCALE, _OUT_ZERO, _DTYPE = 6, 7, 8, 9
 
@@ -46,7 +65,7 @@ class SelectInt8Linear(Rule):
     exclusive = False
     pattern = op(
         aten.linear.default,
-        op(ops.dequantize.default, hole("q"), hole("scale"), hole("dtype")),
+        op(ops.dequantize.default, hole("q", _INT8), hole("scale"), hole("dtype")),
         _WEIGHT,
         hole("bias"),
     )
@@ -103,6 +122,45 @@ class SelectPackedInt8Linear(_AffineLinear):
         )
 
 
+class FuseInt8Linear(Rule):
+    """int8_linear(q, s, W, t, b, z, ΣW) = int8_linear_fused(q, s, z, W, t, ΣW, b) on CUDA"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.int8_linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        given = arguments(node)
+        on_cuda = given["q"].meta["val"].device.type == "cuda"
+        return Match((node,), given) if on_cuda else None
+
+    def refuse(self, match: Match) -> str | None:
+        if match["dtype"] == torch.float64:
+            return "it computes in torch.float64, which the fused kernel doesn't"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "zero_point", "weight", "weight_scale", "weight_sums", "bias")
+        inputs = [match[name] for name in names]
+        return edit.call(ops.int8_linear_fused.default, *inputs, match["dtype"], "none")
+
+
+class FuseActivation(Rule):
+    """f(int8_linear_fused(..., "none")) = int8_linear_fused(..., f)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(ACTIVATIONS)
+
+    def match(self, node: fx.Node) -> Match | None:
+        product = node.args[0]
+        if not isinstance(product, fx.Node) or product.target is not ops.int8_linear_fused.default:
+            return None
+        return Match((node,), {}, (product,)) if product.args[-1] == "none" else None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        *inputs, _ = match.inner[0].args
+        return edit.call(ops.int8_linear_fused.default, *inputs, activation_name(match.root))
+
+
 class UnsignedActivations(Rule):
     """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
 
@@ -154,6 +212,48 @@ class UnsignedOutput(Rule):
         args = list(match["product"].args)
         args[_OUT_ZERO], args[_DTYPE] = _unsigned(args[_OUT_ZERO], edit), torch.uint8
         return edit.call(ops.packed_int8_linear.default, *args)
+
+
+class DropMask(Rule):
+    """packed_int8_linear(quantize(x · m, s, z), W₀) = packed_int8_linear(quantize(x, s, z), W₀)
+
+    where W₀ is 0 wherever m is. `SplitOutliers` masks what the scale is learnt from; once that is
+    known, the zero columns do the rest.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.codes: dict[fx.Node, fx.Node] = {}
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.packed_int8_linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        codes: Any = node.args[0]
+        masked = codes.args[0] if codes.target is ops.quantize.default else None
+        if not isinstance(masked, fx.Node) or masked.target is not aten.mul.Tensor:
+            return None
+        x, mask = masked.args
+        if not isinstance(mask, fx.Node) or mask.op != "get_attr":
+            return None
+        known = mask.target in self.program.state and mask.meta["val"].ndim == 1
+        return Match((node,), {"codes": codes, "x": x, "mask": mask}) if known else None
+
+    def refuse(self, match: Match) -> str | None:
+        mask = self.program.tensor(match["mask"].target)
+        weight: Any = match.root.args[3]
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            return "its input is scaled, not masked"
+        if bool(self.program.tensor(weight.target)[:, mask == 0].any()):
+            return f"{weight.target} is not zero where its input is masked"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        codes = match["codes"]
+        if codes not in self.codes:
+            self.codes[codes] = edit.call(ops.quantize.default, match["x"], *codes.args[1:])
+        _, *rest = match.root.args
+        return edit.call(ops.packed_int8_linear.default, self.codes[codes], *rest)
 
 
 class SelectInt8WeightOnlyLinear(Rule):
@@ -253,6 +353,11 @@ class SelectKernels(RulePass):
             SelectAffineInt8Linear(),
             SelectPackedInt8Linear(),
             SelectInt8WeightOnlyLinear(),
+            SelectInt4Linear(),
+            SelectFloat8Linear(),
+            FuseInt8Linear(),
+            FuseActivation(),
+            DropMask(program),
             UnsignedActivations(),
             UnsignedOutput(),
             ActivationInside(),

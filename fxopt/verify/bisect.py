@@ -22,7 +22,6 @@ from fxopt.program import Program, label, source_line
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
 
-
 _CODES = (torch.int8, torch.uint8)
 _MOST_TIES = 0.01
 

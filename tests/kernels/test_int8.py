@@ -38,6 +38,31 @@ def test_product_of_a_long_saturated_row_is_exact():
     assert (ops.int8_product(q, weight) == -127 * 128 * 20_001).all()
 
 
+@given(products(), st.integers(0, 2**31))
+def test_int8_linear_takes_zero_points_out_exactly(drawn, seed):
+    q, weight = drawn
+    generator = torch.Generator().manual_seed(seed)
+    zero = torch.randint(-128, 128, (q.shape[0], 1), dtype=torch.int8, generator=generator)
+    scale, ones = torch.full((q.shape[0], 1), 0.5), torch.ones(weight.shape[0], 1)
+    sums = weight.sum(-1, dtype=torch.int32)
+    y = ops.int8_linear(q, scale, weight, ones, None, torch.float64, zero, sums)
+    assert torch.equal(y * 2, ((q.long() - zero.long()) @ weight.long().t()).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_linear_of_affine_tokens_is_the_dequantized_product(shape, dtype):
+    x = (torch.randn(shape) + 1.0).to(dtype)
+    weight, weight_scale = quantize_weight(torch.randn(9, shape[-1]))
+    bias = torch.randn(9).to(dtype)
+    q, scale, zero = ops.quantize_per_token_affine(x)
+    sums = weight.sum(-1, dtype=torch.int32)
+    y = ops.int8_linear(q, scale, weight, weight_scale, bias, dtype, zero, sums)
+    rows = (q.double() - zero.double()) * scale.double()
+    exact = rows @ (weight.double() * weight_scale.double()).t() + bias.double()
+    torch.testing.assert_close(y, exact.to(dtype))
+
+
 def reference(x, weight, weight_scale, bias, dtype):
     q, scale = ops.quantize_per_token(x)
     exact = (q.double() * scale.double()) @ (weight.double() * weight_scale.double()).t()
@@ -117,6 +142,9 @@ def test_wrong_inputs_say_what_is_needed():
         ops.int8_weight_only_linear(q, weight, torch.ones(4), None)
     with pytest.raises(KernelError, match="one scale for each of the weight's 4 rows"):
         ops.int8_weight_only_linear(torch.ones(2, 5), weight, torch.ones(3), None)
+    zero, scale = torch.zeros(2, 1, dtype=torch.int8), torch.ones(2, 1)
+    with pytest.raises(KernelError, match="int8_linear takes zero_point and weight_sums together"):
+        ops.int8_linear(q, scale, weight[:, :3], torch.ones(4), None, torch.float32, zero)
 
 
 class Int8Model(torch.nn.Module):
@@ -162,5 +190,9 @@ def test_operators_pass_the_schema_checks_of_torch():
     q, s = ops.quantize_per_token(torch.randn(5, 8))
     torch.library.opcheck(ops.int8_product.default, (q, weight))
     torch.library.opcheck(ops.int8_linear.default, (q, s, weight, scale, None, torch.float32))
+    more = torch.zeros(5, 1, dtype=torch.int8), weight.sum(-1, dtype=torch.int32)
+    torch.library.opcheck(
+        ops.int8_linear.default, (q, s, weight, scale, None, torch.float32, *more)
+    )
     x = torch.randn(5, 8, requires_grad=True)
     torch.library.opcheck(ops.int8_weight_only_linear.default, (x, weight, scale, torch.randn(6)))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from fxopt import Int8Linear, Prepack, SelectKernels
+import fxopt
+from fxopt import EquivalenceError, FuseLinears, HalfAttention, Int8Linear, Prepack, SelectKernels
 from fxopt.capture import capture
+from fxopt.claim import Claim, Sqnr
 from fxopt.evaluate import evaluate
 from fxopt.program import Changes, Program
+from fxopt.rewriting import Edit, Match, Pass, Rule, RulePass, Stage
+from fxopt.rewriting.pattern import Target
+from tests import models
 from tests.check import check
 
+ops = torch.ops.fxopt
 ACTIVATIONS = [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")]
 
 
@@ -188,10 +196,265 @@ def test_grouped_heads_are_refused() -> None:
 
 
 def test_a_gelu_that_no_product_takes_in_becomes_rational() -> None:
-    check(Prepack(), nn.Sequential(nn.LayerNorm(8), nn.GELU()), (torch.randn(3, 8),), 1)
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
+    check(Prepack(), model, (torch.randn(3, 8),), {"TwoPassNorm": 1, "RationalGelu": 1})
 
 
 def test_a_gelu_in_another_dtype_stays() -> None:
-    model = nn.Sequential(nn.LayerNorm(8), nn.GELU()).double()
-    result = check(Prepack(), model, (torch.randn(3, 8, dtype=torch.float64),), 0)
+    result = check(Prepack(), nn.GELU(), (torch.randn(3, 8, dtype=torch.float64),), 0)
     assert "the rational form is float32 for CPUs" in result.changes.refused[0].reason
+
+
+CHAIN_FIRES = {"SelectPackedInt8Linear": 2, "ActivationInside": 1, "QuantizeInside": 1}
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(11))
+
+
+def _chain(activation: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), activation, nn.Linear(16, 8))
+
+
+def _selected(pass_: Int8Linear, model: nn.Module, x: Tensor) -> tuple[Program, Program]:
+    program = _after(pass_, model, x)
+    return program, SelectKernels().apply(program, SelectKernels().plan(program))
+
+
+def _products(program: Program) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.target is ops.packed_int8_linear.default]
+
+
+def _assert_same_codes(program: Program, result: Program, x: Tensor) -> None:
+    (before,), (after,) = evaluate(program, (x,)), evaluate(result, (x,))
+    assert Sqnr(35.0).measure(before, after).holds, "a code may be the next one, at a tie"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_a_chain_of_static_products_has_no_float_in_between(activation: nn.Module) -> None:
+    program, result = _selected(Int8Linear(mode="static"), _chain(activation), X)
+    assert result.changes.fired == CHAIN_FIRES
+    first, second = _products(result)
+    assert second.args[0] is first
+    assert first.meta["val"].dtype == torch.uint8
+    assert second.meta["val"].dtype == torch.float32
+    _assert_same_codes(program, result, X)
+
+
+def test_signed_static_inputs_become_unsigned_on_a_cpu() -> None:
+    signed = Int8Linear(mode="static", activations="symmetric")
+    program, result = _selected(signed, _chain(nn.GELU()), X)
+    more = {"UnsignedActivations": 2, "UnsignedOutput": 1}
+    assert result.changes.fired == {**CHAIN_FIRES, **more}
+    for product in _products(result):
+        assert product.args[0].meta["val"].dtype == torch.uint8  # type: ignore[union-attr]
+        assert int(result.tensor(str(product.args[2].target))) == 128  # type: ignore[union-attr]
+    _assert_same_codes(program, result, X)
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x)
+
+
+def test_a_signed_input_that_two_share_is_shifted_once() -> None:
+    signed = Int8Linear(mode="static", activations="symmetric")
+    program, result = _selected(signed, Fork(), X)
+    shifts = [n for n in result.graph.nodes if n.target is ops.shift_to_unsigned.default]
+    assert len(shifts) == 1
+    assert len(_products(result)) == 2
+    _assert_same_codes(program, result, X)
+
+
+def test_affine_tokens_are_one_operator_with_the_sums_of_the_weight() -> None:
+    program, result = _selected(Int8Linear(activations="affine"), Residual(), X)
+    assert result.changes.fired == {"SelectAffineInt8Linear": 2}
+    (sums,) = [name for name in result.state if name == "first.weight_int8_sums"]
+    weight = result.tensor("first.weight_int8")
+    assert torch.equal(result.tensor(sums).long(), weight.long().sum(-1))
+    (before,), (after,) = evaluate(program, (X,)), evaluate(result, (X,))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_that_two_read_stays_float() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y) + y
+
+    program, result = _selected(Int8Linear(mode="static"), Both(), X)
+    assert result.changes.fired == {"SelectPackedInt8Linear": 2}
+    assert any("is also used by" in refusal.reason for refusal in result.changes.refused)
+    _assert_same_codes(program, result, X)
+
+
+def test_float64_has_no_packed_product() -> None:
+    model, x = _chain(nn.ReLU()).double(), X.double()
+    program = _after(Int8Linear(mode="static", where="always"), model, x)
+    plan = SelectKernels().plan(program)
+    text = "it computes in torch.float64; the kernel gives float32 and bfloat16"
+    assert {refusal.reason for refusal in plan.refusals} == {text}
+    result = SelectKernels().apply(program, plan)
+    assert result.changes.fired == {"SelectInt8WeightOnlyLinear": 2}
+    _assert_same_codes(program, result, x)
+    timed = Int8Linear(mode="static").plan(capture(model, (x,)))
+    assert not timed.sites
+    assert "it can't run: packed_int8_linear gives float32" in timed.refusals[0].reason
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["one product", "three"])
+def test_products_write_bfloat16_for_attention(fused: bool) -> None:
+    torch.manual_seed(0)
+    model, x = models.Attention(16, 2, False, True), torch.randn(2, 6, 16)
+    first = [FuseLinears()] if fused else []
+    passes = [*first, Int8Linear(mode="static"), HalfAttention(force=True), SelectKernels()]
+    opt = fxopt.transform(model, passes, example_inputs=(x,))
+    kinds = [product.meta["val"].dtype for product in _products(opt.program)]
+    assert kinds == [torch.bfloat16] * (1 if fused else 3) + [torch.float32]
+    casts = [n for n in opt.program.graph.nodes if n.target is torch.ops.aten.to.dtype]
+    assert [node.args[1] for node in casts] == [torch.float32]
+
+
+def test_kernels_are_selected_before_the_first_pass_of_their_level() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    opt = fxopt.transform(model, "int8-linear{mode=static}, prepack", example_inputs=(X,))
+    names = [step.name for step in opt.report.steps]
+    assert names == ["capture", "int8-linear", "select-kernels", "prepack"]
+    plain = fxopt.transform(model, "prepack", example_inputs=(X,))
+    assert [step.name for step in plain.report.steps] == ["capture", "prepack"]
+    own = fxopt.transform(model, "int8-linear, prepack, select-kernels", example_inputs=(X,))
+    assert [step.name for step in own.report.steps].count("select-kernels") == 1
+
+
+def test_bfloat16_attention_that_does_not_fit_is_refused() -> None:
+    x = torch.randn(3, 40, 32, dtype=torch.bfloat16)
+
+    class Flat(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    result = check(Prepack(), Flat(), (x,), 0)
+    assert "its inputs are not of rank 4" in [r.reason for r in result.changes.refused]
+    program = capture(Attention(), (torch.zeros(2, 1100, 32, dtype=torch.bfloat16),))
+    assert "it is too long to write its scores to memory" in str(Prepack().plan(program))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_becomes_two_passes(affine: bool) -> None:
+    model = nn.LayerNorm(8, elementwise_affine=affine)
+    result = check(Prepack(), model, (torch.randn(3, 5, 8),), {"TwoPassNorm": 1})
+    assert any(node.target is ops.layer_norm.default for node in result.graph.nodes)
+
+
+def test_norms_that_do_not_fit_are_refused() -> None:
+    result = check(Prepack(), nn.LayerNorm((5, 8)), (torch.randn(3, 5, 8),), 0)
+    assert result.changes.refused[0].reason == "it normalises several axes at once"
+    result = check(Prepack(), nn.LayerNorm(8).double(), (torch.randn(3, 8).double(),), 0)
+    assert result.changes.refused[0].reason == (
+        "it is in torch.float64 on cpu; two passes are for float32 on CPUs"
+    )
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = models.Attention(16, 2, False, True)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.attention(x))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Faulty(Rule):
+    """`inner`, with its result half as large again, or, where it holds codes, reversed."""
+
+    def __init__(self, inner: Rule) -> None:
+        self.inner = inner
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def targets(self) -> tuple[Target, ...]:
+        return self.inner.targets()
+
+    def match(self, node: fx.Node) -> Match | None:
+        return self.inner.match(node)
+
+    def reason_to_refuse(self, match: Match) -> str | None:
+        return self.inner.reason_to_refuse(match)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node | Sequence[fx.Node]:
+        made = self.inner.rewrite(match, edit)
+        results = (made,) if isinstance(made, fx.Node) else tuple(made)
+        wrong = [self._spoiled(node, edit) for node in results]
+        return wrong[0] if isinstance(made, fx.Node) else wrong
+
+    def _spoiled(self, node: fx.Node, edit: Edit) -> fx.Node:
+        if node.meta["val"].dtype.is_floating_point:
+            return edit.call(torch.ops.aten.mul.Tensor, node, 1.5)
+        return edit.call(torch.ops.aten.flip.default, node, [-1])
+
+
+@dataclass(frozen=True, repr=False)
+class OneFault(RulePass):
+    """`inner` with one of its rules faulty."""
+
+    inner: RulePass
+    guilty: str
+    name: ClassVar[str] = "one-fault"
+    stage: ClassVar[Stage] = Stage.ANY
+
+    @property
+    def claim(self) -> Claim:  # type: ignore[override]
+        return self.inner.claim
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        rules = self.inner.rules(program)
+        return [Faulty(rule) if rule.name == self.guilty else rule for rule in rules]
+
+
+STATIC = [Int8Linear(mode="static")]
+SIGNED = [Int8Linear(mode="static", activations="symmetric")]
+HALF = [HalfAttention(force=True)]
+GUILTY: list[tuple[list[Pass], RulePass, str]] = [
+    ([Int8Linear()], SelectKernels(), "SelectInt8Linear"),
+    ([Int8Linear(activations="affine")], SelectKernels(), "SelectAffineInt8Linear"),
+    ([Int8Linear(mode="weight_only")], SelectKernels(), "SelectInt8WeightOnlyLinear"),
+    (STATIC, SelectKernels(), "SelectPackedInt8Linear"),
+    (STATIC, SelectKernels(), "ActivationInside"),
+    (STATIC, SelectKernels(), "QuantizeInside"),
+    (SIGNED, SelectKernels(), "UnsignedActivations"),
+    (SIGNED, SelectKernels(), "UnsignedOutput"),
+    ([*STATIC, *HALF], SelectKernels(), "CastInside"),
+    ([], HALF[0], "RoundAttention"),
+    ([], HALF[0], "CastBeforeView"),
+    ([FuseLinears()], HALF[0], "CastBeforeSplit"),
+    (STATIC, HALF[0], "RoundAttention"),
+    (HALF, Prepack(), "WriteOutAttention"),
+    ([], Prepack(), "TwoPassNorm"),
+    (STATIC, Prepack(), "TwoPassNorm"),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "inner", "guilty"), GUILTY, ids=[f"{g}-{len(b)}" for b, _, g in GUILTY]
+)
+def test_a_fault_in_any_rule_is_caught(before: list[Pass], inner: RulePass, guilty: str) -> None:
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(4))
+    right = fxopt.transform(Layer(), [*before, inner], example_inputs=(x,))
+    assert right.report.steps[-1].fired[guilty] >= 1
+    with pytest.raises(EquivalenceError, match="broke its claim") as caught:
+        fxopt.transform(Layer(), [*before, OneFault(inner, guilty)], example_inputs=(x,))
+    assert "OneFault" in str(caught.value)

@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
 
 import fxopt
 from fxopt.capture import capture
-from fxopt.claim import Close, Sqnr
+from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import EquivalenceError
 from fxopt.program import label
-from fxopt.rewriting import SingleRule, rewrite
-from fxopt.verify import Blame, blame, judge_nodes, run_model, trials
+from fxopt.rewriting import Edit, Match, Rule, SingleRule, rewrite
+from fxopt.rewriting.pattern import Target
+from fxopt.verify import Blame, Trial, Verdict, blame, judge_nodes, run_model, trials
 from tests.rewriting.functions import calls
 from tests.verify.faults import FAULTS, SplitLinear, deep_model
 
@@ -79,6 +81,85 @@ def test_nodes_are_judged_each_on_the_inputs_it_had() -> None:
     assert not verdict.holds
     assert "2.up" in verdict.where
     assert judge_nodes(Close(), program, program, found) is None
+
+
+class Codes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 10).round().clamp(-128, 127).to(torch.int8)
+
+
+class NextCodes(Rule):
+    """to(x, int8) = to(x, int8) + offset, where `offset` holds a step for each entry"""
+
+    def __init__(self, offset: Tensor) -> None:
+        self.offset = offset
+        self.done = False
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.to.dtype,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        return None if self.done else Match((node,), {})
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        self.done = True
+        same = edit.call(match.root.target, *match.root.args)
+        return edit.call(aten.add.Tensor, same, edit.constant("offset", self.offset))
+
+
+def _judged_codes(claim: Claim, offset: Tensor) -> Verdict:
+    x = torch.linspace(-9.0, 9.0, 400).view(20, 20)
+    program = capture(Codes(), (x,))
+    after = rewrite(program, [NextCodes(offset)])
+    verdict = judge_nodes(claim, program, after, [Trial("the example", (x,), ())])
+    assert verdict is not None
+    return verdict
+
+
+def _offset(count: int, steps: int) -> Tensor:
+    offset = torch.zeros(20, 20, dtype=torch.int8)
+    offset.reshape(-1)[:: 400 // count][:count] = steps
+    return offset
+
+
+@pytest.mark.parametrize("claim", [Close(), Sqnr(60.0)], ids=str)
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_few_codes_may_be_the_next_ones(claim: Claim, step: int) -> None:
+    verdict = _judged_codes(claim, _offset(4, step))
+    assert verdict.holds
+    assert verdict.measured.text == (
+        "1.00% of the codes differ, by at most 1 step (allowed 1%, by one)"
+    )
+
+
+@pytest.mark.parametrize("claim", [Close(), Sqnr(1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("count", "step", "text"),
+    [
+        (1, 2, "0.25% of the codes differ, by at most 2 steps (allowed 1%, by one)"),
+        (5, 1, "1.25% of the codes differ, by at most 1 step (allowed 1%, by one)"),
+        (400, -1, "100.00% of the codes differ, by at most 1 step (allowed 1%, by one)"),
+    ],
+)
+def test_two_steps_or_many_ties_are_faults(claim: Claim, count: int, step: int, text: str) -> None:
+    verdict = _judged_codes(claim, _offset(count, step))
+    assert not verdict.holds
+    assert verdict.measured.text == text
+
+
+def test_equal_codes_hold_and_exact_allows_no_other() -> None:
+    assert _judged_codes(Close(), _offset(1, 0)).holds
+    assert not _judged_codes(Exact(), _offset(1, 1)).holds
+
+
+def test_codes_that_wrap_around_are_far_apart() -> None:
+    x = torch.tensor([[12.7, -12.8], [0.0, 0.1]])
+    program = capture(Codes(), (x,))
+    wrapped = torch.tensor([[1, 0], [0, 0]], dtype=torch.int8)
+    after = rewrite(program, [NextCodes(wrapped)])
+    verdict = judge_nodes(Close(), program, after, [Trial("the example", (x,), ())])
+    assert verdict is not None
+    assert "by at most 255 steps" in verdict.measured.text
 
 
 class LooseSplit(SplitLinear):

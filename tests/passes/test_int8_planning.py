@@ -1,0 +1,184 @@
+"""What Int8Linear leaves alone: what is no faster, what costs too much; and how it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from fxopt import Int8Linear, Sqnr
+from fxopt.calibration import Calibration
+from fxopt.capture import capture
+from fxopt.claim import sqnr
+from fxopt.evaluate import evaluate
+from fxopt.measure import Latency, summarize, timings_in
+from fxopt.program import Program
+from tests.check import check
+from tests.models import SharedLinear
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+
+
+def loses_when_wide(
+    key: Hashable, systems: Mapping[str, Callable[[], object]]
+) -> dict[str, Latency]:
+    """int8 takes 1.5 of float's time where K is 32, else 0.5."""
+    assert isinstance(key, tuple)
+    other = 1.5 if key[2] == 32 else 0.5
+    return {name: summarize([1.0 if name == "float" else other] * 9) for name in systems}
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def outlier_mlp() -> nn.Sequential:
+    """Linears on few distinct values, but for layer 2: one channel of its input drowns the rest."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0] = 300.0
+        model[2].weight[:, 0] *= 1e-3
+    return model
+
+
+def planned(pass_: Int8Linear, model: nn.Module, calibration: Any = None) -> tuple[Program, Any]:
+    program = capture(model, (X,))
+    if calibration is not None:
+        program = replace(program, calibration=Calibration(calibration, program.signature))
+    return program, pass_.plan(program)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "weight_only"])
+def test_what_is_no_faster_stays_and_the_reason_has_the_figures(mode: Any) -> None:
+    with timings_in(None, loses_when_wide):
+        result = check(Int8Linear(mode=mode), mlp(), (X,), 2)
+        _, plan = planned(Int8Linear(mode=mode), mlp())
+    (refusal,) = result.changes.refused
+    assert refusal.node.startswith("2 ")
+    assert refusal.reason == (
+        "no faster in int8 here: at M=6, K=32, N=8 it takes 1.50x the time of float "
+        "(where='always' rewrites it all the same)"
+    )
+    assert "rewrites 2 of 3 linears; no faster: 1" in plan.details
+    timed = [line for line in plan.details if line.startswith("timed: at K=")]
+    assert len(timed) == 3
+    assert f"refused 2 (linear_1): {refusal.reason}" in str(plan).replace("refused  ", "refused ")
+
+
+def test_always_asks_no_clock() -> None:
+    def never(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
+        raise AssertionError(f"timed {key}")
+
+    with timings_in(None, never):
+        result = check(Int8Linear(where="always"), mlp(), (X,), 3)
+    assert not result.changes.refused
+
+
+def test_each_shape_is_timed_once() -> None:
+    asked = []
+
+    def count(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
+        asked.append(key)
+        return loses_when_wide(key, systems)
+
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    with timings_in(None, count):
+        _, plan = planned(Int8Linear(), model)
+    assert len(plan.sites) == 5
+    assert len(asked) == len(set(asked))
+    assert len([line for line in plan.details if line.startswith("timed: ")]) == 1
+
+
+def test_max_layers_leaves_the_costliest() -> None:
+    pass_ = Int8Linear(mode="static", observer="minmax", max_layers=1)
+    program, plan = planned(pass_, outlier_mlp())
+    kept = [refusal for refusal in plan.refusals if "alone" in refusal.reason]
+    assert [refusal.node.split()[0] for refusal in kept] == ["2"]
+    assert kept[0].reason.startswith("costs ")
+    assert kept[0].reason.endswith(" dB alone: left in float by max_layers=1")
+    left = next(line for line in plan.details if line.startswith("leaves "))
+    assert left.startswith("leaves 1 of 3 groups in float; without them ")
+    assert len(plan.sites) == 2
+    assert pass_.apply(program, plan).changes.fired == {"QuantizeLinear": 2}
+
+
+def test_a_budget_leaves_as_few_as_keep_it() -> None:
+    free = Int8Linear(mode="static", observer="minmax", claim=Sqnr(1.0))
+    model = outlier_mlp()
+    noise = {}
+    for pass_ in (free, replace(free, budget=Sqnr(32.0))):
+        program, plan = planned(pass_, model)
+        (output,) = evaluate(pass_.apply(program, plan).materialized(), (X,))
+        noise[len(plan.sites)] = sqnr(model(X), output)
+    assert noise[3] < 32.0
+    assert noise[2] >= 32.0
+    assert any(
+        refusal.reason.endswith("left in float by budget=sqnr >= 32 dB")
+        for refusal in plan.refusals
+    )
+
+
+def test_a_budget_that_holds_leaves_nothing() -> None:
+    _, plan = planned(Int8Linear(budget=Sqnr(5.0)), mlp())
+    assert len(plan.sites) == 3
+    assert any(line.startswith("leaves 0 of 3 groups in float; ") for line in plan.details)
+
+
+def test_linears_that_share_an_input_are_left_together() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.b(x)
+
+    result = check(Int8Linear(max_layers=1), Fork(), (X,), 0)
+    assert len(result.changes.refused) == 2
+    table = Int8Linear().sensitivity(capture(Fork(), (X,)))
+    assert [row.name for row in table.rows] == ["{a,b}"]
+
+
+def test_a_module_that_is_called_twice_is_two_groups() -> None:
+    table = Int8Linear().sensitivity(capture(SharedLinear(8), (X,)))
+    assert len(table.rows) == 2
+    assert all(row.name.startswith("linear (linear") for row in table.rows)
+    check(Int8Linear(max_layers=1), SharedLinear(8), (X,), 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "dynamic"},
+        {"mode": "dynamic", "activations": "affine"},
+        {"mode": "static"},
+        {"mode": "static", "activations": "symmetric"},
+        {"mode": "weight_only", "group": 4},
+        {"mode": "weight_only", "weights": "gptq"},
+    ],
+    ids=str,
+)
+def test_sensitivity_measures_what_the_pass_then_does(options: dict[str, Any]) -> None:
+    model = mlp()
+    pass_ = Int8Linear(**options)
+    program, plan = planned(pass_, model)
+    table = pass_.sensitivity(program)
+    assert {row.name for row in table.rows} == {"0", "2", "4"}
+    (output,) = evaluate(pass_.apply(program, plan).materialized(), (X,))
+    together = table.rows[0].cumulative_db
+    assert together is not None
+    assert sqnr(model(X), output) == pytest.approx(together, abs=0.2)
+
+
+def test_the_report_keeps_table_and_reasons() -> None:
+    opt = fxopt.transform(outlier_mlp(), "int8-linear{max_layers=1}", example_inputs=(X,))
+    printed = str(opt.report)
+    assert "sensitivity of the outputs to 3 candidates" in printed
+    assert "leaves 1 of 3 groups in float" in printed
+    assert "dB alone: left in float by max_layers=1" in printed
