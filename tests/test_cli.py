@@ -282,7 +282,8 @@ def test_a_real_process_exits_with_zero_and_prints_json_only(bert: str) -> None:
 
 
 def test_a_real_process_exits_with_one_when_a_claim_fails(bert: str) -> None:
-    done = process("optimize", bert, "-p", "int8-linear{claim=sqnr(90)}", *_SIZES, "--json")
+    passes = "int8-linear{claim=sqnr(90), where=always}"
+    done = process("optimize", bert, "-p", passes, *_SIZES, "--json")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "broke its claim" in done.stderr

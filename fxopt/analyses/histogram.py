@@ -95,9 +95,10 @@ class Histogram:
         self.high = max(self.high, high) if self.count else high
         self.count += flat.numel()
         self._fit()
-        index = (flat * 2.0**-self._exponent).floor_().to(torch.int64).sub_(self._first)
-        # A product below the least denormal rounds to zero, which is the next bin at worst.
-        index.clamp_(0, self.bins - 1)
+        index = (flat * 2.0**-self._exponent).floor_().to(torch.int64)
+        # Where the processor flushes denormals to zero, a small negative product loses its sign.
+        index.masked_fill_((flat < 0) & (index == 0), -1)
+        index.sub_(self._first).clamp_(0, self.bins - 1)
         self._counts += torch.bincount(index, minlength=self.bins).cpu()
 
     def _finite(self, flat: Tensor) -> Tensor:

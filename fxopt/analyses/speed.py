@@ -143,11 +143,18 @@ def _weight_only(given: Operands) -> Tensor:
     return y
 
 
+def _weight_only_groups(given: Operands) -> Tensor:
+    """Dequantized at each call: no library multiplies with int8 weights in groups of columns."""
+    dense = ops.dequantize(given.weight_int8, given.weight_scale, given.dtype)
+    return torch.nn.functional.linear(given.x, dense, given.bias)
+
+
 LINEAR_KERNELS: Mapping[str, LinearKernel] = {
     "float": _float,
     "int8": _int8,
     "int8_static": _int8_static,
     "weight_only": _weight_only,
+    "weight_only_groups": _weight_only_groups,
 }
 """The kernels of a linear layer by name; the first is the baseline."""
 

@@ -74,7 +74,9 @@ class RoundAttention(Rule):
         rounded = [edit.call(aten.to.dtype, match[name], torch.bfloat16) for name in names]
         mask = match["attn_mask"]
         if mask is not None and mask.meta["val"].dtype == torch.float32:
-            mask = edit.call(aten.to.dtype, mask, torch.bfloat16)
+            # float32's least number would become -inf, and a row of those NaN.
+            least = edit.call(aten.clamp.default, mask, torch.finfo(torch.bfloat16).min)
+            mask = edit.call(aten.to.dtype, least, torch.bfloat16)
         options = {key: match[key] for key in ("scale", "enable_gqa") if match[key]}
         result = edit.call(
             aten.scaled_dot_product_attention.default,

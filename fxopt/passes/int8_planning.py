@@ -94,7 +94,7 @@ class _Planning:
 
     def keep_slower(self) -> None:
         """Leave alone what is not faster in int8 here, at the example's number of rows."""
-        kernel = _KERNELS[self.scheme.mode]
+        kernel = "weight_only_groups" if self.scheme.group else _KERNELS[self.scheme.mode]
         speeds: dict[Any, BreakEven] = {}
         reasons = {}
         for linear in self.linears:

@@ -34,6 +34,8 @@ def state(histogram: Histogram) -> tuple[Any, ...]:
 @given(st.lists(FLOATS, min_size=1, max_size=40), st.integers(0, 40), st.sampled_from([2, 7, 64]))
 def test_the_cut_into_batches_does_not_matter(values: list[float], cut: int, bins: int) -> None:
     whole = torch.tensor(values)
+    # A library loaded before may have made the processor take denormals for zeros.
+    whole[whole.abs() < torch.finfo(torch.float32).tiny] = 0.0
     assert state(filled(whole, bins=bins)) == state(filled(whole[:cut], whole[cut:], bins=bins))
     one_by_one = [entry.reshape(1) for entry in reversed(whole)]
     assert state(filled(whole, bins=bins)) == state(filled(*one_by_one, bins=bins))
