@@ -86,7 +86,7 @@ def _for_all_heads(t: Tensor, q: Tensor) -> Tensor:
 def _exponential(x: Tensor) -> Tensor:
     """e^x of float32 `x` <= 0."""
     t = x.clamp_min(_LEAST) * (1.0 / 2**_SQUARINGS)
-    power = ((t * (1.0 / 6.0) + 0.5) * t + 1.0) * t + 1.0
+    power: Tensor = ((t * (1.0 / 6.0) + 0.5) * t + 1.0) * t + 1.0
     for _ in range(_SQUARINGS):
         power = power * power
     return power
