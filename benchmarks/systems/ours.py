@@ -11,7 +11,8 @@ from torch import Tensor
 import fxopt
 from benchmarks.systems.system import Call, Inputs, System, Workload, first
 
-_START = "canonicalize, fuse-linears, half-attention"
+_START = "canonicalize, fuse-linears"
+_HALF = "half-attention"
 # The second linear of a BERT layer's feed-forward net. Its input comes out of a GELU, which takes
 # no scale in, so smoothing it would cost a pass; its few huge channels are split off instead.
 _DOWN = "encoder.layer.?.output.dense"
@@ -21,11 +22,11 @@ _CAREFUL = "int8-linear{mode=dynamic, activations=affine, budget=sqnr(30)}"
 
 LISTS: dict[str, str | tuple[Any, ...]] = {
     "fp32": "canonicalize, fuse-linears, prepack, lower",
-    "int8 static": f"{_START}, int8-linear{{mode=static}}, prepack, lower",
-    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, int8-linear{{mode=static, weights=gptq}}, "
+    "int8 static": f"{_START}, {_HALF}, int8-linear{{mode=static}}, prepack, lower",
+    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, {_HALF}, int8-linear{{mode=static, weights=gptq}}, "
     "prepack, lower",
-    "int8 dynamic": f"{_START}, smooth-quant, int8-linear{{mode=dynamic}}, prepack, lower",
-    "int8 careful": f"{_START}, smooth-quant, {_CAREFUL}, prepack, lower",
+    "int8 dynamic": f"{_START}, smooth-quant, {_HALF}, int8-linear{{mode=dynamic}}, prepack, lower",
+    "int8 careful": f"{_START}, smooth-quant, {_HALF}, {_CAREFUL}, prepack, lower",
     "int8 weight-only": "canonicalize, fuse-linears, int8-linear{mode=weight_only}, prepack, lower",
 }
 """The lists of passes that are timed: textual, or tuples of passes."""

@@ -216,7 +216,8 @@ def _sources(value: fx.Node, layout: Layout) -> Iterator[tuple[fx.Node, Layout |
         yield _node(value.args[0]), through_view(value, layout)
     elif value.target in _HOMOGENEOUS:
         source = _node(value.args[0])
-        if source.meta["val"].is_floating_point():
+        # On the other side of a cast a scaled value is rounded to other bits.
+        if source.meta["val"].dtype == value.meta["val"].dtype:
             yield source, layout
     elif value.target in (aten.mul.Tensor, aten.div.Tensor):
         operands = value.args if value.target is aten.mul.Tensor else value.args[:1]

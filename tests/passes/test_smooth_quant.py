@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxopt import FuseLinears, Int8Linear, SmoothQuant, wellformed
+from fxopt import FuseLinears, HalfAttention, Int8Linear, SmoothQuant, transform, wellformed
 from fxopt.analyses.smoothing import smoothing_scale
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
@@ -439,3 +439,12 @@ def test_coming_after_int8_is_an_error() -> None:
         SmoothQuant().plan(rounded)
     with pytest.raises(PassError, match="give what plan"):
         SmoothQuant().apply(program, Plan("nothing"))
+
+
+def test_no_scale_crosses_a_cast_to_half() -> None:
+    """Scaled values round to other bits, by more than the claim allows."""
+    case = ARCHITECTURES["bert"]()
+    passes = [FuseLinears(), HalfAttention(force=True), SmoothQuant()]
+    opt = transform(case.model, passes, example_inputs=case.example)
+    assert opt.steps[-1].record.fired["SmoothLinear"]
+    assert opt.steps[-1].record.holds
