@@ -23,8 +23,8 @@ _CAREFUL = "int8-linear{mode=dynamic, activations=affine, budget=sqnr(30)}"
 LISTS: dict[str, str | tuple[Any, ...]] = {
     "fp32": "canonicalize, fuse-linears, prepack, lower",
     "int8 static": f"{_START}, {_HALF}, int8-linear{{mode=static}}, prepack, lower",
-    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, {_HALF}, int8-linear{{mode=static, weights=gptq}}, "
-    "prepack, lower",
+    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, {_HALF}, "
+    "int8-linear{mode=static, weights=gptq}, prepack, lower",
     "int8 dynamic": f"{_START}, smooth-quant, {_HALF}, int8-linear{{mode=dynamic}}, prepack, lower",
     "int8 careful": f"{_START}, smooth-quant, {_HALF}, {_CAREFUL}, prepack, lower",
     "int8 weight-only": "canonicalize, fuse-linears, int8-linear{mode=weight_only}, prepack, lower",

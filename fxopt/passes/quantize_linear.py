@@ -106,7 +106,7 @@ class QuantizeLinear(LinearRule):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
         self.weights: dict[tuple[fx.Node, bool], fx.Node] = {}
-        self.rounded: dict[fx.Node, fx.Node] = {}
+        self.rounded: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -134,9 +134,28 @@ class QuantizeLinear(LinearRule):
 
     def _input(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(x)), made once for linears that share x: roots come in topological order."""
-        if linear.x not in self.rounded:
-            self.rounded[linear.x] = _INPUTS[self.scheme.mode](self.scheme, linear, edit)
-        return self.rounded[linear.x]
+        x: Any = linear.x
+        if self.scheme.mode == "static" and self._is_masked_for_nothing(linear, edit):
+            x = x.args[0]
+        key = (x, linear.x)
+        if key not in self.rounded:
+            self.rounded[key] = _INPUTS[self.scheme.mode](self.scheme, linear, x, edit)
+        return self.rounded[key]
+
+    def _is_masked_for_nothing(self, linear: Linear, edit: Edit) -> bool:
+        """Whether x is y times a mask, and W zero wherever the mask is.
+
+        `SplitOutliers` masks what the scale is learnt from. Once that is known, y may saturate
+        where the columns of W are zero, and the codes can come straight out of what made y.
+        """
+        x = linear.x
+        mask = x.args[1] if x.target is aten.mul.Tensor else None
+        if not isinstance(mask, fx.Node) or mask.op != "get_attr" or mask.meta["val"].ndim != 1:
+            return False
+        values = edit.tensor(mask)
+        weight = materialize(linear.rows_first(edit.state(linear.weight))).detach()
+        binary = bool(((values == 0) | (values == 1)).all())
+        return binary and not bool(weight[:, values == 0].any())
 
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(W)) [N, K]; the int8 weight is made once for linears that share it."""
@@ -173,8 +192,8 @@ def in_groups(values: Tensor, scale: Tensor) -> Rounded:
     return values.reshape(*scale.shape, -1), scale.unsqueeze(-1)
 
 
-def _static_input(scheme: Scheme, linear: Linear, edit: Edit) -> fx.Node:
-    x, value = linear.x, linear.x.meta["val"]
+def _static_input(scheme: Scheme, linear: Linear, x: fx.Node, edit: Edit) -> fx.Node:
+    value = x.meta["val"]
     # By the linear's name: by now `x` may be a linear that was rewritten, under another name.
     numbers = scheme.scales[linear.node.name].tensors(value.device)
     named = zip(("scale", "zero_point"), numbers, strict=True)
@@ -183,8 +202,8 @@ def _static_input(scheme: Scheme, linear: Linear, edit: Edit) -> fx.Node:
     return edit.call(ops.dequantize.default, q, scale, value.dtype, zero_point)
 
 
-def _dynamic_input(scheme: Scheme, linear: Linear, edit: Edit) -> fx.Node:
-    x, dtype = linear.x, linear.x.meta["val"].dtype
+def _dynamic_input(scheme: Scheme, linear: Linear, x: fx.Node, edit: Edit) -> fx.Node:
+    dtype = x.meta["val"].dtype
     if scheme.activations == "affine":
         parts = edit.call(ops.quantize_per_token_affine.default, x)
         q, scale, zero_point = (edit.item(parts, index) for index in range(3))
@@ -194,7 +213,7 @@ def _dynamic_input(scheme: Scheme, linear: Linear, edit: Edit) -> fx.Node:
     return edit.call(ops.dequantize.default, q, scale, dtype)
 
 
-_INPUTS: Mapping[Int8Mode, Callable[[Scheme, Linear, Edit], fx.Node]] = {
+_INPUTS: Mapping[Int8Mode, Callable[[Scheme, Linear, fx.Node, Edit], fx.Node]] = {
     "static": _static_input,
     "dynamic": _dynamic_input,
 }

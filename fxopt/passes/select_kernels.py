@@ -214,48 +214,6 @@ class UnsignedOutput(Rule):
         return edit.call(ops.packed_int8_linear.default, *args)
 
 
-class DropMask(Rule):
-    """packed_int8_linear(quantize(x · m, s, z), W₀) = packed_int8_linear(quantize(x, s, z), W₀)
-
-    where W₀ is 0 wherever m is. `SplitOutliers` masks what the scale is learnt from; once that is
-    known, the zero columns do the rest.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.codes: dict[fx.Node, fx.Node] = {}
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.packed_int8_linear.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        codes: Any = node.args[0]
-        masked = codes.args[0] if codes.target is ops.quantize.default else None
-        if not isinstance(masked, fx.Node) or masked.target is not aten.mul.Tensor:
-            return None
-        x, mask = masked.args
-        if not isinstance(mask, fx.Node) or mask.op != "get_attr":
-            return None
-        known = mask.target in self.program.state and mask.meta["val"].ndim == 1
-        return Match((node,), {"codes": codes, "x": x, "mask": mask}) if known else None
-
-    def refuse(self, match: Match) -> str | None:
-        mask = self.program.tensor(match["mask"].target)
-        weight: Any = match.root.args[3]
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            return "its input is scaled, not masked"
-        if bool(self.program.tensor(weight.target)[:, mask == 0].any()):
-            return f"{weight.target} is not zero where its input is masked"
-        return None
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        codes = match["codes"]
-        if codes not in self.codes:
-            self.codes[codes] = edit.call(ops.quantize.default, match["x"], *codes.args[1:])
-        _, *rest = match.root.args
-        return edit.call(ops.packed_int8_linear.default, self.codes[codes], *rest)
-
-
 class SelectInt8WeightOnlyLinear(Rule):
     """linear(x, dq(Wq, Ws), b) = int8_weight_only_linear(x, Wq, Ws, b)"""
 
@@ -357,7 +315,6 @@ class SelectKernels(RulePass):
             SelectFloat8Linear(),
             FuseInt8Linear(),
             FuseActivation(),
-            DropMask(program),
             UnsignedActivations(),
             UnsignedOutput(),
             ActivationInside(),
