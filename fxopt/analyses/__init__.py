@@ -1,7 +1,13 @@
 """Facts about a program as frozen values; nothing is changed here."""
 
 from fxopt.analyses.histogram import RangeMethod
-from fxopt.analyses.linears import LINEAR_TARGETS, Linear, as_linear, refuse_shared_weight
+from fxopt.analyses.linears import (
+    LINEAR_TARGETS,
+    Linear,
+    as_linear,
+    reads_as_linear,
+    refuse_shared_weight,
+)
 from fxopt.analyses.observation import Observation, calibration_warnings, observe
 from fxopt.analyses.observers import (
     ChannelMagnitude,
@@ -36,6 +42,7 @@ __all__ = [
     "measure_sensitivity",
     "observe",
     "quantize_rows",
+    "reads_as_linear",
     "refuse_shared_weight",
     "rounds_activations",
 ]

@@ -25,6 +25,8 @@ LINEAR_TARGETS = (
     aten.matmul.default,
 )
 
+_TRANSPOSITIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -92,6 +94,13 @@ def refuse_shared_weight(linear: Linear, is_linear_use: Callable[[fx.Node], bool
         return None
     kind = str(other.target).removeprefix("aten.").partition(".")[0]
     return f"its weight {linear.weight.target} is tied: {kind} reads it too"
+
+
+def reads_as_linear(user: fx.Node) -> bool:
+    """Whether `user` of a weight is a linear layer, or a transposition for linear layers alone."""
+    if as_linear(user) is not None:
+        return True
+    return user.target in _TRANSPOSITIONS and all(map(as_linear, user.users))
 
 
 def _linear(

@@ -15,24 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from fxopt.analyses import Linear, as_linear, refuse_shared_weight
+from fxopt.analyses import Linear, reads_as_linear, refuse_shared_weight
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Device
-from fxopt.errors import PassError
 from fxopt.kernels.float8 import FLOAT8, quantize_weight_float8
 from fxopt.passes.linear_rule import LinearRule
-from fxopt.program import Program, materialize, module_path
+from fxopt.passes.selection import checked_globs, refuse_by_path, refuse_weight
+from fxopt.program import Program, materialize
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dtype, hole, op
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
-
-_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 class QuantizeFloat8Linear(LinearRule):
@@ -45,19 +42,14 @@ class QuantizeFloat8Linear(LinearRule):
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
-        path = module_path(linear.node)
-        if not any(fnmatchcase(path, pattern) for pattern in self.options.include):
-            return f"not in include={self.options.include!r}"
-        if any(fnmatchcase(path, pattern) for pattern in self.options.exclude):
-            return f"in exclude={self.options.exclude!r}"
-        if not linear.dtype.is_floating_point:
-            return f"its weight is {linear.dtype}, not floating point"
-        if not linear.in_features or not linear.out_features:
-            return "its weight is empty"
+        unfit = refuse_by_path(linear, self.options.include, self.options.exclude)
+        unfit = unfit or refuse_weight(linear)
+        if unfit is not None:
+            return unfit
         answer = Device.describe(linear.weight.meta["val"].device).accelerates(FLOAT8)
         if not answer and not self.options.force:
             return f"{answer.reason}; force=True does it all the same"
-        return None if self.options.tied else refuse_shared_weight(linear, _reads_as_linear)
+        return None if self.options.tied else refuse_shared_weight(linear, reads_as_linear)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
@@ -132,18 +124,9 @@ class Float8Linear(RulePass):
 
     def __post_init__(self) -> None:
         for option in ("include", "exclude"):
-            globs = getattr(self, option)
-            globs = (globs,) if isinstance(globs, str) else tuple(globs)
-            if not all(isinstance(glob, str) for glob in globs):
-                raise PassError(f"Float8Linear({option}={globs!r}): give globs over module paths")
+            globs = checked_globs("Float8Linear", option, getattr(self, option))
             object.__setattr__(self, option, globs)
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule for every spelling of a linear."""
         return (QuantizeFloat8Linear(self),)
-
-
-def _reads_as_linear(user: fx.Node) -> bool:
-    if as_linear(user) is not None:
-        return True
-    return user.target in _TRANSPOSES and all(as_linear(inner) is not None for inner in user.users)

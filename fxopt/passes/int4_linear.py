@@ -14,7 +14,7 @@ Source: Frantar et al., "GPTQ", ICLR 2023; groups: Shen et al., "Q-BERT", AAAI 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
@@ -33,7 +33,8 @@ from fxopt.analyses.weights import Rounding
 from fxopt.claim import Claim, Sqnr
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
-from fxopt.passes.quantize_linear import QuantizeLinear, Scheme
+from fxopt.passes.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
+from fxopt.passes.selection import Selection, checked_selections
 from fxopt.program import Program, label, materialize
 from fxopt.rewriting import (
     Edit,
@@ -53,8 +54,6 @@ aten, ops = torch.ops.aten, torch.ops.fxopt
 
 Packed = tuple[Tensor, Tensor]
 """A weight: uint8 [N, K/2] and float32 scales [N, K/g, 1]."""
-Weight = tuple[str, bool]
-"""Which weight it is: the tensor's name, and whether it holds Wᵀ there; one may serve as both."""
 
 _GROUPS = (128, 64, 32)
 _BITS = 4
@@ -65,11 +64,13 @@ _MOMENT_BYTES = 1 << 30
 class QuantizeInt4Linear(QuantizeLinear):
     """x @ Wᵀ + b ~ x @ dq(q(W))ᵀ + b"""
 
-    def __init__(self, options: Int4Linear, ahead: Mapping[Weight, Packed] | None = None) -> None:
+    def __init__(
+        self, options: Int4Linear, ahead: Mapping[WeightKey, Packed] | None = None
+    ) -> None:
         super().__init__(options.scheme)
         self.options = options
         self.ahead = ahead or {}
-        self.constants: dict[Weight, tuple[fx.Node, fx.Node]] = {}
+        self.constants: dict[WeightKey, tuple[fx.Node, fx.Node]] = {}
 
     def refuse(self, match: Match) -> str | None:
         reason = super().refuse(match)
@@ -91,7 +92,7 @@ class QuantizeInt4Linear(QuantizeLinear):
 
     def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, fx.Node]:
         """The packed weight and its scales, made once for linears that share it."""
-        key = _weight(linear)
+        key = weight_key(linear)
         if key not in self.constants:
             values = self.ahead.get(key)
             if values is None:
@@ -145,7 +146,7 @@ class SelectInt4Linear(Rule):
 class Int4Plan(Plan):
     """A plan with the weights that calibration rounded."""
 
-    weights: Mapping[Weight, Packed] = field(default_factory=dict, repr=False, compare=False)
+    weights: Mapping[WeightKey, Packed] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,8 +167,8 @@ class Int4Linear(Pass):
 
     group: int | None = None
     weights: Rounding = "nearest"
-    include: tuple[str | Callable[[str], bool], ...] = ("*",)
-    exclude: tuple[str | Callable[[str], bool], ...] = ()
+    include: tuple[Selection, ...] = ("*",)
+    exclude: tuple[Selection, ...] = ()
     tied: bool = False
     claim: Claim = Sqnr(5.0)  # the table of architectures, with random weights, keeps 5.9 dB
     name: ClassVar[str] = "int4-linear"
@@ -185,14 +186,8 @@ class Int4Linear(Pass):
                 f"Int4Linear(weights={self.weights!r}): weights must be one of {get_args(Rounding)}"
             )
         for option in ("include", "exclude"):
-            given: Any = getattr(self, option)
-            choices = (given,) if isinstance(given, str) or callable(given) else tuple(given)
-            if not all(isinstance(choice, str) or callable(choice) for choice in choices):
-                raise PassError(
-                    f"Int4Linear({option}={choices!r}): give globs over module paths, or "
-                    "functions of a module path"
-                )
-            object.__setattr__(self, option, choices)
+            given = checked_selections("Int4Linear", option, getattr(self, option))
+            object.__setattr__(self, option, given)
 
     @property
     def scheme(self) -> Scheme:
@@ -242,9 +237,9 @@ class Int4Linear(Pass):
 
 def _round_by_inputs(
     options: Int4Linear, program: Program, linears: Sequence[Linear]
-) -> tuple[dict[Weight, Packed], dict[str, None]]:
+) -> tuple[dict[WeightKey, Packed], dict[str, None]]:
     """The weights of `linears` rounded with feedback, and what calibration warns of."""
-    rounded: dict[Weight, Packed] = {}
+    rounded: dict[WeightKey, Packed] = {}
     warnings: dict[str, None] = {}
     for wave in _waves(linears):
         # Layers of one input share its moment; a weight that meets several inputs has their sum.
@@ -262,7 +257,7 @@ def _round_by_inputs(
                 state = program.state[str(linear.weight.target)]
                 rows = materialize(linear.rows_first(state))
                 matrix = moment.matrix if moment.rows else None
-                rounded[_weight(linear)] = options.round(linear, rows, matrix)
+                rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings
 
 
@@ -280,9 +275,9 @@ def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
 
 def _waves(linears: Sequence[Linear]) -> list[dict[tuple[fx.Node, ...], list[Linear]]]:
     """Layers, one for each weight, by the inputs that meet it; cut where moments grow too large."""
-    met: dict[Weight, dict[fx.Node, Linear]] = {}
+    met: dict[WeightKey, dict[fx.Node, Linear]] = {}
     for linear in linears:
-        met.setdefault(_weight(linear), {})[linear.x] = linear
+        met.setdefault(weight_key(linear), {})[linear.x] = linear
     together: dict[tuple[fx.Node, ...], list[Linear]] = {}
     for by_input in met.values():
         together.setdefault(tuple(by_input), []).append(next(iter(by_input.values())))
@@ -296,7 +291,3 @@ def _waves(linears: Sequence[Linear]) -> list[dict[tuple[fx.Node, ...], list[Lin
         waves[-1][inputs] = layers
         held += size
     return waves
-
-
-def _weight(linear: Linear) -> Weight:
-    return str(linear.weight.target), linear.transposed

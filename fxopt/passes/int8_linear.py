@@ -13,7 +13,7 @@ Integer-Arithmetic-Only Inference" (2018); per-token scales: Yao et al., "ZeroQu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,6 +22,7 @@ from fxopt.claim import Claim, Sqnr
 from fxopt.errors import PassError
 from fxopt.passes.int8_planning import Int8Plan, make_plan
 from fxopt.passes.quantize_linear import Activations, Int8Mode, QuantizeLinear, Scheme
+from fxopt.passes.selection import Selection, checked_selections
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage, rewrite
 
@@ -34,7 +35,6 @@ _BELOW_BUDGET = 3.0
 
 Where = Literal["faster", "always"]
 Weights = Literal["nearest", "gptq"]
-Selection = str | Callable[[str], bool]
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +88,8 @@ class Int8Linear(Pass):
         self._check_choice("weights", get_args(Weights))
         self._check_choice("where", get_args(Where))
         for option in ("include", "exclude"):
-            object.__setattr__(self, option, _selections(option, getattr(self, option)))
+            given = checked_selections("Int8Linear", option, getattr(self, option))
+            object.__setattr__(self, option, given)
         self._check_numbers()
         if unset[1] is None:
             object.__setattr__(self, "claim", self._usual_claim())
@@ -143,13 +144,3 @@ class Int8Linear(Pass):
                 f"Int8Linear(group={self.group}, mode={self.mode!r}): an int8 product has one "
                 "scale per output channel; use group with mode='weight_only'"
             )
-
-
-def _selections(option: str, given: Any) -> tuple[Selection, ...]:
-    choices = (given,) if isinstance(given, str) or callable(given) else tuple(given)
-    if not all(isinstance(choice, str) or callable(choice) for choice in choices):
-        raise PassError(
-            f"Int8Linear({option}={choices!r}): give globs over module paths, or functions of a "
-            "module path"
-        )
-    return choices

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses import Linear, as_linear, quantize_rows, refuse_shared_weight
+from fxopt.analyses import Linear, quantize_rows, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.selection import Selection, refuse_by_path, refuse_weight
 from fxopt.passes.split_outliers import is_outlying
-from fxopt.program import materialize, module_path
+from fxopt.program import materialize
 from fxopt.rewriting import Edit, Match
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -29,7 +29,7 @@ Rounded = tuple[Tensor, Tensor]
 """int8 values [N, K] of a weight, and float32 scales [N, 1] or [N, K / group]."""
 
 WeightKey = tuple[str, bool]
-"""The name of a weight's node, and whether it is used transposed."""
+"""The name of a weight, and whether it is used transposed."""
 
 _STEPS = 255
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -72,8 +72,8 @@ class Scheme:
     mode: Int8Mode
     activations: Activations
     group: int | None
-    include: tuple[Any, ...]
-    exclude: tuple[Any, ...]
+    include: tuple[Selection, ...]
+    exclude: tuple[Selection, ...]
     tied: bool
     scales: Mapping[str, StaticScale] = field(default_factory=dict)
     weights: Mapping[WeightKey, Rounded] = field(default_factory=dict)
@@ -105,25 +105,20 @@ class QuantizeLinear(LinearRule):
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
-        self.weights: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.weights: dict[WeightKey, fx.Node] = {}
         self.rounded: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
-        scheme, path = self.scheme, module_path(linear.node)
-        if not any(_selects(choice, path) for choice in scheme.include):
-            return f"not in include={scheme.include!r}"
-        if any(_selects(choice, path) for choice in scheme.exclude):
-            return f"in exclude={scheme.exclude!r}"
-        if not linear.dtype.is_floating_point:
-            return f"its weight is {linear.dtype}, not floating point"
-        if not linear.in_features or not linear.out_features:
-            return "its weight is empty"
+        scheme = self.scheme
+        unfit = refuse_by_path(linear, scheme.include, scheme.exclude) or refuse_weight(linear)
+        if unfit is not None:
+            return unfit
         if is_outlying(linear):
             return "it multiplies the outliers that SplitOutliers keeps in float"
         if scheme.group is not None and linear.in_features % scheme.group:
             return f"its K = {linear.in_features} is no multiple of group={scheme.group}"
-        shared = None if scheme.tied else refuse_shared_weight(linear, _reads_as_linear)
+        shared = None if scheme.tied else refuse_shared_weight(linear, reads_as_linear)
         return shared or scheme.kept.get(linear.node.name)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
@@ -159,7 +154,7 @@ class QuantizeLinear(LinearRule):
 
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(W)) [N, K]; the int8 weight is made once for linears that share it."""
-        key = (linear.weight, linear.transposed)
+        key = weight_key(linear)
         name = str(linear.weight.target)
         if key not in self.weights:
             values, scale = self._rounded_weight(linear, edit)
@@ -184,7 +179,7 @@ class QuantizeLinear(LinearRule):
 
 def weight_key(linear: Linear) -> WeightKey:
     """One tensor can serve as W here and as Wᵀ there; their rows are not the same."""
-    return linear.weight.name, linear.transposed
+    return str(linear.weight.target), linear.transposed
 
 
 def in_groups(values: Tensor, scale: Tensor) -> Rounded:
@@ -217,14 +212,3 @@ _INPUTS: Mapping[Int8Mode, Callable[[Scheme, Linear, fx.Node, Edit], fx.Node]] =
     "static": _static_input,
     "dynamic": _dynamic_input,
 }
-
-
-def _selects(choice: Any, path: str) -> bool:
-    return bool(choice(path)) if callable(choice) else fnmatchcase(path, choice)
-
-
-def _reads_as_linear(user: fx.Node) -> bool:
-    if as_linear(user) is not None:
-        return True
-    views = (aten.t.default, aten.transpose.int, aten.permute.default)
-    return user.target in views and all(as_linear(inner) is not None for inner in user.users)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
@@ -26,8 +25,9 @@ from fxopt.analyses.observers import ChannelMagnitude, Observer, Rows
 from fxopt.analyses.smoothing import choose_alpha, largest_per_channel, smoothing_scale
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
+from fxopt.passes.selection import checked_globs, has_mark, refuse_by_path, refuse_weight
 from fxopt.passes.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear, readers
-from fxopt.program import Program, Refusal, label, materialize, module_path
+from fxopt.program import Program, Refusal, label, materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
 
 _SAMPLE_ROWS, _SAMPLE_CHANNELS = 256, 1024
@@ -69,10 +69,7 @@ class SmoothQuant(Pass):
                 f'SmoothQuant(alpha={self.alpha!r}): alpha must be a number from 0 to 1, or "auto"'
             )
         for option in ("include", "exclude"):
-            globs = getattr(self, option)
-            globs = (globs,) if isinstance(globs, str) else tuple(globs)
-            if not all(isinstance(glob, str) for glob in globs):
-                raise PassError(f"SmoothQuant({option}={globs!r}): give globs over module paths")
+            globs = checked_globs("SmoothQuant", option, getattr(self, option))
             object.__setattr__(self, option, globs)
 
     def plan(self, program: Program) -> SmoothPlan:
@@ -164,18 +161,13 @@ class _Planning:
         return groups
 
     def _reason_to_refuse(self, linear: Linear) -> str | None:
-        path = module_path(linear.node)
-        if not any(fnmatchcase(path, pattern) for pattern in self.options.include):
-            return f"not in include={self.options.include!r}"
-        if any(fnmatchcase(path, pattern) for pattern in self.options.exclude):
-            return f"in exclude={self.options.exclude!r}"
-        if not linear.dtype.is_floating_point:
-            return f"its weight is {linear.dtype}, not floating point"
-        if not linear.in_features or not linear.out_features:
-            return "its weight is empty"
+        unfit = refuse_by_path(linear, self.options.include, self.options.exclude)
+        unfit = unfit or refuse_weight(linear)
+        if unfit is not None:
+            return unfit
         if linear.x.op == "get_attr":
             return "its input is a constant"
-        if SMOOTHED.search(str(linear.weight.target)):
+        if has_mark(str(linear.weight.target), SMOOTHED):
             return "it is smoothed already"
         return None
 

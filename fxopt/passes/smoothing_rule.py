@@ -7,7 +7,6 @@ So every value that lives on is the value it was.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +22,13 @@ from fxopt.analyses.channel_scaling import (
 )
 from fxopt.analyses.linears import Linear, as_linear
 from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.selection import has_mark
 from fxopt.program import Recipe
 from fxopt.rewriting import Edit, Match
 
 aten = torch.ops.aten
 
-SMOOTHED = re.compile(r"_smoothed(_\d+)?$")
+SMOOTHED = "_smoothed"
 """How the state name of a weight with smoothed columns ends."""
 
 
@@ -132,7 +132,7 @@ class SmoothLinear(LinearRule):
             scale = _widened(group.inverse).reciprocal()
             factor = scale[:, None] if linear.transposed else scale[None, :]
             scaled = _scaled(edit, weight, factor)
-            self.weights[weight] = edit.constant(f"{weight.target}_smoothed", scaled)
+            self.weights[weight] = edit.constant(f"{weight.target}{SMOOTHED}", scaled)
         if operand is weight:
             return self.weights[weight]
         return _rebuilt(edit, operand, {weight: self.weights[weight]})
@@ -192,7 +192,7 @@ def _scaled_constant(edit: Edit, constant: fx.Node, factor: Tensor) -> fx.Node:
         factor = factor.to(value.dtype).to(value.device)
         return edit.call(aten.mul.Tensor, constant, edit.constant(f"{constant.name}_scale", factor))
     name = str(constant.target)
-    if not SMOOTHED.search(name):
+    if not has_mark(name, SMOOTHED):
         name += "_scaled"
     return edit.constant(name, _scaled(edit, constant, factor))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +32,7 @@ from fxopt.analyses import (
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
 from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.selection import checked_globs, has_mark, refuse_by_path
 from fxopt.program import Program, Recipe, module_path
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 
@@ -67,11 +67,9 @@ class SplitLinear(LinearRule):
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
-        path = module_path(linear.node)
-        if not any(fnmatchcase(path, glob) for glob in self.options.include):
-            return f"not in include={self.options.include!r}"
-        if any(fnmatchcase(path, glob) for glob in self.options.exclude):
-            return f"in exclude={self.options.exclude!r}"
+        unasked = refuse_by_path(linear, self.options.include, self.options.exclude)
+        if unasked is not None:
+            return unasked
         if not linear.dtype.is_floating_point or linear.x.meta["val"].dtype != linear.dtype:
             return f"it multiplies {linear.x.meta['val'].dtype} by {linear.dtype}"
         if linear.in_features <= self.options.channels:
@@ -136,10 +134,7 @@ class SplitOutliers(Pass):
         if not 1.0 < self.ratio < math.inf:
             raise PassError(f"SplitOutliers(ratio={self.ratio!r}): give a number above 1")
         for option in ("include", "exclude"):
-            globs = getattr(self, option)
-            globs = (globs,) if isinstance(globs, str) else tuple(globs)
-            if not all(isinstance(glob, str) for glob in globs):
-                raise PassError(f"SplitOutliers({option}={globs!r}): give globs over module paths")
+            globs = checked_globs("SplitOutliers", option, getattr(self, option))
             object.__setattr__(self, option, globs)
 
     def plan(self, program: Program) -> SplitPlan:
@@ -157,7 +152,7 @@ class SplitOutliers(Pass):
         channels, reasons, details = {}, {}, []
         for linear in linears:
             largest, reason = _outliers(watched[linear.x][0].largest, self.channels, self.ratio)
-            if reason.startswith("its"):
+            if not largest:
                 reasons[linear.node.name] = reason
                 continue
             channels[linear.node.name] = largest
@@ -182,13 +177,12 @@ class SplitOutliers(Pass):
 
 def is_split(linear: Linear) -> bool:
     """Whether this linear is one of the two halves that `SplitOutliers` makes."""
-    name = str(linear.weight.target)
-    return name.endswith((OUTLIERS, MAIN))
+    return is_outlying(linear) or has_mark(str(linear.weight.target), MAIN)
 
 
 def is_outlying(linear: Linear) -> bool:
     """Whether this linear belongs to the outliers, which stay in float."""
-    return str(linear.weight.target).endswith(OUTLIERS)
+    return has_mark(str(linear.weight.target), OUTLIERS)
 
 
 def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...], str]:

@@ -95,6 +95,27 @@ def test_narrow_integer_and_shared_linears_are_refused() -> None:
     assert any("in exclude=('down',)" in one.reason for one in excluded.changes.refused)
 
 
+def test_a_weight_met_by_two_inputs_keeps_its_mark_at_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 8)
+            with torch.no_grad():
+                self.norm.weight[5] = 50.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return self.linear(y) + self.linear(y.abs())
+
+    result = check(SplitOutliers(1), Twice(), (X,), {"SplitLinear": 2})
+    assert {name for name in result.state if "_outliers" in name} == {
+        "linear.weight_outliers",
+        "linear.weight_outliers_1",
+    }
+    plan = Int8Linear(where="always").plan(result)
+    assert sum("outliers that SplitOutliers keeps" in one.reason for one in plan.refusals) == 2
+
+
 def test_the_plan_says_how_far_the_outliers_stand_out() -> None:
     plan = SplitOutliers(2).plan(capture(FeedForward(), (X,)))
     assert any(line.startswith("down: 2 channels of up to ") for line in plan.details)
