@@ -25,11 +25,13 @@ from fxopt.export import to_onnx
 from fxopt.lower import Lower
 from fxopt.optimized import Optimized, load
 from fxopt.passes import (
+    Autocast,
     Canonicalize,
     Float8Linear,
     FuseConvBatchNorm,
     FuseLinears,
     HalfAttention,
+    HalfLinear,
     Int4Linear,
     Int8Linear,
     Prepack,
@@ -45,6 +47,7 @@ from fxopt.transform import transform
 __version__ = "0.1.0"
 
 __all__ = [
+    "Autocast",
     "CalibrationError",
     "Canonicalize",
     "CaptureError",
@@ -58,6 +61,7 @@ __all__ = [
     "FuseLinears",
     "FxoptError",
     "HalfAttention",
+    "HalfLinear",
     "InputError",
     "Int4Linear",
     "Int8Linear",

@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from fxopt.errors import PassError
 
 _ASKED = (
     torch.float64,
@@ -26,10 +30,14 @@ _ASKED = (
 )
 _CPUINFO = Path("/proc/cpuinfo")
 # A dtype -> the instruction sets that multiply it natively, by their names in /proc/cpuinfo on x86
-# (flags) and on Arm (Features).
+# (flags) and on Arm (Features). AVX-512 alone and avx_ne_convert only widen bfloat16 and float16 to
+# float32 (oneDNN developer guide, "Data Types", hardware limitations). Arm's asimdhp multiplies
+# float16, but torch has no matrix product on it: the kernel of the Arm Compute Library was taken
+# out because it adds up in float16 (pytorch/pytorch pull request 144992), and float16 runs at a
+# half to a tenth of bfloat16's speed there (issue 134709).
 _NATIVE: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
-    torch.float16: ("amx_fp16", "avx512_fp16", "asimdhp"),
+    torch.float16: ("amx_fp16", "avx512_fp16"),
     torch.int8: ("amx_int8", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "i8mm", "asimddp"),
     # Some CPUs to come have instructions for it; torch has no kernel that uses them.
     torch.float8_e4m3fn: (),
@@ -45,6 +53,8 @@ _TENSOR_CORES: dict[torch.dtype, tuple[int, int]] = {
 # Below, Triton has no pipelined int8 product.
 _TRITON: tuple[int, int] = (8, 0)
 _NO_CUDA = "this machine has no CUDA device"
+_NONE = "none"
+_CAPABILITY = re.compile(r"(\d+)\.(\d)")
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class HalfChoice:
+    """The dtype that "half precision" means on a device, None where it has none, and why."""
+
+    dtype: torch.dtype | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Device:
     """A device by what it has: CPU instruction sets, or a CUDA compute capability and Triton.
 
-    `Device.describe("cpu")` asks this machine; a test builds one by hand.
+    `Device.describe("cpu")` asks this machine; `Device.parse("cuda:8.0")` describes another one.
     """
 
     kind: str
@@ -78,6 +96,46 @@ class Device:
         if device.type == "cuda":
             return _describe_cuda(device.index or 0)
         return _describe_cpu() if device.type == "cpu" else Device(device.type, str(device))
+
+    @staticmethod
+    def parse(text: str) -> Device:
+        """The device that `text` describes, for compiling on one machine for another.
+
+        "cuda:8.0" gives a compute capability, "cpu:avx512_bf16+amx_bf16" the instruction sets, as
+        /proc/cpuinfo names them, out of those that matter here, "cpu:none" a CPU without any;
+        "cpu" and "cuda" are this machine's. Raises `PassError` for anything else.
+        """
+        kind, colon, detail = text.partition(":")
+        if kind not in ("cpu", "cuda"):
+            raise PassError(
+                f"no device is called {text!r}: write cpu or cuda for this machine's, cuda:8.0 "
+                "(a compute capability) or cpu:avx512_bf16+amx_bf16 (instruction sets) for another"
+            )
+        if not colon:
+            return Device.describe(kind)
+        return _parse_cpu(text, detail) if kind == "cpu" else _parse_cuda(text, detail)
+
+    @property
+    def spec(self) -> str:
+        """The text from which `Device.parse` makes a device that gives the same answers."""
+        if self.kind == "cpu":
+            known = sorted(self.instructions & _known_instructions())
+            return f"cpu:{'+'.join(known) or _NONE}"
+        if self.capability is None:
+            return self.kind
+        return f"{self.kind}:{'.'.join(map(str, self.capability))}"
+
+    def half(self) -> HalfChoice:
+        """The dtype of half precision that this device multiplies natively, and why that one.
+
+        bfloat16 wherever it can be: it has float32's range, so nothing overflows. float16 has 3
+        bits of mantissa more and ends at 65504.
+        """
+        bfloat16, float16 = (self.accelerates(d) for d in (torch.bfloat16, torch.float16))
+        if bfloat16:
+            return HalfChoice(torch.bfloat16, f"{bfloat16.reason}; it has float32's range")
+        why = f"{bfloat16.reason}; {float16.reason}"
+        return HalfChoice(torch.float16 if float16 else None, why)
 
     def accelerates(self, dtype: torch.dtype) -> Answer:
         """Whether matrix products of `dtype` run at float32's speed or above here, and why."""
@@ -130,6 +188,54 @@ class Device:
         return Answer(
             False, f"{self.name}'s tensor cores don't take {dtype}: capability {has}, needs {wants}"
         )
+
+
+def checked_device(pass_name: str, given: Any) -> str | None:
+    """A pass's `device` option, a `Device`, its text or None, as text that `Device.parse` takes.
+
+    Raises `PassError`, naming the pass, for anything else.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, Device)):
+        raise PassError(
+            f'{pass_name}(device={given!r}): give a description such as "cuda:8.0" or '
+            '"cpu:avx512_bf16", or None for the device that the model is on'
+        )
+    text = given.spec if isinstance(given, Device) else given
+    try:
+        Device.parse(text)
+    except PassError as error:
+        raise PassError(f"{pass_name}(device={text!r}): {error}") from None
+    return text
+
+
+def _parse_cpu(text: str, detail: str) -> Device:
+    if detail == _NONE:
+        return Device("cpu", "a CPU without such instructions")
+    instructions = frozenset(detail.split("+"))
+    unknown = sorted(instructions - _known_instructions())
+    if unknown:
+        raise PassError(
+            f"{text!r} names {unknown[0]!r}, which is none of the instruction sets that matter "
+            f"here: {', '.join(sorted(_known_instructions()))}. Join several with +; cpu:{_NONE} "
+            "is a CPU without any"
+        )
+    return Device("cpu", f"a CPU with {', '.join(sorted(instructions))}", instructions)
+
+
+def _parse_cuda(text: str, detail: str) -> Device:
+    version = _CAPABILITY.fullmatch(detail)
+    if version is None or not int(version[1]):
+        raise PassError(
+            f"{text!r} gives no compute capability: write it as cuda:8.0 (A100) or cuda:9.0 (H100)"
+        )
+    major, minor = int(version[1]), int(version[2])
+    return Device("cuda", "a CUDA device", capability=(major, minor), triton=True)
+
+
+def _known_instructions() -> frozenset[str]:
+    return frozenset(name for names in _NATIVE.values() for name in names)
 
 
 def _versions(*capabilities: tuple[int, int]) -> list[str]:

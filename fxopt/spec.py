@@ -16,11 +16,13 @@ from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import PassError
 from fxopt.lower import Lower
 from fxopt.passes import (
+    Autocast,
     Canonicalize,
     Float8Linear,
     FuseConvBatchNorm,
     FuseLinears,
     HalfAttention,
+    HalfLinear,
     Int4Linear,
     Int8Linear,
     Prepack,
@@ -37,11 +39,13 @@ PASSES: dict[str, type[Pass]] = {
         FuseLinears,
         FuseConvBatchNorm,
         HalfAttention,
+        HalfLinear,
         SmoothQuant,
         SplitOutliers,
         Int8Linear,
         Int4Linear,
         Float8Linear,
+        Autocast,
         SelectKernels,
         Prepack,
         Lower,

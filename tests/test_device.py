@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fxopt.device import Device, read_cpuinfo
+from fxopt import PassError
+from fxopt.device import Device, checked_device, read_cpuinfo
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU
@@ -39,8 +40,8 @@ def test_cpu_answers_by_instruction_set(dtype, yes):
 def test_cpu_reason_names_what_is_missing():
     answer = Device("cpu", "Old CPU", frozenset({"sse2"})).accelerates(torch.float16)
     assert answer.reason == (
-        "Old CPU has no instruction that multiplies torch.float16 (none of amx_fp16, avx512_fp16, "
-        "asimdhp): it would be emulated, slower than float32"
+        "Old CPU has no instruction that multiplies torch.float16 (none of amx_fp16, avx512_fp16): "
+        "it would be emulated, slower than float32"
     )
 
 
@@ -113,3 +114,129 @@ def test_describes_this_machine_once():
     assert Device.describe("cpu") is Device.describe(torch.device("cpu"))
     assert Device.describe("cpu").name
     assert not Device.describe("meta").accelerates(torch.int8)
+
+
+def test_arm_multiplies_bfloat16_but_torch_has_no_float16_product_there():
+    device = Device("cpu", "Neoverse V1", frozenset({"asimdhp", "asimdfhm", "bf16", "i8mm"}))
+    assert device.accelerates(torch.bfloat16)
+    assert not device.accelerates(torch.float16)
+
+
+def test_widening_alone_is_no_acceleration():
+    device = Device("cpu", "Arrow Lake", frozenset({"avx_ne_convert", "avx_vnni", "avx2"}))
+    assert not device.accelerates(torch.bfloat16)
+    assert not device.accelerates(torch.float16)
+    assert device.accelerates(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("text", "bfloat16", "float16"),
+    [
+        ("cuda:6.1", False, False),
+        ("cuda:7.5", False, True),
+        ("cuda:8.0", True, True),
+        ("cuda:12.0", True, True),
+        ("cpu:none", False, False),
+        ("cpu:amx_bf16+avx512_bf16", True, False),
+        ("cpu:avx512_bf16+avx512_fp16", True, True),
+        ("cpu:amx_fp16", False, True),
+    ],
+)
+def test_described_devices_answer_and_print_as_they_were_written(text, bfloat16, float16):
+    device = Device.parse(text)
+    assert device.spec == text
+    assert Device.parse(device.spec) == device
+    assert bool(device.accelerates(torch.bfloat16)) is bfloat16
+    assert bool(device.accelerates(torch.float16)) is float16
+
+
+@pytest.mark.parametrize("text", ["cpu", "cuda"])
+def test_a_bare_kind_is_this_machine(text):
+    device = Device.parse(text)
+    assert device is Device.describe(text)
+    again = Device.parse(device.spec)
+    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+        assert bool(again.accelerates(dtype)) is bool(device.accelerates(dtype))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "tpu",
+            "no device is called 'tpu': write cpu or cuda for this machine's, cuda:8.0 (a compute "
+            "capability) or cpu:avx512_bf16+amx_bf16 (instruction sets) for another",
+        ),
+        (
+            "cuda:0",
+            "'cuda:0' gives no compute capability: write it as cuda:8.0 (A100) or cuda:9.0 (H100)",
+        ),
+        (
+            "cuda:0.0",
+            "'cuda:0.0' gives no compute capability: write it as cuda:8.0 (A100) or cuda:9.0 "
+            "(H100)",
+        ),
+        (
+            "cpu:avx512bf16",
+            "'cpu:avx512bf16' names 'avx512bf16', which is none of the instruction sets that "
+            "matter here: amx_bf16, amx_fp16, amx_int8, asimddp, avx512_bf16, avx512_fp16, "
+            "avx512_vnni, avx_vnni, avx_vnni_int8, bf16, i8mm. Join several with +; cpu:none is a "
+            "CPU without any",
+        ),
+    ],
+)
+def test_nonsense_is_no_device(text, message):
+    with pytest.raises(PassError) as caught:
+        Device.parse(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["cpu:", "cpu:avx512_bf16,amx_bf16", "cuda:", "cuda:eight", ""])
+def test_other_nonsense_is_no_device_either(text):
+    with pytest.raises(PassError):
+        Device.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "reason"),
+    [
+        (
+            "cuda:8.0",
+            torch.bfloat16,
+            "a CUDA device's tensor cores take torch.bfloat16 (capability 8.0); it has float32's "
+            "range",
+        ),
+        (
+            "cuda:7.5",
+            torch.float16,
+            "a CUDA device's tensor cores don't take torch.bfloat16: capability 7.5, needs 8.0; "
+            "a CUDA device's tensor cores take torch.float16 (capability 7.5)",
+        ),
+        (
+            "cpu:none",
+            None,
+            "a CPU without such instructions has no instruction that multiplies torch.bfloat16 "
+            "(none of amx_bf16, avx512_bf16, bf16): it would be emulated, slower than float32; "
+            "a CPU without such instructions has no instruction that multiplies torch.float16 "
+            "(none of amx_fp16, avx512_fp16): it would be emulated, slower than float32",
+        ),
+    ],
+)
+def test_half_precision_is_bfloat16_where_it_can_be(text, dtype, reason):
+    choice = Device.parse(text).half()
+    assert choice.dtype is dtype
+    assert choice.reason == reason
+
+
+def test_the_option_of_a_pass_is_text():
+    assert checked_device("Some", None) is None
+    assert checked_device("Some", "cpu") == "cpu"
+    assert checked_device("Some", Device.parse("cuda:8.9")) == "cuda:8.9"
+    with pytest.raises(PassError) as caught:
+        checked_device("Some", torch.device("cpu"))
+    assert str(caught.value) == (
+        "Some(device=device(type='cpu')): give a description such as \"cuda:8.0\" or "
+        '"cpu:avx512_bf16", or None for the device that the model is on'
+    )
+    with pytest.raises(PassError, match=r"^Some\(device='cuda:0'\): 'cuda:0' gives no compute"):
+        checked_device("Some", "cuda:0")

@@ -37,6 +37,9 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "fallback": st.sampled_from([None, "eager"]),
     "backend": st.just("inductor"),
     "force": st.booleans(),
+    "dtype": st.sampled_from(["auto", torch.bfloat16, torch.float16]),
+    "policy": st.sampled_from([(), ("*.head:high",), ("*.head:high", "aten.gelu:low")]),
+    "device": st.sampled_from([None, "cpu", "cuda:8.0", "cpu:amx_bf16+avx512_bf16"]),
     "channels": st.integers(1, 99),
     "ratio": st.floats(1.5, 1e6),
     "alpha": st.just("auto") | st.floats(0.0, 1.0),
@@ -49,6 +52,7 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 _GROUPS = {"int8-linear": st.none(), "int4-linear": st.sampled_from([None, 32, 128])}
 _MODES = {
+    "autocast": st.sampled_from(["mixed", "full", "half"]),
     "int8-linear": st.sampled_from(["dynamic", "static", "weight_only"]),
     "lower": st.sampled_from([None, "default", "reduce-overhead", "max-autotune"]),
 }
@@ -70,7 +74,7 @@ passes = st.sampled_from(sorted(PASSES)).flatmap(
 @given(passes)
 def test_every_pass_survives_its_textual_form(pass_: Pass) -> None:
     assert parse_passes(pass_.spec) == (pass_,)
-    assert eval(repr(pass_), vars(fxopt).copy()) == pass_
+    assert eval(repr(pass_), {**vars(fxopt), "torch": torch}) == pass_
 
 
 @given(st.lists(passes, min_size=1, max_size=4))

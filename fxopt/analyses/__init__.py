@@ -1,5 +1,7 @@
 """Facts about a program as frozen values; nothing is changed here."""
 
+from fxopt.analyses.casts import Casts, autocast_casts, counted_casts, graph_casts
+from fxopt.analyses.extremes import Extremes, extremes, past_range
 from fxopt.analyses.histogram import RangeMethod
 from fxopt.analyses.linears import (
     LINEAR_TARGETS,
@@ -17,6 +19,20 @@ from fxopt.analyses.observers import (
     Rows,
     SecondMoment,
 )
+from fxopt.analyses.operator_precision import (
+    UNLISTED,
+    OperatorPrecision,
+    Side,
+    operator_precision,
+)
+from fxopt.analyses.placement import (
+    CastGraph,
+    Placement,
+    Reading,
+    Value,
+    cheapest_placement,
+    sure_high,
+)
 from fxopt.analyses.precision import rounds_activations
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity
 from fxopt.analyses.speed import BreakEven, linear_speeds
@@ -24,25 +40,42 @@ from fxopt.analyses.weights import quantize_rows
 
 __all__ = [
     "LINEAR_TARGETS",
+    "UNLISTED",
     "BreakEven",
     "Candidate",
+    "CastGraph",
+    "Casts",
     "ChannelMagnitude",
+    "Extremes",
     "Histogram",
     "Linear",
     "MinMax",
     "Observation",
     "Observer",
+    "OperatorPrecision",
+    "Placement",
     "RangeMethod",
+    "Reading",
     "Rows",
     "SecondMoment",
     "Sensitivity",
+    "Side",
+    "Value",
     "as_linear",
+    "autocast_casts",
     "calibration_warnings",
+    "cheapest_placement",
+    "counted_casts",
+    "extremes",
+    "graph_casts",
     "linear_speeds",
     "measure_sensitivity",
     "observe",
+    "operator_precision",
+    "past_range",
     "quantize_rows",
     "reads_as_linear",
     "refuse_shared_weight",
     "rounds_activations",
+    "sure_high",
 ]

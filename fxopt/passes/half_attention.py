@@ -74,9 +74,11 @@ class RoundAttention(Rule):
         rounded = [edit.call(aten.to.dtype, match[name], torch.bfloat16) for name in names]
         mask = match["attn_mask"]
         if mask is not None and mask.meta["val"].dtype == torch.float32:
-            # float32's least number would become -inf, and a row of those NaN.
+            # float32's least number would become -inf, and a row of those zeros; -inf itself stays.
             least = edit.call(aten.clamp.default, mask, torch.finfo(torch.bfloat16).min)
-            mask = edit.call(aten.to.dtype, least, torch.bfloat16)
+            infinite = edit.call(aten.isinf.default, mask)
+            finite = edit.call(aten.where.self, infinite, mask, least)
+            mask = edit.call(aten.to.dtype, finite, torch.bfloat16)
         options = {key: match[key] for key in ("scale", "enable_gqa") if match[key]}
         result = edit.call(
             aten.scaled_dot_product_attention.default,

@@ -38,7 +38,13 @@ def refuse_by_path(
     linear: Linear, include: Sequence[Selection], exclude: Sequence[Selection]
 ) -> str | None:
     """Why a linear that wasn't asked for is left alone."""
-    path = module_path(linear.node)
+    return refuse_path(module_path(linear.node), include, exclude)
+
+
+def refuse_path(
+    path: str, include: Sequence[Selection], exclude: Sequence[Selection]
+) -> str | None:
+    """Why what lies at a module path that wasn't asked for is left alone."""
     if not any(_selects(choice, path) for choice in include):
         return f"not in include={include!r}"
     if any(_selects(choice, path) for choice in exclude):

@@ -113,16 +113,18 @@ class _Driver:
                 self.origin.setdefault(new, name)
             root.replace_all_uses_with(new, propagate_meta=False)
         for root in match.roots:
-            touched.update(dict.fromkeys(self._erase(root)))
+            touched.update(dict.fromkeys(self._erase(root, {*match.roots, *match.inner})))
         self._enqueue(touched)
 
-    def _erase(self, node: fx.Node) -> list[fx.Node]:
+    def _erase(self, node: fx.Node, matched: Collection[fx.Node]) -> list[fx.Node]:
         """Erase `node` and what only it used; return the operands that live on."""
         alive = []
         stack = [node]
         while stack:
             dead = stack.pop()
-            if dead in self.gone or dead.users or not is_pure(dead, self.program.mode):
+            # What was matched is drawn anew by its replacement, if at all, and not a second time.
+            pure = is_pure(dead, "eval" if dead in matched else self.program.mode)
+            if dead in self.gone or dead.users or not pure:
                 continue
             operands = dead.all_input_nodes
             self.edit.before_erasing(dead)

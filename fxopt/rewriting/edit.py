@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import RewriteError
@@ -128,7 +129,8 @@ class Edit:
 
     def _run_on_fakes(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
-            with self._fake_mode, torch.no_grad():
+            # Without the dispatcher some operators (pad) fix the sizes that they see.
+            with self._fake_mode, torch.no_grad(), enable_python_dispatcher():
                 run: Any = SHAPE_RULES.get(node.target, node.target)
                 return run(*args, **kwargs)
         except Exception as error:

@@ -555,3 +555,20 @@ def test_rules_that_look_anywhere_see_every_operation() -> None:
     program = capture(Scaled(), (X,))
     rewrite(program, [rule])
     assert rule.seen == ["call_function"] * program.node_count()
+
+
+class DropAgain(Rule):
+    """dropout(x, 0.5) = dropout(x, 0.25)"""
+
+    pattern = op(aten.dropout.default, hole("x"), 0.5, True)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        return edit.call(aten.dropout.default, match["x"], 0.25, True)
+
+
+def test_a_random_root_is_not_drawn_beside_its_replacement() -> None:
+    program = capture(nn.Sequential(nn.Dropout(0.5)).train(), (torch.randn(2, 3),), "train")
+    result = rewrite(program, (DropAgain(),))
+
+    draws = [node for node in result.graph.nodes if node.target is aten.dropout.default]
+    assert [node.args[1] for node in draws] == [0.25]
