@@ -34,8 +34,8 @@ def extremes(program: Program, nodes: Iterable[fx.Node]) -> Extremes:
     """The largest finite magnitudes of `nodes` over the calibration inputs, or the example.
 
     `nodes` are of `program.graph`; those that hold no floating-point tensor are left out. The
-    inputs are streamed once for all. Infinities, which masks hold legitimately, don't count.
-    Raises `CalibrationError` for unusable batches and for a NaN at one of `nodes`.
+    inputs are streamed once for all. Infinities and NaN don't count: masks hold the one, and
+    queries that see no key make the other. Raises `CalibrationError` for unusable batches.
     """
     asked = [node for node in dict.fromkeys(nodes) if _is_floating_point(node)]
     state = {node: MinMax() for node in asked if node.op == "get_attr"}
@@ -45,7 +45,8 @@ def extremes(program: Program, nodes: Iterable[fx.Node]) -> Extremes:
     warnings: tuple[str, ...] = ()
     if computed:
         with draws_undone():
-            seen = observe(program, {node: (observer,) for node, observer in computed.items()})
+            watched = {node: (observer,) for node, observer in computed.items()}
+            seen = observe(program, watched, refuse_nan=False)
         named = {label(node): (observer,) for node, observer in computed.items()}
         warnings = calibration_warnings(seen, named)
     found = {**state, **computed}

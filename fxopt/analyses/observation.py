@@ -48,13 +48,15 @@ def observe(
     program: Program,
     watched: Mapping[fx.Node, Sequence[Observer]],
     progress: Progress | None = None,
+    refuse_nan: bool = True,
 ) -> Observation:
     """Stream `program.batches()` once and update the observers of each watched node.
 
     `watched` are nodes of `program.graph` whose values are tensors. `progress`, or the
     calibration's own, gets a line every power of two batches or five seconds.
 
-    Raises `CalibrationError` for unusable batches and for a NaN at a watched node.
+    Raises `CalibrationError` for unusable batches and, with `refuse_nan`, for a NaN at a watched
+    node.
     """
     calibration = program.calibration
     progress = progress or (calibration.progress if calibration else None)
@@ -65,7 +67,8 @@ def observe(
 
         def look(node: fx.Node, value: Any, index: int = index) -> Any:
             if node in observers:
-                _refuse_nan(node, value, index)
+                if refuse_nan:
+                    _refuse_nan(node, value, index)
                 for observer in observers[node]:
                     observer.update(value)
             return value

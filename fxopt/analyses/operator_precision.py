@@ -94,9 +94,9 @@ _MOVES = (
     "pixel_unshuffle channel_shuffle roll flip rot90 pad constant_pad_nd reflection_pad1d "
     "reflection_pad2d replication_pad1d replication_pad2d tril triu diagonal diag_embed where "
     "masked_fill scatter slice_scatter select_scatter relu relu6 hardtanh threshold clamp "
-    "clamp_min clamp_max neg abs maximum minimum max_pool1d max_pool2d max_pool3d max_pool2d_with_indices "
-    "adaptive_max_pool1d adaptive_max_pool2d amax amin upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact2d"
+    "clamp_min clamp_max neg abs maximum minimum max_pool1d max_pool2d max_pool3d "
+    "max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d amax amin upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
 )
 _WIDENING = frozenset(["add", "sub", "rsub", "mul", "div", "atan2", "hypot"])
 

@@ -9,8 +9,9 @@ is the weight of a cut between a source on the high side and a sink on the low o
 bytes(u) and d → v infinity for each reader v (cast down), v → p infinity and p → u bytes(u) (cast
 up). A value fixed to a side is merged with its terminal. An operator that would round an operand
 only for its own sake stays high when that operand is: u → v of infinite weight. Of equally cheap
-placements the one with most values high is taken. What free values don't touch each other falls
-apart, and each part is cut by itself.
+placements the one with fewest `exact` values high is taken, since these move fewer bytes low and
+are the same numbers; of those the one with most other values high. What free values don't touch
+each other falls apart, and each part is cut by itself.
 Source: Ford and Fulkerson (1956); networkx's `minimum_cut`, whose sink side is the smallest.
 """
 
@@ -29,11 +30,15 @@ _HIGH, _LOW = "high", "low"
 
 @dataclass(frozen=True)
 class Value:
-    """A value that is kept low, high or in either: what casting it moves, in bytes."""
+    """A value that is kept low, high or in either: what casting it moves, in bytes.
+
+    `exact`: its operator moves or selects values, so that it makes the same numbers on either side.
+    """
 
     name: str
     side: Side
     bytes: int
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class CastGraph:
 
 @dataclass(frozen=True)
 class Placement:
-    """The names of the low values, those cast down and up (for a cost), and the bytes that moves."""
+    """The names of the low values, those cast down and up at a cost, and the bytes that moves."""
 
     low: frozenset[str]
     down: tuple[str, ...]
@@ -69,7 +74,9 @@ class Placement:
 
 
 def cheapest_placement(graph: CastGraph) -> Placement:
-    """The placement whose casts move the fewest bytes, high where that costs the same.
+    """The placement whose casts move the fewest bytes.
+
+    Where that leaves a choice, exact values are low and the others high.
 
     Raises `ValueError` for a reading that `keeps` between values fixed the other way.
     """
@@ -114,22 +121,26 @@ def _network(graph: CastGraph) -> nx.DiGraph:
         value.name: value.side if value.side != "either" else ("value", value.name)
         for value in graph.values
     }
-    sizes = {value.name: value.bytes for value in graph.values}
+    # One byte outweighs the preferences of all exact values together.
+    sizes = {value.name: value.bytes * (len(graph.values) + 1) for value in graph.values}
     network = nx.DiGraph()
     network.add_nodes_from((_HIGH, _LOW))
     network.add_nodes_from(place.values())
+    for value in graph.values:
+        if value.exact and value.side == "either":
+            network.add_edge(place[value.name], _LOW, capacity=1)
     for reading in graph.readings:
-        value, reader = place[reading.value], place[reading.reader]
-        if value != _LOW and reader != _HIGH:
+        source, reader = place[reading.value], place[reading.reader]
+        if source != _LOW and reader != _HIGH:
             down = ("down", reading.value)
-            network.add_edge(value, down, capacity=sizes[reading.value])
+            network.add_edge(source, down, capacity=sizes[reading.value])
             network.add_edge(down, reader)
             if reading.keeps:
-                network.add_edge(value, reader)
-        if value != _HIGH and reader != _LOW and not reading.widens:
+                network.add_edge(source, reader)
+        if source != _HIGH and reader != _LOW and not reading.widens:
             up = ("up", reading.value)
             network.add_edge(reader, up)
-            network.add_edge(up, value, capacity=sizes[reading.value])
+            network.add_edge(up, source, capacity=sizes[reading.value])
     return network
 
 

@@ -25,7 +25,7 @@ from torch import fx
 from fxopt.analyses import Placement, Side, autocast_casts
 from fxopt.claim import Claim, Exact, Sqnr
 from fxopt.device import checked_device
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.passes.autocast_planning import (
     Policy,
     Sides,
@@ -196,7 +196,7 @@ def _account(
         f"{len(low)} of {len(sides.of)} operations in {str(dtype).removeprefix('torch.')}, "
         f"in {len(regions)} regions",
         f"in a call {planned_casts(program, placement)}; no placement moves less",
-        f"torch.autocast: {autocast_casts(program, dtype)}",
+        f"torch.autocast: {_theirs(program, dtype)}",
     ]
     for region in regions[:_MOST_REGIONS]:
         kinds = Counter(_kind(node) for node in region)
@@ -207,6 +207,13 @@ def _account(
     if len(regions) > _MOST_REGIONS:
         lines.append(f"and {len(regions) - _MOST_REGIONS} regions more")
     return tuple(lines)
+
+
+def _theirs(program: Program, dtype: torch.dtype) -> str:
+    try:
+        return str(autocast_casts(program, dtype))
+    except FxoptError as error:
+        return f"unknown, {error}"
 
 
 def _regions(low: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -140,36 +140,55 @@ def planned_casts(program: Program, placement: Placement) -> Casts:
 
 def cast_graph(program: Program, sides: Sides) -> CastGraph:
     """The float32 values of `program`, the bytes that casting each moves, and who reads them."""
-    sources = {
+    values = {node: _value(program, node, sides) for node in _participants(program, sides)}
+    pairs = [(one, node) for node in values for one in _cast_for(node, sides) if one in values]
+    readings = [
+        Reading(operand.name, node.name, keeps=_follows(node, sides) and _rank(operand) > 0)
+        for operand, node in pairs
+    ]
+    high = sure_high(tuple(values.values()), readings)
+    wide = (
+        replace(reading, widens=operand in _widened(node, sides, high))
+        for reading, (operand, node) in zip(readings, pairs, strict=True)
+    )
+    return CastGraph(tuple(values.values()), tuple(wide))
+
+
+def _participants(program: Program, sides: Sides) -> list[fx.Node]:
+    """The operations with a side, the inputs and state that are float32, and the output."""
+    return [
         node
         for node in program.graph.nodes
-        if node.op in ("placeholder", "get_attr") and _is_float32(node)
-    }
-    known = sources | sides.of.keys()
-    values, plain = [], []
-    for node in program.graph.nodes:
-        found = sides.of.get(node)
-        if node not in known and node.op != "output":
-            continue
-        is_free = node.op == "get_attr" and program.mode == "eval"
-        side = found.side if found else "high"
-        values.append(Value(node.name, side, 0 if is_free else _cast_bytes(node)))
-        operands = _read_in_half(node, found, mask=True) if found else _operands(node)
-        plain += [
-            (operand, node, found is not None and found.side == "either" and not found.exact)
-            for operand in operands
-            if operand in known
-        ]
-    readings = [
-        Reading(operand.name, node.name, keeps=follows and _rank(operand) > 0)
-        for operand, node, follows in plain
+        if node in sides.of
+        or node.op == "output"
+        or (node.op in ("placeholder", "get_attr") and _is_float32(node))
     ]
-    high = sure_high(values, readings)
-    wide = [
-        replace(reading, widens=operand in _widened(node, sides, high))
-        for reading, (operand, node, _) in zip(readings, plain, strict=True)
-    ]
-    return CastGraph(tuple(values), tuple(wide))
+
+
+def _value(program: Program, node: fx.Node, sides: Sides) -> Value:
+    found = sides.of.get(node)
+    if found is None:
+        return Value(node.name, "high", 0 if _is_stored(program, node) else _cast_bytes(node))
+    # What copies a constant would round it where nothing else does, since that costs no cast.
+    moves = found.exact and not any(_is_stored(program, one) for one in _operands(node))
+    return Value(node.name, found.side, _cast_bytes(node), moves)
+
+
+def _is_stored(program: Program, node: fx.Node) -> bool:
+    """Whether `node` is a constant, which is rounded once and not at each call."""
+    is_state = node.op == "get_attr" and program.mode == "eval"
+    return is_state and str(node.target) not in program.written
+
+
+def _cast_for(node: fx.Node, sides: Sides) -> list[fx.Node]:
+    found = sides.of.get(node)
+    return _read_in_half(node, found, mask=True) if found else _operands(node)
+
+
+def _follows(node: fx.Node, sides: Sides) -> bool:
+    """Whether `node` stays high where an operand is."""
+    found = sides.of.get(node)
+    return found is not None and found.side == "either" and not found.exact
 
 
 def is_widened_by(node: fx.Node, operand: fx.Node) -> bool:

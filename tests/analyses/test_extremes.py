@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from fxopt.analyses import Extremes, extremes, past_range
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
-from fxopt.errors import CalibrationError
 from fxopt.evaluate import evaluate
 from fxopt.program import Program
 from tests.models import Drawn, sequence_models
@@ -85,17 +83,20 @@ def test_a_mask_of_float32s_least_number_leaves_bfloat16() -> None:
     assert reasons == ["its values reach 3.4e+38, past bfloat16's largest, 3.38953e+38"]
 
 
-def test_few_samples_and_faults_are_told() -> None:
+def test_few_samples_are_told() -> None:
     program = capture(nn.Linear(2, 2), (torch.randn(3, 2),))
     weights = [node for node in program.graph.nodes if node.op == "get_attr"]
     assert extremes(program, weights).warnings == ()
     (warning,) = extremes(program, program.graph.nodes).warnings
     assert warning.startswith("calibrated on the example alone (3 x 2), since calibration= was")
-    broken = replace(
-        program, calibration=Calibration([torch.full((3, 2), math.nan)], program.signature)
-    )
-    with pytest.raises(CalibrationError, match="NaN"):
-        extremes(broken, program.graph.nodes)
+
+
+def test_nan_does_not_count() -> None:
+    program = capture(nn.ReLU(), (torch.randn(3, 2),))
+    (x,) = program.placeholders
+    batch = torch.tensor([[math.nan, 2.0], [-3.0, math.nan]])
+    calibrated = replace(program, calibration=Calibration([batch], program.signature))
+    assert extremes(calibrated, [x]).largest[x] == 3.0
 
 
 def test_random_numbers_drawn_meanwhile_are_given_back() -> None:

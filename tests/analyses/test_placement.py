@@ -24,25 +24,30 @@ def cast_graphs(draw: st.DrawFn) -> CastGraph:
     """Up to eight values, fixed or free, each read by about half of those after it."""
     count = draw(st.integers(1, 8))
     sides = st.sampled_from(["low", "high", "either", "either", "either"])
-    values = [Value(f"v{i}", draw(sides), draw(st.integers(0, 6))) for i in range(count)]
+    values = [
+        Value(f"v{i}", draw(sides), draw(st.integers(0, 6)), draw(st.booleans()))
+        for i in range(count)
+    ]
     kinds = st.sampled_from(["none", "none", "plain", "plain", "keeps", "widens"])
     readings = []
-    for j, i in ((j, i) for j in range(count) for i in range(j)):
+    for value, reader in itertools.combinations(values, 2):
         kind = draw(kinds)
-        keeps = kind == "keeps" and values[j].side == "either"
+        keeps = kind == "keeps" and reader.side == "either"
         if kind != "none":
-            readings.append(Reading(f"v{i}", f"v{j}", keeps=keeps, widens=kind == "widens"))
+            widens = kind == "widens"
+            readings.append(Reading(value.name, reader.name, keeps=keeps, widens=widens))
     return CastGraph(tuple(values), tuple(readings))
 
 
 def best_of_all(graph: CastGraph) -> Placement:
-    """The cheapest of all assignments, the one with fewest low values among equals."""
+    """The cheapest of all assignments; of equals that with fewest exact values high, then low."""
+    exact = {value.name for value in graph.values if value.exact}
     names = [value.name for value in graph.values]
     subsets = itertools.chain.from_iterable(
         itertools.combinations(names, size) for size in range(len(names) + 1)
     )
     found = [placed for low in subsets if (placed := priced(graph, low)) is not None]
-    return min(found, key=lambda placed: (placed.bytes, len(placed.low)))
+    return min(found, key=lambda one: (one.bytes, len(exact - one.low), len(one.low)))
 
 
 @settings(max_examples=400)
@@ -51,7 +56,7 @@ def test_no_assignment_is_cheaper(graph: CastGraph) -> None:
     placed, best = cheapest_placement(graph), best_of_all(graph)
 
     assert placed.bytes == best.bytes
-    assert len(placed.low) == len(best.low)
+    assert placed.low == best.low
 
 
 @given(cast_graphs())
@@ -77,6 +82,13 @@ def test_of_equal_casts_the_earliest_after_a_product_is_taken() -> None:
     placed = cheapest_placement(chain("low", "either", "high", sizes=(4, 4, 0)))
 
     assert placed.up == ("v0",)
+
+
+def test_what_moves_values_does_so_in_half() -> None:
+    values = (Value("x", "low", 4), Value("view", "either", 4, True), Value("norm", "high", 0))
+    placed = cheapest_placement(CastGraph(values, (Reading("x", "view"), Reading("view", "norm"))))
+
+    assert placed.up == ("view",)
 
 
 def test_two_casts_around_a_cheap_operator_are_spared() -> None:

@@ -83,6 +83,20 @@ def test_products_and_what_lies_between_them_are_low() -> None:
     assert graph_casts(program).count == 2
 
 
+def test_a_table_that_no_product_reads_is_not_rounded() -> None:
+    class Embeds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.linear(self.norm(self.words(ids)))
+
+    program = applied(PASS, seeded(Embeds), (torch.arange(6).reshape(2, 3),))
+    assert program.state["words.weight"].dtype == torch.float32
+
+
 def test_norms_and_softmax_stay_high() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softmax(-1)))
     program = applied(PASS, model, (x_of(4, 8),))
