@@ -1,4 +1,4 @@
-"""Joules of a call on an NVIDIA GPU, by the board's own energy counter."""
+"""Joules by the counters of the hardware: an NVIDIA board's own, or RAPL's of the processor."""
 
 from __future__ import annotations
 
@@ -28,6 +28,28 @@ def joules(
             run()
             samples[name].append(_sample(run, counter, seconds))
     return {name: _figures(summarize(values)) for name, values in samples.items()}
+
+
+def energy_counter(device: torch.device | str) -> Callable[[], float]:
+    """Joules so far, to be read before and after: of the board on CUDA, of all packages on a CPU.
+
+    Whatever else runs there is in it. Raises `OSError`, with the reason, where there is no counter.
+    """
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return _counter(torch.cuda.current_device() if kind.index is None else kind.index)
+    if kind.type != "cpu":
+        raise OSError(f"no energy counter is known for a device of type {kind.type}")
+    try:
+        from zeus.device.cpu import get_cpus
+        from zeus.exception import ZeusBaseError
+    except ImportError as error:
+        raise OSError("the energy counter of a CPU needs zeus: see requirements.txt") from error
+    try:
+        packages = get_cpus().cpus
+    except ZeusBaseError as error:
+        raise OSError(f"RAPL can't be read: {error}") from error
+    return lambda: sum(p.get_total_energy_consumption().cpu_mj for p in packages) / 1000.0
 
 
 def _sample(run: Callable[[], object], counter: Callable[[], float], seconds: float) -> float:

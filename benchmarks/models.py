@@ -1,4 +1,4 @@
-"""The models that are measured, with their inputs: random BERT-base, MiniLM and SmolLM2 as trained.
+"""The models that are measured, with their inputs: MiniLM and SmolLM2 as trained, others random.
 
 `quick` makes each of them tiny, so that a run shows that everything works, and no figure of it
 means anything.
@@ -34,6 +34,44 @@ def bert_base(batch: int, length: int, *, quick: bool) -> Workload:
     mask = torch.ones(batch, length, dtype=torch.int64)
     example, *rest = ({"input_ids": ids, "attention_mask": mask} for ids in drawn)
     return Workload(model, example, tuple(rest))
+
+
+def gpt2(batch: int, length: int, *, quick: bool, head: bool = False) -> Workload:
+    """`GPT2Model(GPT2Config())` with random weights on random tokens; with the tied `head` or not.
+
+    With it, the logits of all positions.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+    torch.manual_seed(0)
+    tiny = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512} if quick else {}
+    kind = GPT2LMHeadModel if head else GPT2Model
+    model = kind(GPT2Config(**tiny, use_cache=False)).eval()
+    return Workload(model, {"input_ids": torch.randint(0, 512, (batch, length))})
+
+
+def vit_base(batch: int, *, quick: bool) -> Workload:
+    """`ViTModel(ViTConfig())` with random weights on random images of 224 x 224."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**tiny, intermediate_size=128) if quick else ViTConfig()
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    return Workload(model, {"pixel_values": torch.randn(batch, 3, 224, 224)})
+
+
+def t5_base_encoder(batch: int, length: int, *, quick: bool) -> Workload:
+    """The encoder of t5-base's sizes with random weights on random tokens, without padding."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    base = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    tiny = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
+    model = T5EncoderModel(T5Config(**(tiny if quick else base))).eval()
+    ids = torch.randint(0, 32000, (batch, length))
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    return Workload(model, {"input_ids": ids, "attention_mask": mask})
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ class Comparison:
     sqnr: Mapping[str, float]
 
     def systems(self) -> dict[str, dict[str, Any]]:
-        """Milliseconds with spread and, where outputs are compared, SQNR against eager fp32."""
+        """Milliseconds with spread and, where outputs are compared, their error against eager fp32.
+
+        `relative_error` is ||out - ref|| / ||ref||, `sqnr_db` the same in decibels.
+        """
         rows: dict[str, dict[str, Any]] = {name: timing(self.times[name]) for name in self.times}
         for name, value in self.sqnr.items():
-            rows[name]["sqnr_db"] = round(value, 1)
+            rows[name] |= {"sqnr_db": round(value, 1), "relative_error": _relative_error(value)}
         return rows
 
     def ratios(self, against: Mapping[str, Iterable[str]]) -> dict[str, dict[str, float]]:
@@ -121,6 +124,10 @@ def against_all(ours: Iterable[System], peers: Iterable[System]) -> dict[str, li
     """Each of ours against each peer, by name."""
     names = [peer.name for peer in peers]
     return {system.name: names for system in ours}
+
+
+def _relative_error(db: float) -> float:
+    return float(f"{10 ** (-db / 20):.3g}")
 
 
 def _settle(run: Callable[[], object]) -> None:

@@ -13,10 +13,16 @@ from benchmarks.models import bert_base
 from benchmarks.products import int8_products
 from benchmarks.sidebyside import Comparison, against_all, compare
 from benchmarks.systems import (
+    AUTOCAST_BF16,
+    AUTOCAST_BF16_COMPILE,
     COMPILE_BF16,
     COMPILE_FP32,
+    FXOPT_AUTOCAST,
+    FXOPT_AUTOCAST_NO_PREPACK,
     FXOPT_DYNAMIC,
     FXOPT_FP32,
+    FXOPT_HALF,
+    FXOPT_HALF_LINEAR,
     FXOPT_STATIC,
     ONNXRUNTIME_FP32,
     ONNXRUNTIME_INT8,
@@ -43,6 +49,19 @@ def test_fp32(bert, effort: Effort, benchmark, record: Record) -> None:  # type:
     peers = (OPENVINO_FP32, ONNXRUNTIME_FP32, COMPILE_FP32)
     compared = _timed(benchmark, bert, (FXOPT_FP32, *peers), floor_db=80.0, **effort)
     _record(benchmark, record, "bert_base_fp32", _figures(compared, (FXOPT_FP32,), peers))
+
+
+def test_bf16(bert, effort: Effort, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
+    """Beside whole models in bfloat16 and torch.autocast, whose error is the measure of ours."""
+    ours = (FXOPT_AUTOCAST, FXOPT_AUTOCAST_NO_PREPACK, FXOPT_HALF, FXOPT_HALF_LINEAR)
+    peers = (OPENVINO_BF16, COMPILE_BF16, AUTOCAST_BF16_COMPILE, AUTOCAST_BF16)
+    compared = _timed(benchmark, bert, (*ours, *peers), floor_db=30.0, **effort)
+    figures = _figures(compared, ours, peers)
+    errors = {name: row["relative_error"] for name, row in figures["systems"].items()}
+    figures["relative error over torch.autocast's"] = {
+        system.name: round(errors[system.name] / errors[AUTOCAST_BF16.name], 3) for system in ours
+    }
+    _record(benchmark, record, "bert_base_bf16", figures)
 
 
 def test_int8_dynamic(bert, effort: Effort, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]

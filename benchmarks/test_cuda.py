@@ -1,8 +1,9 @@
 """BERT-large and a Llama-shaped block, batch 32 x 512, on a GPU: milliseconds and joules.
 
 int8 and float8 by fxopt and by torchao beside bfloat16 under `torch.compile(mode="max-autotune")`,
-in one process, in turns. Every system starts from the same weights in bfloat16; outputs are judged
-against eager float32.
+in one process, in turns, every system from the same weights in bfloat16. Mixed precision by fxopt
+beside `torch.autocast` under the same compiler, from weights in float32. Outputs are judged against
+eager float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from benchmarks.conftest import Effort, Record
 from benchmarks.energy import joules
 from benchmarks.sidebyside import Comparison, against_all, compare
-from benchmarks.systems import Call, System, Workload, first, transformed
+from benchmarks.systems import (
+    Call,
+    InAutocast,
+    Inputs,
+    System,
+    Workload,
+    autocast,
+    first,
+    transformed,
+)
 from fxopt.device import Device
 
 pytestmark = [
@@ -87,26 +97,28 @@ def _compiled(config: Callable[[], Any] | None = None) -> Callable[[Workload], C
     """`torch.compile(mode="max-autotune")`, after torchao's `quantize_` where it gets a config."""
 
     def prepare(workload: Workload) -> Call:
-        import torch._inductor.config as inductor
-
-        model = workload.model
         if config is not None:
             from torchao.quantization import quantize_
 
-            quantize_(model, config())
-
-        def run(**inputs: Tensor) -> Any:
-            return model(**inputs)
-
-        # A code object of its own: Dynamo keeps only a few compilations for each.
-        run.__code__ = run.__code__.replace()
-        call = torch.compile(run, fullgraph=True, dynamic=False, mode="max-autotune")
-        # torchao's documentation asks for it, for its int8 products.
-        with inductor.patch(force_fuse_int_mm_with_mul=True):
-            call(**workload.inputs)
-        return lambda inputs: first(call(**inputs))
+            quantize_(workload.model, config())
+        return _max_autotuned(workload.model, workload.inputs)
 
     return _in_bfloat16(prepare)
+
+
+def _max_autotuned(model: nn.Module, inputs: Inputs) -> Call:
+    import torch._inductor.config as inductor
+
+    def run(**inputs: Tensor) -> Any:
+        return model(**inputs)
+
+    # A code object of its own: Dynamo keeps only a few compilations for each.
+    run.__code__ = run.__code__.replace()
+    call = torch.compile(run, fullgraph=True, dynamic=False, mode="max-autotune")
+    # torchao's documentation asks for it, for its int8 products.
+    with inductor.patch(force_fuse_int_mm_with_mul=True):
+        call(**inputs)
+    return lambda inputs: first(call(**inputs))
 
 
 def _torchao_int8() -> Any:
@@ -121,14 +133,13 @@ def _torchao_float8() -> Any:
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
 
 
-def _ours(numerics: str) -> tuple[System, ...]:
-    return tuple(
-        System(
-            f"fxopt {numerics}, {lower}",
-            _in_bfloat16(transformed(f"{_STRUCTURE}, {numerics}, {lower}")),
-        )
-        for lower in ("lower", "lower{mode=max-autotune}")
-    )
+def _ours(numerics: str, *, bfloat16: bool = True) -> tuple[System, ...]:
+    systems = []
+    for lower in ("lower", "lower{mode=max-autotune}"):
+        prepare = transformed(f"{_STRUCTURE}, {numerics}, {lower}")
+        name = f"fxopt {numerics}, {lower}"
+        systems.append(System(name, _in_bfloat16(prepare) if bfloat16 else prepare))
+    return tuple(systems)
 
 
 _COMPILE_BF16 = System("torch.compile bf16, max-autotune", _compiled())
@@ -141,32 +152,79 @@ _TORCHAO = {
 }
 
 
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8"])
 def test_against_bfloat16_and_torchao(  # type: ignore[no-untyped-def]
     workload: Workload, dtype: str, effort: Effort, quick: bool, benchmark, record: Record
 ) -> None:
-    asked = Device.describe("cuda").accelerates(
-        torch.int8 if dtype == "int8" else torch.float8_e4m3fn
+    _skip_unless_fast(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+    ours, peers = _OURS[dtype], (_COMPILE_BF16, _TORCHAO[dtype])
+    compared = _timed(benchmark, workload, (*ours, *peers), _FLOOR_DB[dtype], effort)
+    figures = _figures(compared, workload, ours, peers, quick)
+    benchmark.extra_info.update(figures)
+    record(f"cuda_{_kind(workload)}_{dtype}", figures)
+
+
+@pytest.mark.parametrize("dtype", _HALVES)
+def test_mixed_precision_against_autocast(  # type: ignore[no-untyped-def]
+    workload: Workload, dtype: str, effort: Effort, quick: bool, benchmark, record: Record
+) -> None:
+    _skip_unless_fast(_HALVES[dtype])
+    ours = _ours(f"autocast{{dtype={dtype}}}", bfloat16=False)
+    peers = _autocast(dtype) + ((_COMPILE_BF16,) if dtype == "bfloat16" else ())
+    compared = _timed(benchmark, workload, (*ours, *peers), 30.0, effort)
+    figures = _figures(compared, workload, ours, peers, quick)
+    benchmark.extra_info.update(figures)
+    record(f"cuda_{_kind(workload)}_autocast_{dtype}", figures)
+
+
+def _autocast(dtype: str) -> tuple[System, ...]:
+    half = _HALVES[dtype]
+
+    def compiled(workload: Workload) -> Call:
+        return _max_autotuned(InAutocast(workload.model, half), workload.inputs)
+
+    return (
+        System(f"torch.autocast {dtype} + torch.compile, max-autotune", compiled),
+        System(f"torch.autocast {dtype} (eager)", autocast(half)),
     )
+
+
+def _skip_unless_fast(dtype: torch.dtype) -> None:
+    asked = Device.describe("cuda").accelerates(dtype)
     if not asked:
         pytest.skip(asked.reason)
-    ours, peers = _OURS[dtype], (_COMPILE_BF16, _TORCHAO[dtype])
+
+
+def _timed(
+    benchmark: Any, workload: Workload, systems: Sequence[System], floor_db: float, effort: Effort
+) -> Comparison:
     compared: Comparison = benchmark.pedantic(
-        compare,
-        args=(workload, (*ours, *peers)),
-        kwargs={"floor_db": _FLOOR_DB[dtype], **effort},
-        rounds=1,
+        compare, args=(workload, systems), kwargs={"floor_db": floor_db, **effort}, rounds=1
     )
-    figures = {
+    return compared
+
+
+def _figures(
+    compared: Comparison,
+    workload: Workload,
+    ours: Sequence[System],
+    peers: Sequence[System],
+    quick: bool,
+) -> dict[str, Any]:
+    return {
         "model": type(workload.model).__name__,
         "batch": list(workload.inputs["input_ids"].shape),
         "systems": compared.systems(),
         "ratios": compared.ratios(against_all(ours, peers)),
         **_energy(compared, workload, (*ours, *peers), rounds=1 if quick else 5),
     }
-    benchmark.extra_info.update(figures)
-    kind = "bert_large" if "Bert" in type(workload.model).__name__ else "llama_block"
-    record(f"cuda_{kind}_{dtype}", figures)
+
+
+def _kind(workload: Workload) -> str:
+    return "bert_large" if "Bert" in type(workload.model).__name__ else "llama_block"
 
 
 def _energy(

@@ -16,6 +16,7 @@ from benchmarks.systems import (
     EAGER,
     EAGER_BF16,
     FXOPT_DYNAMIC,
+    FXOPT_LANGUAGE,
     OPENVINO_BF16,
     OPENVINO_INT8,
     TORCHAO_INT8,
@@ -25,7 +26,7 @@ from benchmarks.systems import (
 )
 
 _LENGTH = 512
-_OURS = (FXOPT_DYNAMIC,)
+_OURS = (FXOPT_LANGUAGE, FXOPT_DYNAMIC)
 _PEERS = (
     EAGER_BF16,
     COMPILE_BF16,

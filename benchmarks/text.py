@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
 # Tests and vendored copies: hardly any prose, or prose of somewhere else.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip"}
 _FEWEST_WORDS = 8
@@ -49,11 +51,35 @@ def token_windows(tokenizer: Any, texts: Sequence[str], count: int, length: int)
     return list(rows)
 
 
+def library_files() -> list[Path]:
+    """The files of the standard library that hold prose of its own, in a fixed order."""
+    return sorted(
+        path
+        for path in LIBRARY.rglob("*.py")
+        if not _SKIPPED.intersection(path.relative_to(LIBRARY).parts)
+    )
+
+
+def docstrings_in(path: Path) -> Iterator[str]:
+    """The docstrings of a file as they stand in it: of itself, its classes and its functions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some files hold invalid escapes on purpose
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            return
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+        if docstring:
+            yield docstring
+
+
 @functools.cache
 def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
     halves: tuple[list[str], list[str]] = ([], [])
     seen: set[str] = set()
-    for index, path in enumerate(_files()):
+    for index, path in enumerate(library_files()):
         for text in _paragraphs(path):
             if text not in seen:
                 seen.add(text)
@@ -64,26 +90,9 @@ def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return evaluation, calibration
 
 
-def _files() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(
-        path
-        for path in root.rglob("*.py")
-        if not _SKIPPED.intersection(path.relative_to(root).parts)
-    )
-
-
 def _paragraphs(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some files hold invalid escapes on purpose
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):
-            return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        docstring = ast.get_docstring(node) if isinstance(node, documented) else None
-        for paragraph in (docstring or "").split("\n\n"):
+    for docstring in docstrings_in(path):
+        for paragraph in docstring.split("\n\n"):
             text = " ".join(paragraph.split())
             if _is_prose(text):
                 yield text

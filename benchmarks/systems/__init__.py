@@ -7,9 +7,14 @@ the settings that its own documentation recommends for latency.
 from benchmarks.systems.onnxruntime_peers import ONNXRUNTIME_FP32, ONNXRUNTIME_INT8
 from benchmarks.systems.openvino_peers import OPENVINO_BF16, OPENVINO_FP32, OPENVINO_INT8
 from benchmarks.systems.ours import (
+    FXOPT_AUTOCAST,
+    FXOPT_AUTOCAST_NO_PREPACK,
     FXOPT_CAREFUL,
     FXOPT_DYNAMIC,
     FXOPT_FP32,
+    FXOPT_HALF,
+    FXOPT_HALF_LINEAR,
+    FXOPT_LANGUAGE,
     FXOPT_SPLIT,
     FXOPT_STATIC,
     FXOPT_WEIGHT_ONLY,
@@ -20,6 +25,8 @@ from benchmarks.systems.ours import (
 )
 from benchmarks.systems.system import Call, Inputs, System, Workload, first
 from benchmarks.systems.torch_peers import (
+    AUTOCAST_BF16,
+    AUTOCAST_BF16_COMPILE,
     COMPILE_BF16,
     COMPILE_FP32,
     EAGER,
@@ -29,16 +36,25 @@ from benchmarks.systems.torch_peers import (
     TORCHAO_INT8_FROZEN,
     TORCHAO_INT8_KEPT_HEAD,
     TORCHAO_WEIGHT_ONLY,
+    InAutocast,
+    autocast,
 )
 
 __all__ = [
+    "AUTOCAST_BF16",
+    "AUTOCAST_BF16_COMPILE",
     "COMPILE_BF16",
     "COMPILE_FP32",
     "EAGER",
     "EAGER_BF16",
+    "FXOPT_AUTOCAST",
+    "FXOPT_AUTOCAST_NO_PREPACK",
     "FXOPT_CAREFUL",
     "FXOPT_DYNAMIC",
     "FXOPT_FP32",
+    "FXOPT_HALF",
+    "FXOPT_HALF_LINEAR",
+    "FXOPT_LANGUAGE",
     "FXOPT_SPLIT",
     "FXOPT_STATIC",
     "FXOPT_WEIGHT_ONLY",
@@ -55,10 +71,12 @@ __all__ = [
     "TORCHAO_INT8_KEPT_HEAD",
     "TORCHAO_WEIGHT_ONLY",
     "Call",
+    "InAutocast",
     "Inputs",
     "System",
     "Transformed",
     "Workload",
+    "autocast",
     "first",
     "transformed",
 ]

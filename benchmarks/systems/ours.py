@@ -12,22 +12,29 @@ import fxopt
 from benchmarks.systems.system import Call, Inputs, System, Workload, first
 
 _START = "canonicalize, fuse-linears"
-_HALF = "half-attention"
+# What int8 leaves, attention and costly layers, in bfloat16; then the CPU's fastest library.
+_END = "autocast, prepack, lower"
 # The second linear of a BERT layer's feed-forward net. Its input comes out of a GELU, which takes
 # no scale in, so smoothing it would cost a pass; its few huge channels are split off instead.
 _DOWN = "encoder.layer.?.output.dense"
 _SMOOTH = f"smooth-quant{{alpha=auto, exclude={_DOWN}}}"
 _SPLIT = f"split-outliers{{include={_DOWN}, ratio=1.2}}"
-_CAREFUL = "int8-linear{mode=dynamic, activations=affine, budget=sqnr(30)}"
 
 LISTS: dict[str, str | tuple[Any, ...]] = {
-    "fp32": "canonicalize, fuse-linears, prepack, lower",
-    "int8 static": f"{_START}, {_HALF}, int8-linear{{mode=static}}, prepack, lower",
-    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, {_HALF}, "
-    "int8-linear{mode=static, weights=gptq}, prepack, lower",
-    "int8 dynamic": f"{_START}, smooth-quant, {_HALF}, int8-linear{{mode=dynamic}}, prepack, lower",
-    "int8 careful": f"{_START}, smooth-quant, {_HALF}, {_CAREFUL}, prepack, lower",
-    "int8 weight-only": "canonicalize, fuse-linears, int8-linear{mode=weight_only}, prepack, lower",
+    "fp32": f"{_START}, prepack, lower",
+    "autocast bf16": f"{_START}, {_END}",
+    "autocast bf16, no prepack": f"{_START}, autocast, lower",
+    "half": f"{_START}, autocast{{mode=half}}, prepack, lower",
+    "half-linear": f"{_START}, half-linear, prepack, lower",
+    "int8 static": f"{_START}, int8-linear{{mode=static}}, {_END}",
+    "int8 split": f"{_START}, {_SMOOTH}, {_SPLIT}, "
+    f"int8-linear{{mode=static, weights=gptq}}, {_END}",
+    "int8 careful": f"{_START}, {_SMOOTH}, {_SPLIT}, "
+    f"int8-linear{{mode=static, weights=gptq, budget=sqnr(28)}}, {_END}",
+    "int8 dynamic": f"{_START}, smooth-quant, int8-linear{{mode=dynamic}}, {_END}",
+    "int8 language": f"{_START}, smooth-quant{{alpha=auto}}, "
+    f"int8-linear{{mode=dynamic, activations=affine, weights=gptq}}, {_END}",
+    "int8 weight-only": f"{_START}, int8-linear{{mode=weight_only}}, prepack, lower",
 }
 """The lists of passes that are timed: textual, or tuples of passes."""
 
@@ -64,8 +71,13 @@ def transformed(passes: str | Iterable[Any]) -> Callable[[Workload], Call]:
 OURS = {name: System(f"fxopt {name}", transformed(passes)) for name, passes in LISTS.items()}
 
 FXOPT_FP32 = OURS["fp32"]
+FXOPT_AUTOCAST = OURS["autocast bf16"]
+FXOPT_AUTOCAST_NO_PREPACK = OURS["autocast bf16, no prepack"]
+FXOPT_HALF = OURS["half"]
+FXOPT_HALF_LINEAR = OURS["half-linear"]
 FXOPT_STATIC = OURS["int8 static"]
 FXOPT_SPLIT = OURS["int8 split"]
 FXOPT_DYNAMIC = OURS["int8 dynamic"]
 FXOPT_CAREFUL = OURS["int8 careful"]
+FXOPT_LANGUAGE = OURS["int8 language"]
 FXOPT_WEIGHT_ONLY = OURS["int8 weight-only"]

@@ -28,6 +28,34 @@ def eager(dtype: torch.dtype | None = None) -> Callable[[Workload], Call]:
     return prepare
 
 
+def autocast(dtype: torch.dtype, *, compiled: bool = False) -> Callable[[Workload], Call]:
+    """The model in float32 under `torch.autocast`, a region for each call, as it is documented.
+
+    `compiled` compiles model and region together, with freezing, which casts the weights once.
+    """
+
+    def prepare(workload: Workload) -> Call:
+        model = InAutocast(workload.model, dtype)
+        if compiled:
+            return _compile(model, workload.inputs, freezing=True)
+        return lambda inputs: first(model(**inputs))
+
+    return prepare
+
+
+class InAutocast(nn.Module):
+    """A model whose every call is a region of `torch.autocast`, on the device of its weights."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.device_type = next(model.parameters()).device.type
+
+    def forward(self, **inputs: Tensor) -> Any:
+        with torch.autocast(self.device_type, self.dtype):
+            return self.model(**inputs)
+
+
 def compiled(
     dtype: torch.dtype | None = None,
     *,
@@ -94,6 +122,10 @@ EAGER = System("torch eager fp32", eager())
 EAGER_BF16 = System("torch eager bf16", eager(torch.bfloat16))
 COMPILE_FP32 = System("torch.compile fp32, freezing", compiled())
 COMPILE_BF16 = System("torch.compile bf16, freezing", compiled(torch.bfloat16))
+AUTOCAST_BF16 = System("torch.autocast bf16 (eager)", autocast(torch.bfloat16))
+AUTOCAST_BF16_COMPILE = System(
+    "torch.autocast bf16 + torch.compile, freezing", autocast(torch.bfloat16, compiled=True)
+)
 TORCHAO_INT8 = System(
     "torchao int8 dynamic + compile", compiled(freezing=False, int8="dynamic"), ("torchao",)
 )
