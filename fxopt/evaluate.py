@@ -47,21 +47,25 @@ def evaluate_all(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[
 
 
 def evaluate_variants(
-    program: Program, inputs: Sequence[Tensor], variants: Sequence[Override]
+    program: Program,
+    inputs: Sequence[Tensor],
+    variants: Sequence[Override],
+    override: Override | None = None,
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """`(index, evaluate(program, inputs, override=variants[index]))` for each of `variants`.
 
     They come in the order in which they first differ from the program: what lies before that place
     is computed once for all, so that evenly spread variants take half of a run each. At any time
     the values of two runs are alive. Each variant draws the random numbers that the program draws.
+    `override` holds in all of them, but at the nodes for which a variant has its own.
     """
     place = {node: index for index, node in enumerate(program.graph.nodes)}
     starts = [min(variant, key=place.__getitem__, default=program.output) for variant in variants]
-    common = _Evaluation(program, [inputs])
+    common = _Evaluation(program, [inputs], override=override)
     for index in sorted(range(len(variants)), key=lambda index: place[starts[index]]):
         common.run_to(starts[index])
         with draws_undone():
-            outputs = common.fork(variants[index]).run()[0]
+            outputs = common.fork({**common.override, **variants[index]}).run()[0]
         yield index, outputs
 
 
@@ -70,6 +74,14 @@ def draws_undone() -> Iterator[None]:
     """What is drawn inside leaves the random generators, on every device, where they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Random operators draw the same numbers in every run; the caller's generators stay put."""
+    with draws_undone():
+        torch.manual_seed(0)
         yield
 
 

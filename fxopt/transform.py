@@ -50,7 +50,10 @@ def transform(
     `measure_cost` times original and result and reads their peak memory; left out, it does so when
     the list ends in `Lower`. `progress` is called with a line before each long step.
 
-    `model` is never modified; tensors that no pass touches are shared with it.
+    `model` is never modified; tensors that no pass touches are shared with it. With `mode="train"`
+    dropout and batch statistics stay in the graph and the result trains: `train()` and `eval()`
+    switch it. It trains the parameters that it shares with `model`; running statistics are its own.
+    `example_inputs` must hold what the loss needs (`labels`), and later calls the same arguments.
 
     Raises `ModelError`, `InputError`, `CalibrationError`, `CaptureError`, `PassError`,
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.

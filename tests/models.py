@@ -156,6 +156,33 @@ class SharedLinear(nn.Module):
         return self.linear(torch.tanh(self.linear(x)))
 
 
+class TiedHead(nn.Module):
+    """A linear between an embedding and a head that are one parameter."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.body = nn.Linear(width, width)
+        self.head = nn.Linear(width, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(ids)))
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer [..., 8] -> [..., 4] of integers."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-3, 3, (4, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
 class NoOps(nn.Module):
     """Casts, views and copies that change nothing."""
 

@@ -150,6 +150,7 @@ def test_complex_outputs_are_judged(claim: Claim) -> None:
     reference = torch.complex(_output(0), _output(1))
     assert claim.measure(reference, reference.clone()).holds
     assert not claim.measure(reference, reference.conj().resolve_conj()).holds
+    assert claim.measure(reference, reference * (1 + 1e-6)).holds != (claim == Exact())
 
 
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
@@ -157,6 +158,74 @@ def test_close_admits_the_rounding_of_a_reordered_sum(dtype: torch.dtype) -> Non
     x, w = _output(0, dtype), _output(1, dtype)
     forward, backward = x @ w, x.flip(1) @ w.flip(0)
     assert Close().measure(forward, backward).holds
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _sqnr_at_once(reference: Tensor, output: Tensor) -> float:
+    """The definition, on wide copies of both."""
+    ref, out = _whole(reference), _whole(output)
+    same = (ref == out) & ref.isinf()
+    ref, out = ref.masked_fill(same, 0.0), out.masked_fill(same, 0.0)
+    noise, signal = ((t.abs() ** 2).sum().item() for t in (out - ref, ref))
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _error_at_once(reference: Tensor, output: Tensor) -> float:
+    """max|out - ref| / max|ref|, of the finite magnitudes, by its definition."""
+    ref, out = _whole(reference), _whole(output)
+    error = (out - ref).abs().masked_fill(ref == out, 0.0).max().item()
+    magnitudes = ref.abs()
+    finite = magnitudes[magnitudes.isfinite()]
+    scale = finite.max().item() if len(finite) else 0.0
+    return error / scale if scale else (0.0 if error == 0.0 else math.inf)
+
+
+SPECIAL = [0.0, 1.0, -1.0, 3e38, 1e-40, math.inf, -math.inf, math.nan]
+
+
+@given(
+    data=st.data(),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 9),
+    dtype=st.sampled_from([*_DTYPES, torch.complex64]),
+    turned=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_measured_in_pieces_is_the_same_number(
+    data: st.DataObject, rows: int, columns: int, dtype: torch.dtype, turned: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    reference, noise = (
+        torch.randn(rows, columns, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    output = reference + noise * 10.0 ** data.draw(st.integers(-5, 1))
+    entries = st.integers(0, reference.numel() - 1)
+    planted = st.tuples(entries, st.sampled_from(SPECIAL), st.sampled_from(["one", "both"]))
+    for entry, value, where in data.draw(st.lists(planted, max_size=4)):
+        output.view(-1)[entry] = value
+        if where == "both":
+            reference.view(-1)[entry] = value
+    reference, output = (t.t() if turned else t for t in (reference.to(dtype), output.to(dtype)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxopt.claim._CACHED_ELEMENTS", data.draw(st.integers(1, 50)))
+        found, close = sqnr(reference, output), Close().measure(reference, output)
+    assert found == pytest.approx(_sqnr_at_once(reference, output), rel=1e-12, abs=1e-12)
+    unfit = output.isnan() | (output.isinf() & (output != reference))
+    wanted = math.inf if bool(unfit.any()) else _error_at_once(reference, output)
+    assert close.value == (math.inf if math.isnan(wanted) else wanted)
+
+
+def test_a_sum_that_overflows_is_no_fault() -> None:
+    reference = torch.full((40,), torch.finfo(torch.float16).max, dtype=torch.float16)
+    assert Exact().measure(reference, reference.clone()).holds
+    assert Sqnr(20.0).measure(reference, reference.clone()).value == math.inf
 
 
 def test_sqnr_of_infinite_noise_is_minus_infinity() -> None:

@@ -24,6 +24,7 @@ ROOMS = (
     "kernels",
     "graph_text",
     "wellformed",
+    "evaluation_mode",
     "capture",
     "analyses",
     "rewriting",

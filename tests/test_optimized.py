@@ -193,6 +193,16 @@ def test_a_train_program_trains() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+def test_containers_of_layer_norms_keep_their_type() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.LayerNorm(8)))
+    for opt in (optimized(model), copy.deepcopy(optimized(model))):
+        kept = [name for name, part in opt.named_modules() if isinstance(part, nn.LayerNorm)]
+        assert kept == ["1.0"]
+        assert "(0): LayerNormTensors()" in repr(opt)
+        assert torch.equal(opt(X), model(X))
+        assert set(opt.state_dict()) == set(model.state_dict())
+
+
 def test_buffers_that_a_call_writes_are_its_own() -> None:
     class Counter(nn.Module):
         calls: Tensor

@@ -6,6 +6,7 @@
 Both in decibels of signal over noise at the worst output of the worst batch. With L candidates,
 a batch takes one reference run, L runs for `alone`, each from its candidate on (half a run on
 average), and L - 1 for `cumulative`, or log2(L) where only one budget is asked about.
+All runs, the reference too, take linears from the fastest library and stop before a wide head.
 Noise from one layer hides behind that of another or adds to it in amplitude; hence the second list
 is measured, not summed up from the first.
 """
@@ -14,24 +15,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fxopt.analyses.output_noise import OutputNoise
 from fxopt.analyses.sensitivity_drawing import draw, table
 from fxopt.claim import Sqnr
 from fxopt.errors import PassError
-from fxopt.evaluate import Override, draws_undone, evaluate, evaluate_variants
+from fxopt.evaluate import Override, evaluate, evaluate_variants, same_draws
+from fxopt.kernels.onednn import dense_linear
 from fxopt.program import Program, label
+
+aten = torch.ops.aten
 
 Progress = Callable[[str], None]
 Batch = Sequence[Tensor]
-
-# `Sqnr` measures more than `sqnr` does (integers, shapes, NaN); its floor plays no part in that.
-_METER = Sqnr(1.0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ class _Measurement:
         _check(candidates)
         # Gradients would keep every value of a run alive.
         self.program = replace(program, mode="eval")
+        rewritten = {node for candidate in candidates for node in candidate.values}
+        self.noise = OutputNoise(program, rewritten)
+        self.always = {**_products(program), **self.noise.override}
         self.candidates = candidates
         self.batches = [tuple(batch) for batch in batches]
         if not self.batches:
@@ -166,11 +170,12 @@ class _Measurement:
         variants = [candidate.values for candidate in self.candidates]
         for number, batch in enumerate(self.batches, start=1):
             self.say(f"sensitivity: {len(variants)} candidates alone, batch {number}")
-            with _same_draws():
-                self.references.append(evaluate(self.program, batch))
-            with _same_draws():
-                for index, outputs in evaluate_variants(self.program, batch, variants):
-                    db = _worst(self.references[-1], outputs)
+            with same_draws():
+                self.references.append(evaluate(self.program, batch, override=self.always))
+            with same_draws():
+                runs = evaluate_variants(self.program, batch, variants, self.always)
+                for index, outputs in runs:
+                    db = self.noise.worst_db(self.references[-1], outputs)
                     worst[index] = min(worst[index], db)
             self.runs += 1 + len(variants)
         return worst
@@ -201,18 +206,22 @@ class _Measurement:
 
     def _together(self, indices: Sequence[int]) -> float:
         self.say(f"sensitivity: {len(indices)} of {len(self.candidates)} candidates together")
-        override = {
-            node: compute
-            for index in indices
-            for node, compute in self.candidates[index].values.items()
-        }
+        override = dict(self.always)
+        for index in indices:
+            override.update(self.candidates[index].values)
         worst = math.inf
         for batch, reference in zip(self.batches, self.references, strict=True):
-            with _same_draws():
+            with same_draws():
                 outputs = evaluate(self.program, batch, override=override)
-            worst = min(worst, _worst(reference, outputs))
+            worst = min(worst, self.noise.worst_db(reference, outputs))
         self.runs += len(self.batches)
         return worst
+
+
+def _products(program: Program) -> Override:
+    """The linears as the fastest library computes them, in the reference as in all other runs."""
+    linears = [node for node in program.graph.nodes if node.target is aten.linear.default]
+    return dict.fromkeys(linears, dense_linear)
 
 
 def _check(candidates: Sequence[Candidate]) -> None:
@@ -233,11 +242,6 @@ def _check(candidates: Sequence[Candidate]) -> None:
             )
 
 
-def _worst(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    pairs = zip(reference, outputs, strict=True)
-    return min((_METER.measure(ref, out).value for ref, out in pairs), default=math.inf)
-
-
 def _shares(decibels: Sequence[float]) -> list[float]:
     """Each noise power over their sum; where some are infinite, those alone have a share."""
     lowest = min(decibels, default=math.inf)
@@ -248,11 +252,3 @@ def _shares(decibels: Sequence[float]) -> list[float]:
     else:
         powers = [10.0 ** ((lowest - db) / 10.0) for db in decibels]
     return [power / sum(powers) for power in powers]
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Random operators draw the same numbers in every run; the caller's generators stay put."""
-    with draws_undone():
-        torch.manual_seed(0)
-        yield

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.onednn import has_onednn
 
 # oneDNN's vectorised grouped convolutions take channels of a group by AVX-512's 16 floats; others
 # run on a reference loop that is slower than anything else.
@@ -45,10 +46,11 @@ _library.define(
 )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_rank(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises `KernelError` for inputs of `name` that are not of rank 4."""
     if not q.dim() == k.dim() == v.dim() == 4:
         raise KernelError(
-            "attention needs q, k and v of rank 4 [batch, heads, length, size], not "
+            f"{name} needs q, k and v of rank 4 [batch, heads, length, size], not "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
 
@@ -65,14 +67,14 @@ def _sdpa(
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    _check(q, k, v)
+    check_rank("attention", q, k, v)
     return _sdpa(q, k, v, mask, is_causal, scale).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    _check(q, k, v)
+    check_rank("attention", q, k, v)
     if not is_causal and _fits(q, k, v, mask) and _pays(q, k):
         usable, bias = _key_bias(mask)
         if usable:
@@ -99,8 +101,7 @@ def _pays(q: Tensor, k: Tensor) -> bool:
     return (
         batch * heads * head >= _LEAST_SCORES
         and head <= _MOST_SCORES_A_HEAD
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
+        and has_onednn()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
 
@@ -193,7 +194,7 @@ def _weight(t: Tensor) -> Tensor:
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    _check(q, k, v)
+    check_rank("attention", q, k, v)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 

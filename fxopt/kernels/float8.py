@@ -18,12 +18,10 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.quantization import quantize_matrix, row_scale
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
-# As for int8: a smaller scale would have an infinite reciprocal.
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_CHUNK_ELEMENTS = 1 << 16
 # torch._scaled_mm wants K and N divisible by it.
 _MULTIPLE = 16
 
@@ -47,9 +45,7 @@ def quantize_float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    if rows.shape[-1] == 0:
-        return rows.to(FLOAT8), rows.new_full((*rows.shape[:-1], 1), _SMALLEST_SCALE)
-    scale = (rows.abs().amax(-1, keepdim=True) / _LARGEST).clamp_min(_SMALLEST_SCALE)
+    scale = row_scale(rows, _LARGEST)
     # The cast itself doesn't saturate: past 464 it gives NaN.
     return (rows * scale.reciprocal()).clamp(-_LARGEST, _LARGEST).to(FLOAT8), scale
 
@@ -66,25 +62,8 @@ def quantize_weight_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Beyond the result it needs about 1 MB whatever the weight's size. Raises `KernelError` for a
     weight that is not a matrix of finite floating-point numbers.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        shape = tuple(weight.shape)
-        raise KernelError(
-            f"quantize_weight_float8 needs a float matrix, not {weight.dtype} of {shape}"
-        )
-    with torch.no_grad():
-        q = torch.empty_like(weight, dtype=FLOAT8, memory_format=torch.contiguous_format)
-        scale = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
-        step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
-        for first in range(0, weight.shape[0], step):
-            part = slice(first, first + step)
-            q[part], scale[part] = _rounded(weight.detach()[part].to(torch.float32))
-        if not bool(scale.isfinite().all()):
-            row = int((~scale.isfinite()).flatten().nonzero()[0])
-            raise KernelError(
-                f"quantize_weight_float8: output channel {row} holds NaN or infinity; "
-                "leave this layer in floating point"
-            )
-    return q, scale
+    hint = "leave this layer in floating point"
+    return quantize_matrix(weight, FLOAT8, _rounded, "quantize_weight_float8", hint)
 
 
 def _check(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from fxopt.errors import KernelError
+from fxopt.kernels.attention import check_rank
 
 _LEAST = -99.2
 _SQUARINGS = 6
@@ -57,11 +57,7 @@ def written_attention(
     `k` and `v` may have fewer heads, a divisor of those of `q`. Raises `KernelError` for inputs
     that are not of rank 4.
     """
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise KernelError(
-            "written_attention needs q, k and v of rank 4 [batch, heads, length, size], not "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+    check_rank("written_attention", q, k, v)
     k, v = _for_all_heads(k, q), _for_all_heads(v, q)
     scores = torch.matmul(q, k.transpose(-1, -2)).to(torch.float32) * scale
     if is_causal:

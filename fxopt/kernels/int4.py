@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.onednn import dense_linear
 from fxopt.kernels.packing import PACKED_WEIGHTS
 
 LARGEST = 7
@@ -130,12 +131,7 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     if suits and _suits_aten(x, packed, scale) and _has_vectors():
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
         return _few_rows(product, _pack_for_cpu, x, packed, scale, bias)
-    dense = _dense_on_cpu(packed, scale, x.dtype)
-    if x.dtype == torch.float32 and _has_onednn():
-        bias = None if bias is None else bias.contiguous()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, dense, bias, "none", [], None)
-        return y
-    return torch.nn.functional.linear(x, dense, bias)
+    return dense_linear(x, _dense_on_cpu(packed, scale, x.dtype), bias, least_rows=1)
 
 
 def _on_cuda(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -203,10 +199,6 @@ def _pack_scale(scale: Tensor) -> Tensor:
 
 def _has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() in _CPU_VECTORS
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
 
 
 def _fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

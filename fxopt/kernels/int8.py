@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.onednn import dense_linear
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N divisible by 8.
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
@@ -25,9 +26,6 @@ _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
 _FEW_ROWS = 32
 # That kernel reads whole vectors: other inner sizes give wrong numbers or crash (seen in 2.13).
 _VECTOR = 32
-# From here a float32 product on oneDNN, which lays the dequantized weight out anew each time, beats
-# the one on aten's BLAS.
-_MANY_ROWS = 64
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("int8_product(Tensor q, Tensor weight) -> Tensor")
@@ -141,21 +139,12 @@ def _weight_only_on_cpu(
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.contiguous(), scales)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias
-    if x.dtype == torch.float32 and count >= _MANY_ROWS and weight.numel() and _has_onednn():
-        dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
-        bias = None if bias is None else bias.contiguous()
-        y = torch.ops.mkldnn._linear_pointwise(x, dense, bias, "none", [], None)
-    else:
-        y = _dequantized_linear(x, weight, weight_scale, bias)
-    return y
+    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
+    return dense_linear(x, dense, bias)
 
 
 def _in_vectors(weight: Tensor) -> bool:
     return weight.numel() > 0 and weight.shape[1] % _VECTOR == 0
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
 
 
 def _weight_only_fake(

@@ -20,17 +20,11 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.packed import POST_OPS, activate
 
 aten = torch.ops.aten
 
-# By the names that `fxopt::packed_linear` has for them.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
+EPILOGUES = POST_OPS - {"add"}
 _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad, z: grad,
     "relu": lambda grad, z: aten.threshold_backward(grad, z, 0),
@@ -38,7 +32,6 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda grad, z: aten.gelu_backward(grad, z, approximate="tanh"),
     "silu": lambda grad, z: aten.silu_backward(grad, z),
 }
-EPILOGUES: frozenset[str] = frozenset(_ACTIVATIONS)
 _TRITON_WRITES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
@@ -137,7 +130,7 @@ def row_sums(weight: Tensor) -> Tensor:
 def reference(*given: Any) -> Tensor:
     """The operator's definition, in aten; arguments as `Call` has them."""
     call = Call(*given).checked()
-    activated = _ACTIVATIONS[call.post_op](call.before_activation())
+    activated = activate(call.before_activation(), call.post_op, None)
     # One number for scale may have more axes than q.
     return activated.to(call.dtype).reshape(call.shape).contiguous()
 

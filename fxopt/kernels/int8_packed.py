@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.packed import ONEDNN_POST_OPS, activate
 from fxopt.kernels.packing import PACKED_WEIGHTS
 
@@ -144,8 +145,7 @@ def _runs_on_onednn(q: Tensor, weight: Tensor, out_zero_point: Tensor | None) ->
         and q.numel() > 0
         and weight.numel() > 0
         and (out_zero_point is None or out_zero_point.dtype == torch.uint8)
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
+        and has_onednn()
         and not weight.is_inference()
         and _has_int8_products()
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.packing import PACKED_WEIGHTS
 
 # Our name of a post-operation -> the attribute and the algorithm that oneDNN takes for it.
@@ -83,8 +84,7 @@ def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() > 0
         and weight.shape[0] > 0
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
+        and has_onednn()
         and not weight.is_inference()
         and (
             x.dtype == torch.float32

@@ -14,6 +14,8 @@ Integer-Arithmetic-Only Inference", CVPR 2018; rounding is to nearest, ties to e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,11 +38,16 @@ _library.define(
 )
 
 
-def _scale(rows: Tensor) -> Tensor:
+def row_scale(rows: Tensor, largest: float) -> Tensor:
+    """`[..., 1]`: what maps the largest magnitude of each row of float32 to `largest`."""
     # amax has no answer for rows of no element, and such a row has nothing to scale.
     if rows.shape[-1] == 0:
         return rows.new_full((*rows.shape[:-1], 1), _SMALLEST_SCALE)
-    return (rows.abs().amax(-1, keepdim=True) / _LARGEST).clamp_min(_SMALLEST_SCALE)
+    return (rows.abs().amax(-1, keepdim=True) / largest).clamp_min(_SMALLEST_SCALE)
+
+
+def _scale(rows: Tensor) -> Tensor:
+    return row_scale(rows, _LARGEST)
 
 
 def _round(rows: Tensor, scale: Tensor) -> Tensor:
@@ -55,9 +62,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not x.is_floating_point():
         raise KernelError(f"quantize_per_token needs a floating-point tensor, not {x.dtype}")
-    rows = x.detach().to(torch.float32)
-    scale = _scale(rows)
-    return _round(rows, scale), scale
+    return _symmetric(x.detach().to(torch.float32))
 
 
 def quantize_per_token_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,22 +142,36 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Works on a few rows at a time; beyond the result it needs about 1 MB whatever the weight's
     size. Raises `KernelError` for a weight that is not a matrix of finite floating-point numbers.
     """
+    hint = "int8 cannot express it, leave this layer in floating point"
+    return quantize_matrix(weight, torch.int8, _symmetric, "quantize_weight", hint)
+
+
+def _symmetric(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _scale(rows)
+    return _round(rows, scale), scale
+
+
+def quantize_matrix(
+    weight: Tensor,
+    dtype: torch.dtype,
+    rounded: Callable[[Tensor], tuple[Tensor, Tensor]],
+    name: str,
+    hint: str,
+) -> tuple[Tensor, Tensor]:
+    """`[N, K]` of `dtype` and float32 scales `[N, 1]`, a few rows at a time, by what `rounded`
+    makes of float32 rows. Raises `KernelError`, from `name` and ending in `hint`, for a weight that
+    is not a matrix of finite floating-point numbers."""
     if weight.dim() != 2 or not weight.is_floating_point():
         shape = tuple(weight.shape)
-        raise KernelError(f"quantize_weight needs a float matrix, not {weight.dtype} of {shape}")
+        raise KernelError(f"{name} needs a float matrix, not {weight.dtype} of {shape}")
     with torch.no_grad():
-        q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        q = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         scale = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
         step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
         for first in range(0, weight.shape[0], step):
-            rows = weight.detach()[first : first + step].to(torch.float32)
-            scale[first : first + step] = _scale(rows)
-            rounded = rows * scale[first : first + step].reciprocal()
-            q[first : first + step] = rounded.round_().clamp_(-_LARGEST, _LARGEST)
+            part = slice(first, first + step)
+            q[part], scale[part] = rounded(weight.detach()[part].to(torch.float32))
         if not bool(scale.isfinite().all()):
             row = int((~scale.isfinite()).flatten().nonzero()[0])
-            raise KernelError(
-                f"quantize_weight: output channel {row} holds NaN or infinity; "
-                "int8 cannot express it, leave this layer in floating point"
-            )
+            raise KernelError(f"{name}: output channel {row} holds NaN or infinity; {hint}")
     return q, scale

@@ -45,8 +45,8 @@ class Compiled:
     def __init__(self, module: fx.GraphModule, options: Lower) -> None:
         self.module = module
         self.options = options
-        self.backend = InductorBackend(_inductor_options(options))
         self._grad = torch.is_grad_enabled()
+        self.backend = InductorBackend(_inductor_options(options, self._grad and _on_cpu(module)))
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
         self._run = self._compile(options.dynamic)
         self._widened = options.dynamic is True
@@ -158,13 +158,17 @@ def _run_once(compiled: Compiled, module: fx.GraphModule, program: Program) -> N
             buffer.copy_(before[name])
 
 
+def _on_cpu(module: fx.GraphModule) -> bool:
+    return _device(module, ()).type == "cpu"
+
+
 def _device(module: fx.GraphModule, example: Sequence[Tensor]) -> torch.device:
     tensors = (*example, *module.parameters(), *module.buffers())
     kinds = {tensor.device.type: tensor.device for tensor in tensors}
     return kinds.get("cuda") or next(iter(kinds.values()), torch.device("cpu"))
 
 
-def _inductor_options(options: Lower) -> dict[str, Any]:
+def _inductor_options(options: Lower, trains_on_cpu: bool) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     chosen = dict(list_mode_options(options.mode, options.dynamic)) if options.mode else {}
@@ -172,6 +176,8 @@ def _inductor_options(options: Lower) -> dict[str, Any]:
     chosen["size_asserts"] = False
     # Multiply and add in one instruction, rounded once: a sixth off softmax, a quarter off GELU.
     chosen["cpp.enable_floating_point_contract_flag"] = "fast"
+    # Its own generator draws a number for each entry anew, in scalar code: a third of a step.
+    chosen["fallback_random"] = trains_on_cpu
     if chosen.get("triton.cudagraphs"):
         chosen["triton.cudagraph_skip_dynamic_graphs"] = True
     return chosen

@@ -31,6 +31,7 @@ from fxopt.analyses import (
     observe,
     quantize_rows,
 )
+from fxopt.kernels.onednn import dense_linear
 from fxopt.passes.quantize_linear import (
     QuantizeLinear,
     Rounded,
@@ -152,6 +153,7 @@ class _Planning:
 
     def keep_costly(self, budget: Any, max_layers: int | None) -> None:
         """Leave alone the groups that cost most at the outputs."""
+        self._round_weights()
         groups, names = self._groups(), self._names()
         candidates = [
             Candidate(names[x], {linear.node: self._values(linear) for linear in group})
@@ -184,8 +186,11 @@ class _Planning:
         )
 
     def _keep(self, reasons: Mapping[str, str]) -> None:
-        self.scheme = replace(self.scheme, kept={**self.scheme.kept, **reasons})
         self.linears = [linear for linear in self.linears if linear.node.name not in reasons]
+        used = set(map(weight_key, self.linears))
+        weights = {key: rounded for key, rounded in self.scheme.weights.items() if key in used}
+        kept = {**self.scheme.kept, **reasons}
+        self.scheme = replace(self.scheme, kept=kept, weights=weights)
 
     def _groups(self) -> dict[fx.Node, list[Linear]]:
         groups: dict[fx.Node, list[Linear]] = {}
@@ -206,18 +211,31 @@ class _Planning:
 
     def _values(self, linear: Linear) -> Callable[..., Tensor]:
         """The linear with rounded operands, as a function of its node's argument values."""
-        scheme, name, spelling = self.scheme, linear.node.name, linear.node.target
+        scheme, static = self.scheme, self.scheme.static_scale(linear)
+        q, scale = scheme.stored(scheme.weights[weight_key(linear)])
+        places = [linear.node.args.index(one) for one in (linear.x, linear.bias) if one]
 
         def rounded(*args: Any, **kwargs: Any) -> Tensor:
-            x, weight, bias = _operands(linear, spelling, args)
-            ahead = scheme.weights.get(weight_key(linear))
-            q, scale = ahead or scheme.round_weight(weight)
-            if scheme.group is not None:
-                q, scale = q.reshape(*scale.shape, -1), scale.unsqueeze(-1)
-            dense = torch.ops.fxopt.dequantize(q, scale, weight.dtype).reshape(weight.shape)
-            return torch.nn.functional.linear(scheme.rounded_input(x, name), dense, bias)
+            x, *bias = (args[place] for place in places)
+            weight = scheme.dense_weight(linear, q, scale, _run)
+            return dense_linear(scheme.rounded_input(x, x.dtype, static, _run), weight, *bias)
 
         return rounded
+
+    def _round_weights(self) -> None:
+        """Round each weight that is not yet, once for all runs of the sensitivity and for the
+        rewriting."""
+        weights = dict(self.scheme.weights)
+        for linear in self.linears:
+            key = weight_key(linear)
+            if key not in weights:
+                weights[key] = self.scheme.round_weight(self._rows_of(linear))
+        self.scheme = replace(self.scheme, weights=weights)
+
+    def _rows_of(self, linear: Linear) -> Tensor:
+        """W [N, K]."""
+        state = self.program.state[str(linear.weight.target)]
+        return materialize(linear.rows_first(state)).detach()
 
     def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:
         """Each weight rounded for all the inputs that meet it: their moments are summed."""
@@ -228,10 +246,9 @@ class _Planning:
             linears.setdefault(weight_key(linear), linear)
         rounded = {}
         for key, linear in linears.items():
-            rows = materialize(linear.rows_first(self.program.state[str(linear.weight.target)]))
             moment = sum((seen.matrix for seen in meeting[key].values()), torch.zeros(()))
             rounded[key] = quantize_rows(
-                rows.detach(),
+                self._rows_of(linear),
                 group=self.scheme.group,
                 method="gptq",
                 second_moment=moment,
@@ -252,18 +269,8 @@ def _common_path(nodes: Sequence[fx.Node]) -> str:
     return f"{parent}.{{{tails}}}" if parent else f"{{{tails}}}"
 
 
-def _operands(
-    linear: Linear, spelling: Any, args: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, W as [N, K] and b from the argument values of any spelling of a linear."""
-    if spelling is torch.ops.aten.linear.default:
-        x, weight, bias = (*args, None)[:3]
-    elif spelling is torch.ops.aten.addmm.default:
-        bias, x, weight = args
-    else:
-        x, weight, bias = *args[:2], None
-    n_first = spelling is torch.ops.aten.linear.default
-    return x, weight if n_first else weight.t(), bias
+def _run(target: Callable[..., Any], *args: Any) -> Any:
+    return target(*args)
 
 
 def _rows(linear: Linear) -> int:

@@ -7,7 +7,8 @@ static        x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b        one scale, from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ Rounded = tuple[Tensor, Tensor]
 
 WeightKey = tuple[str, bool]
 """The name of a weight, and whether it is used transposed."""
+
+Call = Callable[..., Any]
+"""`call(operator, *arguments)`: runs it on tensors, or writes it into a graph (`Edit.call`)."""
 
 _STEPS = 255
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -76,28 +80,49 @@ class Scheme:
     exclude: tuple[Selection, ...]
     tied: bool
     scales: Mapping[str, StaticScale] = field(default_factory=dict)
-    weights: Mapping[WeightKey, Rounded] = field(default_factory=dict)
+    weights: Mapping[WeightKey, Rounded] = field(default_factory=dict, repr=False, compare=False)
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def round_weight(self, weight: Tensor) -> Rounded:
         """A float weight [N, K] to the nearest int8 values."""
         return quantize_rows(weight.detach(), group=self.group)
 
-    def rounded_input(self, x: Tensor, name: str) -> Tensor:
-        """dq(q(x)), where `name` is the node of the linear that reads `x`."""
+    def dense_weight(self, linear: Linear, q: Any, scale: Any, call: Call) -> Any:
+        """dq(q(W)) [N, K], of values and scales as `stored` gives them."""
+        weight = call(ops.dequantize.default, q, scale, linear.dtype)
+        if self.group is None:
+            return weight
+        return call(aten.reshape.default, weight, [linear.out_features, linear.in_features])
+
+    def stored(self, rounded: Rounded) -> Rounded:
+        """Values and scales in shapes that broadcast: [N, K / group, group] where there are
+        groups, and [N, K / group, 1]."""
+        values, scale = rounded
+        if self.group is None:
+            return rounded
+        return values.reshape(*scale.shape, -1), scale.unsqueeze(-1)
+
+    def static_scale(self, linear: Linear) -> tuple[Tensor, ...]:
+        """The scale and the zero point of the linear's input where it has them ahead."""
+        if self.mode != "static":
+            return ()
+        # By the linear's name: its input may be a linear that was rewritten, under another name.
+        return self.scales[linear.node.name].tensors(linear.x.meta["val"].device)
+
+    def rounded_input(self, x: Any, dtype: torch.dtype, static: Sequence[Any], call: Call) -> Any:
+        """dq(q(x)) in `dtype`; `static` stands for what `static_scale` gives."""
         if self.mode == "weight_only":
             return x
-        rounded: Tensor
         if self.mode == "static":
-            scale, zero_point = self.scales[name].tensors(x.device)
-            q = ops.quantize(x, scale, zero_point)
-            rounded = ops.dequantize(q, scale, x.dtype, zero_point)
-        elif self.activations == "affine":
-            q, scale, zero_point = ops.quantize_per_token_affine(x)
-            rounded = ops.dequantize(q, scale, x.dtype, zero_point)
-        else:
-            rounded = ops.dequantize(*ops.quantize_per_token(x), x.dtype)
-        return rounded
+            scale, zero_point = static
+            q = call(ops.quantize.default, x, scale, zero_point)
+            return call(ops.dequantize.default, q, scale, dtype, zero_point)
+        affine = self.activations == "affine"
+        quantize = ops.quantize_per_token_affine if affine else ops.quantize_per_token
+        results = call(quantize.default, x)
+        q, scale = (call(operator.getitem, results, index) for index in range(2))
+        rest = (call(operator.getitem, results, 2),) if affine else ()
+        return call(ops.dequantize.default, q, scale, dtype, *rest)
 
 
 class QuantizeLinear(LinearRule):
@@ -124,8 +149,7 @@ class QuantizeLinear(LinearRule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         weight = self._weight(linear, edit)
-        x = linear.x if self.scheme.mode == "weight_only" else self._input(linear, edit)
-        return edit.call(aten.linear.default, x, weight, linear.bias)
+        return edit.call(aten.linear.default, self._input(linear, edit), weight, linear.bias)
 
     def _input(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(x)), made once for linears that share x: roots come in topological order."""
@@ -134,7 +158,10 @@ class QuantizeLinear(LinearRule):
             x = x.args[0]
         key = (x, linear.x)
         if key not in self.rounded:
-            self.rounded[key] = _INPUTS[self.scheme.mode](self.scheme, linear, x, edit)
+            named = zip(("scale", "zero_point"), self.scheme.static_scale(linear), strict=False)
+            static = [edit.constant(f"{x.name}_{name}", number) for name, number in named]
+            dtype = x.meta["val"].dtype
+            self.rounded[key] = self.scheme.rounded_input(x, dtype, static, edit.call)
         return self.rounded[key]
 
     def _is_masked_for_nothing(self, linear: Linear, edit: Edit) -> bool:
@@ -157,16 +184,10 @@ class QuantizeLinear(LinearRule):
         key = weight_key(linear)
         name = str(linear.weight.target)
         if key not in self.weights:
-            values, scale = self._rounded_weight(linear, edit)
-            if self.scheme.group is not None:
-                values, scale = in_groups(values, scale)
+            values, scale = self.scheme.stored(self._rounded_weight(linear, edit))
             q = edit.constant(f"{name}_int8", values)
             s = edit.constant(f"{name}_scale", scale)
-            weight = edit.call(ops.dequantize.default, q, s, linear.dtype)
-            if self.scheme.group is not None:
-                shape = [linear.out_features, linear.in_features]
-                weight = edit.call(aten.reshape.default, weight, shape)
-            self.weights[key] = weight
+            self.weights[key] = self.scheme.dense_weight(linear, q, s, edit.call)
         return self.weights[key]
 
     def _rounded_weight(self, linear: Linear, edit: Edit) -> Rounded:
@@ -180,35 +201,3 @@ class QuantizeLinear(LinearRule):
 def weight_key(linear: Linear) -> WeightKey:
     """One tensor can serve as W here and as Wᵀ there; their rows are not the same."""
     return str(linear.weight.target), linear.transposed
-
-
-def in_groups(values: Tensor, scale: Tensor) -> Rounded:
-    """int8 [N, K / group, group] and scales [N, K / group, 1] that broadcast against them."""
-    return values.reshape(*scale.shape, -1), scale.unsqueeze(-1)
-
-
-def _static_input(scheme: Scheme, linear: Linear, x: fx.Node, edit: Edit) -> fx.Node:
-    value = x.meta["val"]
-    # By the linear's name: by now `x` may be a linear that was rewritten, under another name.
-    numbers = scheme.scales[linear.node.name].tensors(value.device)
-    named = zip(("scale", "zero_point"), numbers, strict=True)
-    scale, zero_point = (edit.constant(f"{x.name}_{name}", number) for name, number in named)
-    q = edit.call(ops.quantize.default, x, scale, zero_point)
-    return edit.call(ops.dequantize.default, q, scale, value.dtype, zero_point)
-
-
-def _dynamic_input(scheme: Scheme, linear: Linear, x: fx.Node, edit: Edit) -> fx.Node:
-    dtype = x.meta["val"].dtype
-    if scheme.activations == "affine":
-        parts = edit.call(ops.quantize_per_token_affine.default, x)
-        q, scale, zero_point = (edit.item(parts, index) for index in range(3))
-        return edit.call(ops.dequantize.default, q, scale, dtype, zero_point)
-    parts = edit.call(ops.quantize_per_token.default, x)
-    q, scale = edit.item(parts, 0), edit.item(parts, 1)
-    return edit.call(ops.dequantize.default, q, scale, dtype)
-
-
-_INPUTS: Mapping[Int8Mode, Callable[[Scheme, Linear, fx.Node, Edit], fx.Node]] = {
-    "static": _static_input,
-    "dynamic": _dynamic_input,
-}

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.claim import Claim, Close
+from fxopt.kernels.int8_fused import row_sums
 from fxopt.passes.float8_linear import SelectFloat8Linear
 from fxopt.passes.int4_linear import SelectInt4Linear
 from fxopt.program import Program, Recipe
@@ -340,8 +340,3 @@ def _row_sums(weight: fx.Node, edit: Edit) -> fx.Node:
     shape = torch.Size((source.shape[0],))
     sums = Recipe(row_sums, (source,), shape, torch.int32, source.device)
     return edit.constant(f"{weight.target}_sums", sums)
-
-
-def row_sums(weight: Tensor) -> Tensor:
-    """int32 sums [N] of the rows of an int8 weight [N, K]."""
-    return weight.sum(-1, dtype=torch.int32)

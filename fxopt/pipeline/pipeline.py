@@ -29,7 +29,9 @@ from fxopt.verify import (
     Verdict,
     blame,
     compose,
+    is_random,
     judge,
+    judge_gradients,
     judge_nodes,
     one_by_one,
     output_names,
@@ -187,7 +189,11 @@ class Pipeline:
             if verdict is not None:
                 outputs = run_program(after)([trial.inputs for trial in self.trials])
                 return after, verdict, [tuple(output) for output in outputs]
-        return after, *self._judge(pass_.claim, self.outputs, run_program(after))
+        judged, kept = self._judge(pass_.claim, self.outputs, run_program(after))
+        if after.mode == "train" and judged.holds:
+            learnt = judge_gradients(pass_.claim, before, after, self.trials[0])
+            judged = learnt if learnt is not None and not learnt.holds else judged
+        return after, judged, kept
 
     def _judge(
         self, claim: Claim, reference: Sequence[Sequence[Tensor]], run: RunAll
@@ -221,11 +227,7 @@ class Pipeline:
         lowered = compile_program(self.module, self.program, options, self.progress)
         claim, verdict = options.claim, None
         if self.verify:
-            # Fused rounding decides ties by other last bits; see judge_nodes. A compiled program
-            # can't be judged node by node, so it is held to the rounding pass's own claim.
-            claim, reference = self.unrounded or (options.claim, self.outputs)
-            run = one_by_one(runner(lowered.callable, self.program, self.module))
-            verdict, self.outputs = self._judge(claim, reference, run)
+            claim, verdict = self._judge_lowered(options, lowered.callable)
             if not verdict.holds:
                 raise EquivalenceError(violation_text(repr(options), verdict))
         self.lowering, self.compiled = options, lowered.callable
@@ -238,6 +240,22 @@ class Pipeline:
             )
         )  # fmt: skip
 
+    def _judge_lowered(self, options: Lower, compiled: Callable[..., Any]) -> tuple[Claim, Verdict]:
+        """The verdict on the compiled program, without dropout where it draws random numbers.
+
+        Fused rounding decides ties by other last bits; see judge_nodes. A compiled program can't be
+        judged node by node, so it is held to the rounding pass's own claim.
+        """
+        assert self.module is not None
+        claim, reference = self.unrounded or (options.claim, self.outputs)
+        if not is_random(self.program):
+            run = one_by_one(runner(compiled, self.program, self.module))
+            verdict, self.outputs = self._judge(claim, reference, run)
+            return claim, verdict
+        before = self.captured if self.unrounded else self.program
+        given = Result(self.program, self.module, compiled)
+        return claim, given.judged_without_dropout(claim, before, options, self.trials)
+
     def finish(self, measure_cost: bool | None) -> Outcome:
         """Judge the whole list against the original, measure, and write the report."""
         program = self.program if self.lowering else self.program.materialized()
@@ -248,7 +266,10 @@ class Pipeline:
         end_to_end = None
         if self.verify:
             budget = self.budget or compose(self.claims)
-            end_to_end = result.judged(budget, (self.trials, self.outputs), self.last_trials)
+            known = (self.trials, self.outputs)
+            # Compiled code draws other numbers; what it computes has been judged without dropout.
+            judged = replace(result, compiled=None) if is_random(program) else result
+            end_to_end = judged.judged(budget, known, self.last_trials)
         steps = tuple(step.record for step in self.steps)
         report = result.reported(self.captured, self.capture_ms, steps, end_to_end)
         if measure_cost or (measure_cost is None and self.lowering is not None):

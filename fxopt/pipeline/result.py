@@ -12,11 +12,15 @@ from torch import Tensor, fx, nn
 from fxopt import measure
 from fxopt.claim import Claim
 from fxopt.errors import EquivalenceError
+from fxopt.evaluation_mode import evaluation_mode
+from fxopt.lower import Lower
+from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
 from fxopt.program import Program
 from fxopt.report import Report, Step, picture
 from fxopt.verify import (
     Trial,
+    Verdict,
     judge,
     one_by_one,
     output_names,
@@ -61,6 +65,21 @@ class Result:
                 "budget=, or drop or tighten a pass"
             )
         return f"{budget}; measured {verdict.measured.text} over {len(trials)} inputs"
+
+    def judged_without_dropout(
+        self, claim: Claim, before: Program, options: Lower, trials: Sequence[Trial]
+    ) -> Verdict:
+        """The verdict on this program compiled by `options`, both it and `before` in evaluation.
+
+        Compiled code draws other random numbers than the graph, so that a training program's own
+        outputs can't be compared.
+        """
+        program = evaluation_mode(self.program)
+        module = graph_over(self.module, program.graph)
+        with torch.no_grad():
+            run = one_by_one(runner(options.compile(module), program, module))
+        reference = run_program(evaluation_mode(before))([trial.inputs for trial in trials])
+        return judge(claim, trials, reference, run, output_names(program))[0]
 
     def reported(
         self,

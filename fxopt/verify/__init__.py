@@ -1,10 +1,12 @@
 """Oracle, judge and bisection: every step is shown to compute the same thing."""
 
 from fxopt.verify.bisect import Blame, blame, judge_nodes
+from fxopt.verify.gradients import judge_gradients
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
     RunAll,
     Trial,
+    is_random,
     one_by_one,
     output_names,
     run_model,
@@ -21,7 +23,9 @@ __all__ = [
     "blame",
     "compare",
     "compose",
+    "is_random",
     "judge",
+    "judge_gradients",
     "judge_nodes",
     "one_by_one",
     "output_names",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
-from fxopt.evaluate import evaluate
+from fxopt.evaluate import evaluate, same_draws
 from fxopt.program import Program, label, source_line
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
@@ -118,8 +118,10 @@ def _compare_nodes(
         compare(name, node, old, value)
         return old
 
-    evaluate(before, trial.inputs, keep)
-    evaluate(after, trial.inputs, force)
+    with same_draws():
+        evaluate(before, trial.inputs, keep)
+    with same_draws():
+        evaluate(after, trial.inputs, force)
 
 
 def _describe(node: fx.Node) -> str:

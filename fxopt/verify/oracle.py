@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import in_mode
 from fxopt.errors import InputError
-from fxopt.evaluate import evaluate, evaluate_all
+from fxopt.evaluate import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, materialize
 from fxopt.signature import TensorInput, unbind
 
@@ -80,7 +80,7 @@ def run_model(model: nn.Module, program: Program) -> Run:
         ]
         args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
         grad = torch.set_grad_enabled(program.mode == "train")
-        with in_mode(model, program.mode), state_kept(program, inputs) as kept, _same_draws(), grad:
+        with in_mode(model, program.mode), state_kept(program, inputs) as kept, same_draws(), grad:
             leaves = pytree.tree_leaves(model(*args, **kwargs))
             outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             # An output may be the very tensor that is about to be put back.
@@ -93,18 +93,19 @@ def run_program(program: Program) -> RunAll:
     """The program as a function of several sets of input tensors; changes no buffer."""
 
     def run(batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        if not _is_random(program):
+        if not is_random(program):
             return evaluate_all(program, batches)
         results = []
         for inputs in batches:
-            with _same_draws():
+            with same_draws():
                 results.append(evaluate(program, inputs))
         return results
 
     return run
 
 
-def _is_random(program: Program) -> bool:
+def is_random(program: Program) -> bool:
+    """Whether a call of `program` draws random numbers."""
     return any(
         torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         for node in program.graph.nodes
@@ -175,15 +176,6 @@ def state_kept(
         with torch.no_grad():
             for tensor, value in zip(written, before, strict=True):
                 tensor.copy_(value)
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Random operators draw the same numbers in every run; the caller's generators stay put."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
 
 
 def output_names(program: Program) -> list[str]:

@@ -80,7 +80,7 @@ def test_nan_and_infinity_are_not_hidden() -> None:
 
 
 def test_a_weight_is_rounded_as_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float8, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("fxopt.kernels.quantization._CHUNK_ELEMENTS", 40)
     weight = torch.randn(9, 16)
     values, scale = quantize_weight_float8(weight.t().contiguous().t())
     rounded, scales = ops.quantize_float8(weight)

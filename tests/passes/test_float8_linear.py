@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from fxopt.kernels.float8 import FLOAT8
 from fxopt.passes.float8_linear import SelectFloat8Linear
 from fxopt.rewriting import SingleRule
 from tests.check import check
+from tests.models import IntegerLinear, TiedHead
 
 FORCED = Float8Linear(force=True)
 
@@ -29,29 +28,6 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) + x @ self.b + self.a(x.sin())
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.body = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(ids)))
-
-
-class Integers(nn.Module):
-    weight: ClassVar[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.randint(-3, 3, (4, 8)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -84,7 +60,7 @@ def test_a_device_with_the_units_needs_no_force(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_tied_head_is_left_out_unless_asked_for() -> None:
-    model, ids = Tied(), torch.randint(0, 20, (3, 5))
+    model, ids = TiedHead(), torch.randint(0, 20, (3, 5))
     result = check(FORCED, model, (ids,), 1)
     assert "embedding.weight is tied: embedding reads it too" in result.changes.refused[0].reason
     check(Float8Linear(tied=True, force=True), model, (ids,), 2)
@@ -102,7 +78,7 @@ def test_include_and_exclude_are_globs_over_module_paths() -> None:
 
 
 def test_integer_and_empty_weights_are_refused() -> None:
-    result = check(FORCED, Integers(), (torch.randint(-5, 5, (3, 8)),), 0)
+    result = check(FORCED, IntegerLinear(), (torch.randint(-5, 5, (3, 8)),), 0)
     assert "torch.int64, not floating point" in result.changes.refused[0].reason
     result = check(FORCED, nn.Linear(8, 0), (torch.randn(3, 8),), 0)
     assert result.changes.refused[0].reason == "its weight is empty"

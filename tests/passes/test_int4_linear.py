@@ -28,6 +28,7 @@ from fxopt.rewriting import SingleRule, rewrite
 from fxopt.saving import load, save
 from fxopt.spec import resolve_passes
 from tests.check import check
+from tests.models import TiedHead
 
 ops = torch.ops.fxopt
 
@@ -58,18 +59,6 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) + self.b(x) + self.a(x.relu())
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 32)
-        self.body = nn.Linear(32, 32)
-        self.head = nn.Linear(32, 20, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(ids)))
 
 
 def mixed(rows: int, seed: int = 0) -> Tensor:
@@ -161,7 +150,7 @@ def test_shared_weights_are_kept_once() -> None:
 
 
 def test_a_tied_head_is_left_out_unless_asked_for() -> None:
-    model, ids = Tied(), torch.randint(0, 20, (3, 5))
+    model, ids = TiedHead(32), torch.randint(0, 20, (3, 5))
     result = check(Int4Linear(), model, (ids,), 1)
     (refusal,) = result.changes.refused
     assert "embedding.weight is tied: embedding reads it too" in refusal.reason

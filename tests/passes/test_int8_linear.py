@@ -18,6 +18,7 @@ from fxopt.claim import sqnr
 from fxopt.evaluate import evaluate
 from fxopt.program import Program
 from tests.check import check
+from tests.models import IntegerLinear, TiedHead
 
 ops = torch.ops.fxopt
 
@@ -48,27 +49,6 @@ class Shared(nn.Module):
         return self.a(x) + self.b(x) + self.a(x.relu())
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.body = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(ids)))
-
-
-class Integers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.randint(-3, 3, (4, 8)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
-
-
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_spelling_of_a_linear(mode: str, dtype: torch.dtype) -> None:
@@ -91,7 +71,7 @@ def test_shared_inputs_are_rounded_once_and_shared_weights_kept_once() -> None:
 
 
 def test_a_tied_head_is_left_out_and_said_so() -> None:
-    model, ids = Tied(), torch.randint(0, 20, (3, 5))
+    model, ids = TiedHead(), torch.randint(0, 20, (3, 5))
     result = check(Int8Linear(), model, (ids,), 1)
     (refusal,) = result.changes.refused
     assert refusal.node.startswith("head")
@@ -100,7 +80,7 @@ def test_a_tied_head_is_left_out_and_said_so() -> None:
 
 
 def test_a_tied_head_can_be_asked_for() -> None:
-    check(Int8Linear(tied=True), Tied(), (torch.randint(0, 20, (3, 5)),), 2)
+    check(Int8Linear(tied=True), TiedHead(), (torch.randint(0, 20, (3, 5)),), 2)
 
 
 def test_include_and_exclude_are_globs_over_module_paths() -> None:
@@ -113,7 +93,7 @@ def test_include_and_exclude_are_globs_over_module_paths() -> None:
 
 
 def test_integer_weights_are_refused() -> None:
-    result = check(Int8Linear(), Integers(), (torch.randint(-5, 5, (3, 8)),), 0)
+    result = check(Int8Linear(), IntegerLinear(), (torch.randint(-5, 5, (3, 8)),), 0)
     assert "torch.int64, not floating point" in result.changes.refused[0].reason
 
 
@@ -298,8 +278,8 @@ def test_models_at_the_edge_are_handled(mode: Any) -> None:
     check(wide, nn.Linear(1, 5), (torch.randn(3, 1),), 1)
     check(wide, nn.Linear(5, 1), (torch.randn(3, 5),), 1)
     check(wide, nn.Linear(8, 4), (torch.zeros(3, 8),), 1)
-    check(wide, Tied(), (torch.randint(0, 20, (3, 5)),), 2)
-    check(wide, Integers(), (torch.randint(-5, 5, (3, 8)),), 0)
+    check(wide, TiedHead(), (torch.randint(0, 20, (3, 5)),), 2)
+    check(wide, IntegerLinear(), (torch.randint(-5, 5, (3, 8)),), 0)
     check(wide, nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), (torch.randn(3, 8),), 0)
     check(wide, nn.Linear(8, 4), (torch.randn(2, 3, 5, 8),), 1)
 

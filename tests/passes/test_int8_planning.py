@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import Int8Linear, Sqnr
+from fxopt.analyses import quantize_rows
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.claim import sqnr
@@ -174,6 +175,32 @@ def test_sensitivity_measures_what_the_pass_then_does(options: dict[str, Any]) -
     together = table.rows[0].cumulative_db
     assert together is not None
     assert sqnr(model(X), output) == pytest.approx(together, abs=0.2)
+
+
+@pytest.mark.parametrize("weights", ["nearest", "gptq"])
+def test_each_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch, weights: Any) -> None:
+    rounded = []
+
+    def count(weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        rounded.append(tuple(weight.shape))
+        return quantize_rows(weight, **options)
+
+    for module in ("int8_planning", "quantize_linear"):
+        monkeypatch.setattr(f"fxopt.passes.{module}.quantize_rows", count)
+    pass_ = Int8Linear(weights=weights, max_layers=1, where="always")
+    program, plan = planned(pass_, outlier_mlp())
+    assert sorted(rounded) == [(4, 8), (8, 32), (32, 8)]
+    assert len(plan.scheme.weights) == 2
+    after = pass_.apply(program, plan)
+    assert len(rounded) == 3
+    held = {id(values) for values, _ in plan.scheme.weights.values()}
+    assert {id(t) for name, t in after.state.items() if name.endswith("_int8")} == held
+
+
+def test_plans_compare_and_print_without_their_weights() -> None:
+    _, plan = planned(Int8Linear(max_layers=1), mlp())
+    assert plan == planned(Int8Linear(max_layers=1), mlp())[1]
+    assert "tensor" not in repr(plan)
 
 
 def test_the_report_keeps_table_and_reasons() -> None:

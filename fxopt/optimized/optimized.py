@@ -9,48 +9,32 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxopt.errors import ModelError, NotCapturedError, SaveError
+from fxopt.errors import ModelError, NotCapturedError
+from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
-from fxopt.program import Program, materialize
-from fxopt.report import Report, Step
-from fxopt.saving import load as read
+from fxopt.optimized.execution import Execution
+from fxopt.optimized.graph_modules import attribute, graph_module, share_tables
+from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.program import Mode, Program
+from fxopt.report import Report
 from fxopt.saving import save
 from fxopt.signature import forward_signature
-from fxopt.spec import parse_passes
 
-_CARRIED_FROM_CLASS = ("main_input_name", "base_model_prefix", "input_modalities")
-
-
-@dataclass(frozen=True)
-class OptimizedStep:
-    """One step as it was taken: its record and the graph after it."""
-
-    record: Step
-    graph: GraphText
-
-    def __str__(self) -> str:
-        return f"{self.record.spec}: {self.record.measured}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished pipeline hands to the module: program, record, and how to run it."""
-
-    program: Program
-    report: Report
-    steps: tuple[OptimizedStep, ...]
-    lowering: Lower | None = None
-    compiled: Callable[..., Any] | None = None
-    module: fx.GraphModule | None = None
+_CARRIED_FROM_CLASS = (
+    "main_input_name",
+    "base_model_prefix",
+    "input_modalities",
+    "_keys_to_ignore_on_save",  # transformers.Trainer reads it when it resumes
+)
 
 
 class Optimized(nn.Module):
@@ -59,6 +43,15 @@ class Optimized(nn.Module):
     `graph` is the printable rewritten graph, `report` what was done and measured, `steps` the
     record and graph of each step, `program` the program itself. A program captured in eval mode
     is for inference: it runs without recording gradients.
+
+    One captured with mode="train" trains. `train()` and `eval()` switch between the graph as it was
+    captured and its evaluation graph, which computes what the original computes in eval mode; both
+    run over the same tensors. `graph`, `program` and `save` are those of the present mode, so that
+    `fxopt.transform(opt.eval(), ...)` goes on from the trained model. Parameters that no pass
+    touched are the original's own: training this module trains the original, but for buffers that a
+    call writes (running statistics), which are copies. `model.load_state_dict(opt.state_dict())`
+    brings all of it back where no pass replaced a weight. Move the module to its device before an
+    optimizer is made over its parameters: there it gets parameters of its own.
     """
 
     def __init__(
@@ -68,6 +61,8 @@ class Optimized(nn.Module):
         object.__setattr__(self, "_carried", carried)
         object.__setattr__(self, "_build", build)
         object.__setattr__(self, "_outcome", None)
+        object.__setattr__(self, "_execution", None)
+        object.__setattr__(self, "_wanted", None)  # what train() and eval() asked for last
         self.training = False
 
     @property
@@ -78,15 +73,12 @@ class Optimized(nn.Module):
     @property
     def graph(self) -> GraphText:
         """The rewritten graph: `print(opt.graph)`, `opt.graph.diff(opt.steps[0].graph)`."""
-        return GraphText(self._done().program.outline())
+        return GraphText(self._in_mode(self._done().program).outline())
 
     @property
     def program(self) -> Program:
         """The rewritten program over this module's present tensors."""
-        outcome = self._done()
-        assert outcome.module is not None
-        state = {name: _attribute(outcome.module, name) for name in outcome.program.state}
-        return replace(outcome.program, state=state)
+        return self._in_mode(self._present())
 
     @property
     def report(self) -> Report:
@@ -114,17 +106,24 @@ class Optimized(nn.Module):
         floating = (t.dtype for t in self._tensors() if t.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes `num_items_in_batch`; transformers.Trainer asks before it calls.
+
+        It does if the example inputs held it, whatever else the original's `**kwargs` takes.
+        """
+        return "num_items_in_batch" in self._done().program.signature.names
+
     def install(self, outcome: Outcome) -> None:
         """Take over a finished pipeline; called once by `transform` and `load`."""
         module = outcome.module or graph_module(outcome.program)
+        execution = Execution(outcome.program, module, outcome.lowering, outcome.compiled)
         object.__setattr__(self, "_outcome", replace(outcome, module=module))
+        object.__setattr__(self, "_execution", execution)
         object.__setattr__(self, "_build", None)  # it holds the original model
         # One set of tables for both: whatever moves or replaces a tensor here moves it there.
-        self._parameters = module._parameters
-        self._buffers = module._buffers
-        self._modules = module._modules
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self.training = outcome.program.mode == "train"
+        share_tables(self, module)
+        self.training = outcome.program.mode == "train" and self._wanted is not False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for the model's arguments, in the model's own output type.
@@ -133,16 +132,14 @@ class Optimized(nn.Module):
         """
         if self._outcome is None:
             self.install(self._build(args, kwargs))
-        outcome = self._outcome
-        signature = outcome.program.signature
-        run = outcome.compiled or outcome.module
+        signature = self._outcome.program.signature
         leaves = signature.flatten(args, kwargs)
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return signature.unflatten(run(*leaves))
+        return signature.unflatten(self._execution.run(self._mode, leaves))
 
     def save(self, folder: str | Path) -> None:
         """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
+        The program is that of the present mode: saved in evaluation mode it is for inference alone.
         Holds no code and no pickle. Raises `SaveError` where something can't be saved.
         """
         outcome = self._done()
@@ -153,14 +150,28 @@ class Optimized(nn.Module):
         save(self.program, folder, lowering=lowering, report_json=report, config=known)
 
     def train(self, mode: bool = True) -> Optimized:
-        """Only a program captured with mode="train" can train. Raises `ModelError` otherwise."""
-        if mode and self._outcome is not None and self._outcome.program.mode == "eval":
+        """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.
+
+        Only a program captured with mode="train" can train. Raises `ModelError` otherwise.
+        """
+        captured_in = self._outcome.program.mode if self._outcome is not None else None
+        if mode and captured_in == "eval":
             raise ModelError(
                 "this program was captured in eval mode and can't train: its dropout is gone "
                 "and its "
                 'norms are folded. Use fxopt.transform(model, ..., mode="train").'
             )
+        if not mode and captured_in == "train":
+            self._execution.module("eval")  # derived here: a tracer of forward couldn't
+        object.__setattr__(self, "_wanted", mode)
         return super().train(mode)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse what transformers.Trainer may ask for: raises `ModelError`."""
+        raise ModelError(
+            "a captured graph can't switch gradient checkpointing on: its module boundaries are "
+            "gone. Train with gradient_checkpointing=False; Lower() recomputes what is cheap."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,16 +183,16 @@ class Optimized(nn.Module):
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        outcome = self._done()
-        state = {name: copy.deepcopy(tensor, memo) for name, tensor in self.program.state.items()}
-        program = replace(outcome.program, state=state)
+        program = self._present()
+        state = {name: copy.deepcopy(tensor, memo) for name, tensor in program.state.items()}
         twin = type(self)(dict(self._carried))
         memo[id(self)] = twin
-        twin.install(relowered(replace(outcome, program=program, module=None, compiled=None)))
+        object.__setattr__(twin, "_wanted", self.training)
+        twin.install(self._renewed(replace(program, state=state)))
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
-        outcome = self._done()
+        self._done()
         probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         if probe.dtype != torch.float32:
             raise ModelError(
@@ -193,8 +204,7 @@ class Optimized(nn.Module):
             self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
-            program = replace(outcome.program, state=self.program.state).on_device(self.device)
-            self.install(relowered(replace(outcome, program=program, module=None, compiled=None)))
+            self.install(self._renewed(self._present().on_device(self.device)))
         return self
 
     def _unshare(self) -> None:
@@ -204,7 +214,26 @@ class Optimized(nn.Module):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    twin.grad = None if parameter.grad is None else parameter.grad.detach()
                     module._parameters[name] = own.setdefault(parameter, twin)
+
+    def _renewed(self, program: Program) -> Outcome:
+        """The outcome with `program`, to be compiled again at its first call."""
+        return replace(self._done(), program=program, module=None, compiled=None)
+
+    @property
+    def _mode(self) -> Mode:
+        return "train" if self.training else "eval"
+
+    def _in_mode(self, program: Program) -> Program:
+        return program if self.training else evaluation_mode(program)
+
+    def _present(self) -> Program:
+        """The program as it was captured, over the tensors that this module holds by now."""
+        outcome = self._done()
+        assert outcome.module is not None
+        state = {name: attribute(outcome.module, name) for name in outcome.program.state}
+        return replace(outcome.program, state=state)
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome
@@ -217,40 +246,6 @@ class Optimized(nn.Module):
 
     def _tensors(self) -> Sequence[Tensor]:
         return [*self.parameters(), *self.buffers()]
-
-
-def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
-    """The module that `Optimized.save` wrote; lowered as it was, at its first call.
-
-    Nothing found in the folder is executed; `namespaces` are those of a user's own operators that
-    the graph may call. Raises `SaveError` for a damaged, truncated, hostile or foreign folder.
-    """
-    saved = read(folder, namespaces=namespaces)
-    if saved.report_json is None:
-        raise SaveError(f"{folder} holds no report; save the module with its save method")
-    lowering = None
-    for pass_ in parse_passes(saved.lowering or ""):
-        if not isinstance(pass_, Lower):
-            raise SaveError(f"{folder} names {pass_!r} as its lowering; only Lower can be one")
-        lowering = pass_
-    program = saved.program
-    carried = {} if saved.config is None else {"config": _config(saved.config, folder)}
-    twin = optimized_like(program.name, program.signature.forward, carried)
-    outcome = Outcome(program, Report.from_json(saved.report_json), (), lowering)
-    twin.install(relowered(outcome))
-    return twin
-
-
-def _config(saved: Mapping[str, Any], folder: str | Path) -> Any:
-    """The transformers config of a saved model; its class is one that transformers registers."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        return CONFIG_MAPPING[saved["model_type"]].from_dict(dict(saved))
-    except Exception as error:  # the file may be hostile: any value may stand anywhere
-        raise SaveError(
-            f"{folder} holds a model config that transformers can't read: {error!s:.200}"
-        ) from error
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:
@@ -289,68 +284,9 @@ def optimized_like(
     return kind(carried, build)
 
 
-def graph_module(program: Program) -> fx.GraphModule:
-    """The program as a graph module over its own tensors, tied names tied.
-
-    State that a call writes is copied, so that calling the result leaves the model as it is.
-    """
-    graph = fx.Graph()
-    results = graph.graph_copy(program.graph, {})
-    graph.output(results)
-    state = {name: materialize(tensor) for name, tensor in program.state.items()}
-    state.update({name: state[name].detach().clone() for name in program.written})
-    module = fx.GraphModule(state, graph, class_name=program.name)
-    for name, tensor in state.items():
-        owner, leaf = _owner(module, name)
-        if isinstance(tensor, nn.Parameter):
-            owner._parameters[leaf] = tensor
-        else:
-            owner.register_buffer(leaf, tensor, persistent=name not in program.non_persistent)
-    for alias, name in program.aliases.items():
-        _alias(module, alias, name)
-    return module
-
-
-def relowered(outcome: Outcome) -> Outcome:
-    """`outcome` with a fresh module, compiled again the way it was (at its first call)."""
-    module = graph_module(outcome.program)
-    compiled = None
-    if outcome.lowering is not None:
-        with torch.set_grad_enabled(outcome.program.mode == "train"):
-            compiled = outcome.lowering.compile(module)
-    return replace(outcome, module=module, compiled=compiled)
-
-
 def _with_self(signature: inspect.Signature) -> inspect.Signature:
     receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     parameters = list(signature.parameters.values())
     if parameters and parameters[0].kind is not inspect.Parameter.POSITIONAL_ONLY:
         receiver = receiver.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return signature.replace(parameters=[receiver, *parameters])
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    owner, leaf = _owner(module, name)
-    tensor = getattr(owner, leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def _alias(module: nn.Module, alias: str, name: str) -> None:
-    """Let `alias` name the same tensor as `name`, in containers made where they are missing."""
-    path, _, leaf = alias.rpartition(".")
-    owner = module
-    for part in path.split(".") if path else []:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    tensor = _attribute(module, name)
-    if isinstance(tensor, nn.Parameter):
-        owner._parameters[leaf] = tensor
-    elif not hasattr(owner, leaf):
-        owner.register_buffer(leaf, tensor)

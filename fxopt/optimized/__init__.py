@@ -1,0 +1,16 @@
+"""Optimized, the module that takes the original's place, and what it is made of."""
+
+from fxopt.optimized.graph_modules import graph_module, graph_over
+from fxopt.optimized.loading import load
+from fxopt.optimized.optimized import Optimized, make_optimized
+from fxopt.optimized.outcome import OptimizedStep, Outcome
+
+__all__ = [
+    "Optimized",
+    "OptimizedStep",
+    "Outcome",
+    "graph_module",
+    "graph_over",
+    "load",
+    "make_optimized",
+]

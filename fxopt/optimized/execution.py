@@ -1,0 +1,66 @@
+"""How a program runs: as captured or in evaluation mode, with gradients or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.evaluation_mode import evaluation_mode
+from fxopt.lower import Lower
+from fxopt.optimized.graph_modules import graph_over
+from fxopt.program import Mode, Program
+
+
+class Execution:
+    """The callables of one program over one set of tensors; each is made when it is first needed.
+
+    `module` is the program as it was captured and `compiled`, where it is given, the same compiled.
+    A program captured in eval mode runs without gradients; one captured in train mode records them
+    where they are enabled, in evaluation mode too. Each of these ways is compiled by itself, since
+    what the backward needs is part of what is compiled.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        module: fx.GraphModule,
+        lowering: Lower | None,
+        compiled: Callable[..., Any] | None,
+    ) -> None:
+        self.program = program
+        self.lowering = lowering
+        self.modules: dict[Mode, fx.GraphModule] = {program.mode: module}
+        self.compiled: dict[tuple[Mode, bool], Callable[..., Any]] = {}
+        if compiled is not None:
+            self.compiled[program.mode, program.mode == "train"] = compiled
+
+    def run(self, mode: Mode, inputs: Sequence[Tensor]) -> Any:
+        """The graph's output tensors in `mode`."""
+        records = self.program.mode == "train" and torch.is_grad_enabled()
+        with torch.set_grad_enabled(records):
+            if self.lowering is None:
+                return self.module(mode)(*inputs)
+            return self._compiled(mode, records, self.lowering)(*inputs)
+
+    def module(self, mode: Mode) -> fx.GraphModule:
+        """The graph of `mode` as a module; the program's own where it was captured in eval mode."""
+        if self.program.mode == "eval":
+            mode = "eval"
+        if mode not in self.modules:
+            graph = evaluation_mode(self.program).graph
+            self.modules[mode] = graph_over(self.modules[self.program.mode], graph)
+        return self.modules[mode]
+
+    def _compiled(self, mode: Mode, records: bool, lowering: Lower) -> Callable[..., Any]:
+        if self.program.mode == "eval":
+            mode = "eval"
+        if (mode, records) not in self.compiled:
+            # Dynamo caches by code object, so that each needs a module of its own.
+            module = self.module(mode)
+            twin = graph_over(module, module.graph)
+            with torch.set_grad_enabled(records):
+                self.compiled[mode, records] = lowering.compile(twin)
+        return self.compiled[mode, records]

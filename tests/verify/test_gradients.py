@@ -1,0 +1,124 @@
+"""Gradients judged: a rewrite that answers right and learns wrong is caught and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt.capture import capture
+from fxopt.claim import Close, Exact, Sqnr
+from fxopt.passes import Canonicalize, FuseLinears
+from fxopt.program import Program
+from fxopt.verify import Trial, judge_gradients
+from tests.models import Attention, ParallelLinears
+
+aten = torch.ops.aten
+X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A norm on batch statistics (its bias before it has no gradient), dropout and a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.body, self.dropout = (
+            nn.Sequential(Attention(8, 2, False, True), nn.GELU()),
+            nn.Dropout(),
+        )
+        self.wide = ParallelLinears(8, [(4, True), (7, False)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm(self.first(x).reshape(-1, 8)).view(x.shape)
+        y = self.wide(self.dropout(self.body(x)))
+        return y.softmax(-1), x
+
+
+def program() -> Program:
+    return capture(Net(), (X,), "train")
+
+
+def trial(of: Program) -> Trial:
+    return Trial("the example", of.example, ())
+
+
+def call(graph: fx.Graph, target: Any, like: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta = dict(like.meta)
+    return node
+
+
+def with_detached_share(before: Program, share: float) -> Program:
+    """The program with x in place of its GELU's x, of whose gradient `share` is lost.
+
+    (1 - share) x + share detach(x) has the value of x.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(before.graph, {}))
+    (x,) = graph.find_nodes(op="call_function", target=aten.gelu.default)
+    users = list(x.users)
+    with graph.inserting_before(x.next):
+        kept = call(graph, aten.mul.Tensor, x, x, 1.0 - share)
+        cut = call(graph, aten.detach.default, x, x)
+        mixed = call(graph, aten.add.Tensor, x, kept, cut, alpha=share)
+    for user in users:
+        user.replace_input_with(x, mixed)
+    return before.with_graph(graph)
+
+
+def test_a_program_has_the_gradients_of_itself() -> None:
+    before = program()
+    verdict = judge_gradients(Exact(), before, before, trial(before))
+    assert verdict is not None
+    assert verdict.holds
+    assert verdict.measured.value == 0.0
+
+
+@pytest.mark.parametrize("pass_", [Canonicalize(), FuseLinears()])
+def test_passes_keep_the_gradients(pass_: Any) -> None:
+    before = program()
+    after = pass_.apply(before, pass_.plan(before))
+    verdict = judge_gradients(pass_.claim, before, after, trial(before))
+    assert verdict is not None
+    assert verdict.holds, (verdict.where, verdict.measured)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.2, 0.002])
+def test_a_lost_gradient_is_caught_and_named(share: float) -> None:
+    before = program()
+    verdict = judge_gradients(Exact(), before, with_detached_share(before, share), trial(before))
+    assert verdict is not None
+    assert not verdict.holds
+    assert verdict.claim == Close()
+    assert verdict.where.startswith("the gradient of body.0.")
+
+
+@pytest.mark.parametrize(("share", "holds"), [(0.2, False), (0.002, True)])
+def test_the_claim_of_the_pass_is_the_bound(share: float, holds: bool) -> None:
+    before = program()
+    after = with_detached_share(before, share)
+    verdict = judge_gradients(Sqnr(30.0), before, after, trial(before))
+    assert verdict is not None
+    assert verdict.holds is holds
+
+
+def test_nothing_is_judged_where_nothing_trains() -> None:
+    frozen = capture(Net().requires_grad_(False), (X,), "train")
+    assert judge_gradients(Exact(), frozen, frozen, trial(frozen)) is None
+
+
+def test_judging_leaves_state_gradients_and_generators_alone() -> None:
+    before = program()
+    state = {name: before.tensor(name).detach().clone() for name in before.state}
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    judge_gradients(Exact(), before, before, trial(before))
+    assert torch.equal(torch.rand(3), expected)
+    for name, tensor in state.items():
+        assert torch.equal(before.tensor(name), tensor)
+        assert before.tensor(name).grad is None
