@@ -1,5 +1,13 @@
 """Facts about a program as frozen values; nothing is changed here."""
 
+from fxopt.analyses.cast_placement import (
+    CastGraph,
+    Placement,
+    Reading,
+    Value,
+    cheapest_placement,
+    sure_high,
+)
 from fxopt.analyses.casts import Casts, autocast_casts, counted_casts, graph_casts
 from fxopt.analyses.extremes import Extremes, extremes, past_range
 from fxopt.analyses.histogram import RangeMethod
@@ -24,14 +32,6 @@ from fxopt.analyses.operator_precision import (
     OperatorPrecision,
     Side,
     operator_precision,
-)
-from fxopt.analyses.placement import (
-    CastGraph,
-    Placement,
-    Reading,
-    Value,
-    cheapest_placement,
-    sure_high,
 )
 from fxopt.analyses.precision import rounds_activations
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity

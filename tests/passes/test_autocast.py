@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import fxopt
 from fxopt import Autocast, Canonicalize, Close, Exact, PassError, Sqnr, wellformed
 from fxopt.analyses import autocast_casts, cheapest_placement, graph_casts
-from fxopt.analyses.placement import priced
+from fxopt.analyses.cast_placement import priced
 from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.evaluate import evaluate

@@ -344,6 +344,25 @@ def test_gradient_checkpointing_is_refused_with_its_reason() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mixed", "half"])
+def test_a_lowered_program_with_dropout_is_judged_without_it(mode: str) -> None:
+    torch.compiler.reset()
+    opt = fxopt.transform(
+        bert(dropout=0.1),
+        f"canonicalize, fuse-linears, autocast{{mode={mode}, force=true}}, lower",
+        example_inputs=CASES["bert"][1](0),
+        mode="train",
+        measure_cost=False,
+    )
+    record = opt.report.steps[-1]
+
+    assert record.name == "lower"
+    assert record.holds
+    opt(**CASES["bert"][1](1))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in opt.parameters())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batches"), [CASES["bert"], CASES["cnn"]], ids=["bert", "cnn"])
 def test_a_lowered_program_trains(make: Make, batches: Batches) -> None:
     """With a smaller last batch, and an evaluation without gradients; dropout off, since Inductor

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.analyses.placement import (
+from fxopt.analyses.cast_placement import (
     CastGraph,
     Placement,
     Reading,
