@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.program import Program, drop_dead_nodes, label, same_sizes
+from fxopt.program import Program, draws_random, drop_dead_nodes, label, same_sizes
 from fxopt.wellformed import check
 
 aten = torch.ops.aten
@@ -235,7 +235,7 @@ def _random_left(graph: fx.Graph) -> list[str]:
     drawing = [
         label(node)
         for node in graph.nodes
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if draws_random(node)
         and node.target.overloadpacket not in _TRAINING_FLAG
         and all(argument.name != "dropout_p" for argument in node.target._schema.arguments)
     ]

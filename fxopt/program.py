@@ -7,6 +7,7 @@ place. Tensors that no pass touches are the model's own, shared and never copied
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ class Program:
                 return value.fake_mode
         raise FxoptError("the program holds no tensor at all; there is nothing to optimise")
 
-    @property
+    @functools.cached_property
     def written(self) -> frozenset[str]:
         """The names of the state that a call writes: running statistics, counters."""
         return frozenset(
@@ -135,6 +136,11 @@ class Program:
             for node in self.graph.nodes
             if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
         )
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether `node` is state that no training and no call changes."""
+        is_state = node.op == "get_attr" and self.mode == "eval"
+        return is_state and str(node.target) not in self.written
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """The input tensors of each calibration batch, or of the example where none were given."""
@@ -232,7 +238,9 @@ def fake(node: Any) -> Any:
     return node.meta["val"] if isinstance(node, fx.Node) else node
 
 
-_RANDOM = torch.Tag.nondeterministic_seeded
+def draws_random(node: fx.Node) -> bool:
+    """Whether `node` calls an operator that draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
@@ -243,7 +251,7 @@ def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
         return True
     if node.target._schema.is_mutable:
         return False
-    return mode == "eval" or _RANDOM not in node.target.tags
+    return mode == "eval" or not draws_random(node)
 
 
 def drop_dead_nodes(graph: fx.Graph, mode: Mode = "eval") -> list[str]:

@@ -156,6 +156,17 @@ class SharedLinear(nn.Module):
         return self.linear(torch.tanh(self.linear(x)))
 
 
+class LinearsOnTwoInputs(nn.Module):
+    """Three linears over two inputs, one called twice, one a matrix that is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + x @ self.b + self.a(x.sin())
+
+
 class TiedHead(nn.Module):
     """A linear between an embedding and a head that are one parameter."""
 

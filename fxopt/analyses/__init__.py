@@ -34,7 +34,7 @@ from fxopt.analyses.operator_precision import (
     operator_precision,
 )
 from fxopt.analyses.precision import rounds_activations
-from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity
+from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
 from fxopt.analyses.speed import BreakEven, linear_speeds
 from fxopt.analyses.weights import quantize_rows
 
@@ -70,6 +70,7 @@ __all__ = [
     "graph_casts",
     "linear_speeds",
     "measure_sensitivity",
+    "measured_batches",
     "observe",
     "operator_precision",
     "past_range",

@@ -13,6 +13,7 @@ is measured, not summed up from the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,9 @@ aten = torch.ops.aten
 
 Progress = Callable[[str], None]
 Batch = Sequence[Tensor]
+
+# Measuring runs the model 2 L times on each.
+_CALIBRATION_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,12 @@ def measure_sensitivity(
     Raises `PassError` for no batch, and for candidates that share a name or a node.
     """
     return _Measurement(program, candidates, batches, progress).run(budget)
+
+
+def measured_batches(program: Program) -> list[Batch]:
+    """The inputs that a pass measures on: the example and the first calibration batches."""
+    first = itertools.islice(program.batches(), _CALIBRATION_BATCHES)
+    return [program.example, *(first if program.calibration else ())]
 
 
 class _Measurement:

@@ -39,24 +39,22 @@ class Execution:
 
     def run(self, mode: Mode, inputs: Sequence[Tensor]) -> Any:
         """The graph's output tensors in `mode`."""
-        records = self.program.mode == "train" and torch.is_grad_enabled()
+        trains = self.program.mode == "train"
+        mode = mode if trains else "eval"
+        records = trains and torch.is_grad_enabled()
         with torch.set_grad_enabled(records):
             if self.lowering is None:
                 return self.module(mode)(*inputs)
             return self._compiled(mode, records, self.lowering)(*inputs)
 
     def module(self, mode: Mode) -> fx.GraphModule:
-        """The graph of `mode` as a module; the program's own where it was captured in eval mode."""
-        if self.program.mode == "eval":
-            mode = "eval"
+        """The graph of `mode` as a module; a program captured in eval mode has that alone."""
         if mode not in self.modules:
             graph = evaluation_mode(self.program).graph
             self.modules[mode] = graph_over(self.modules[self.program.mode], graph)
         return self.modules[mode]
 
     def _compiled(self, mode: Mode, records: bool, lowering: Lower) -> Callable[..., Any]:
-        if self.program.mode == "eval":
-            mode = "eval"
         if (mode, records) not in self.compiled:
             # Dynamo caches by code object, so that each needs a module of its own.
             module = self.module(mode)

@@ -29,7 +29,6 @@ from fxopt.errors import FxoptError, PassError
 from fxopt.passes.autocast_planning import (
     Policy,
     Sides,
-    is_widened_by,
     keep_costly,
     keep_in_range,
     matches,
@@ -39,7 +38,7 @@ from fxopt.passes.autocast_planning import (
 )
 from fxopt.passes.half_choice import HalfDtype, checked_flags, checked_half_dtype, half_choice
 from fxopt.passes.half_precision import CancelCasts, ComputeInHalf
-from fxopt.passes.half_values import is_cast
+from fxopt.passes.half_values import HALF, is_cast, is_tensor_of
 from fxopt.program import Program, Refusal, label, module_path
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage, rewrite
 from fxopt.rewriting.pattern import Target
@@ -55,11 +54,15 @@ _MOST_REGIONS = 8
 
 @dataclass(frozen=True)
 class AutocastPlan(Plan):
-    """A plan with the nodes that will compute in `dtype`, by name, and where casts are."""
+    """A plan with the dtype, and where its values and their casts are; None for nowhere."""
 
-    low: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.bfloat16
     placement: Placement | None = None
+
+    @property
+    def low(self) -> frozenset[str]:
+        """The names of the nodes that will compute in `dtype`."""
+        return self.placement.low if self.placement else frozenset()
 
 
 class WidenInside(Rule):
@@ -72,10 +75,12 @@ class WidenInside(Rule):
 
     def match(self, node: fx.Node) -> Match | None:
         for widened, other in (node.args[:2], node.args[1::-1]):
-            if not isinstance(widened, fx.Node) or not isinstance(other, fx.Node):
-                continue
-            if _is_widening(widened) and is_widened_by(node, other) and widened is not other:
-                return Match((node,), {"widened": widened, "y": widened.args[0]})
+            if (
+                widened is not other
+                and _is_widening(widened)
+                and is_tensor_of(other, torch.float32)
+            ):
+                return Match((node,), {"widened": widened, "y": widened.args[0]})  # type: ignore[union-attr]
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
@@ -154,7 +159,6 @@ class Autocast(Pass):
             tuple(Refusal(reason, label(node)) for node, reason in sides.pinned.items()),
             warnings=(*warnings, *self._unmatched(program)),
             details=(*details, *_account(program, sides, placement, choice)),
-            low=frozenset(placement.low),
             dtype=choice,
             placement=placement,
         )
@@ -233,10 +237,10 @@ def _kind(node: fx.Node) -> str:
     return str(getattr(target, "_opname", getattr(target, "__name__", target)))
 
 
-def _is_widening(node: fx.Node) -> bool:
-    source = node.args[0] if is_cast(node, torch.float32) else None
-    value = source.meta["val"] if isinstance(source, fx.Node) else None
-    return value is not None and value.dtype in (torch.bfloat16, torch.float16) and value.ndim > 0
+def _is_widening(node: Any) -> bool:
+    """Whether `node` is float32(y) for a tensor y in half."""
+    is_widened = isinstance(node, fx.Node) and is_cast(node, torch.float32)
+    return is_widened and any(is_tensor_of(node.args[0], dtype) for dtype in HALF)
 
 
 def _checked_policy(given: Any) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ once (in training they are float32 masters, cast at every call, and count).
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping
@@ -32,6 +31,7 @@ from fxopt.analyses import (
     cheapest_placement,
     extremes,
     measure_sensitivity,
+    measured_batches,
     operator_precision,
     past_range,
     sure_high,
@@ -44,9 +44,6 @@ aten = torch.ops.aten
 
 Policy = tuple[tuple[str, Side], ...]
 """Globs over module paths or operators, each with a side; the last that matches a node counts."""
-
-_MEASURED_BATCHES = 2
-"""Batches that sensitivity is measured on, besides the example."""
 
 _MASK = {aten.scaled_dot_product_attention.default: 3}
 """The operand that an operator keeps within the range of half by itself."""
@@ -112,9 +109,7 @@ def keep_costly(
     if not products:
         return sides, ()
     candidates = [Candidate(name, {node: _in_half(node, dtype)}) for name, node in products.items()]
-    first = itertools.islice(program.batches(), _MEASURED_BATCHES)
-    batches = [program.example, *(first if program.calibration else ())]
-    found = measure_sensitivity(program, candidates, batches, budget)
+    found = measure_sensitivity(program, candidates, measured_batches(program), budget)
     alone = {row.name: row.alone_db for row in found.rows}
     reasons = {
         products[name]: f"costs {alone[name]:.1f} dB alone: left in float32 by budget={budget}"
@@ -168,16 +163,10 @@ def _participants(program: Program, sides: Sides) -> list[fx.Node]:
 def _value(program: Program, node: fx.Node, sides: Sides) -> Value:
     found = sides.of.get(node)
     if found is None:
-        return Value(node.name, "high", 0 if _is_stored(program, node) else _cast_bytes(node))
+        return Value(node.name, "high", 0 if program.is_constant(node) else _cast_bytes(node))
     # What copies a constant would round it where nothing else does, since that costs no cast.
-    moves = found.exact and not any(_is_stored(program, one) for one in _operands(node))
+    moves = found.exact and not any(map(program.is_constant, _operands(node)))
     return Value(node.name, found.side, _cast_bytes(node), moves)
-
-
-def _is_stored(program: Program, node: fx.Node) -> bool:
-    """Whether `node` is a constant, which is rounded once and not at each call."""
-    is_state = node.op == "get_attr" and program.mode == "eval"
-    return is_state and str(node.target) not in program.written
 
 
 def _cast_for(node: fx.Node, sides: Sides) -> list[fx.Node]:
@@ -189,11 +178,6 @@ def _follows(node: fx.Node, sides: Sides) -> bool:
     """Whether `node` stays high where an operand is."""
     found = sides.of.get(node)
     return found is not None and found.side == "either" and not found.exact
-
-
-def is_widened_by(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether `operand` is a tensor beside which type promotion widens a half operand of `node`."""
-    return operand in node.all_input_nodes and _is_float32(operand) and _rank(operand) > 0
 
 
 def _widened(node: fx.Node, sides: Sides, high: Collection[str]) -> list[fx.Node]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Exact
-from fxopt.program import Program, is_pure, same_sizes
+from fxopt.program import Program, draws_random, is_pure, same_sizes
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 
@@ -198,12 +198,7 @@ def _axes(node: fx.Node) -> frozenset[int]:
 
 def _repeatable(node: fx.Node) -> bool:
     """Whether `node` is pure and gives the same value each time."""
-    if node.op != "call_function" or not is_pure(node):
-        return False
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded not in target.tags
-    return True
+    return node.op == "call_function" and is_pure(node) and not draws_random(node)
 
 
 def _same_call(one: fx.Node, other: fx.Node) -> bool:

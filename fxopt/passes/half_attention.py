@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Device
 from fxopt.errors import PassError
+from fxopt.passes.half_precision import ComputeInHalf
+from fxopt.passes.half_values import is_cast, is_tensor_of
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -43,52 +45,31 @@ _SPLITS: frozenset[Any] = frozenset(
 )
 
 
-class RoundAttention(Rule):
+class RoundAttention(ComputeInHalf):
     """sdpa(q, k, v, mask) ~ float32(sdpa(bf16(q), bf16(k), bf16(v), mask))"""
 
     def __init__(self, force: bool) -> None:
+        super().__init__((), torch.bfloat16)
         self.force = force
 
     def targets(self) -> tuple[Target, ...]:
         return (aten.scaled_dot_product_attention.default,)
 
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        if given["query"].meta["val"].dtype == torch.bfloat16:
-            return None
-        return Match((node,), given)
+        rounded = is_tensor_of(arguments(node)["query"], torch.bfloat16)
+        return None if rounded else self.match_of(node)
 
     def refuse(self, match: Match) -> str | None:
-        q, mask = match["query"].meta["val"], match["attn_mask"]
+        given = arguments(match["node"])
+        q, mask = given["query"].meta["val"], given["attn_mask"]
         if q.dtype != torch.float32:
             return f"its inputs are {q.dtype}; only float32 is rounded to bfloat16"
-        if match["dropout_p"]:
+        if given["dropout_p"]:
             return "it drops out attention weights"
         if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
             return f"its mask is {mask.meta['val'].dtype}"
         answer = Device.describe(q.device).accelerates(torch.bfloat16)
         return None if answer or self.force else answer.reason
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        names = ("query", "key", "value")
-        rounded = [edit.call(aten.to.dtype, match[name], torch.bfloat16) for name in names]
-        mask = match["attn_mask"]
-        if mask is not None and mask.meta["val"].dtype == torch.float32:
-            # float32's least number would become -inf, and a row of those zeros; -inf itself stays.
-            least = edit.call(aten.clamp.default, mask, torch.finfo(torch.bfloat16).min)
-            infinite = edit.call(aten.isinf.default, mask)
-            finite = edit.call(aten.where.self, infinite, mask, least)
-            mask = edit.call(aten.to.dtype, finite, torch.bfloat16)
-        options = {key: match[key] for key in ("scale", "enable_gqa") if match[key]}
-        result = edit.call(
-            aten.scaled_dot_product_attention.default,
-            *rounded,
-            mask,
-            0.0,
-            match["is_causal"],
-            **options,
-        )
-        return edit.call(aten.to.dtype, result, torch.float32)
 
 
 class CastBeforeView(Rule):
@@ -164,11 +145,7 @@ class HalfAttention(RulePass):
 
 def _is_plain_cast(node: fx.Node) -> bool:
     """A conversion of float32 to bfloat16 and nothing else."""
-    if node.target is not aten.to.dtype or tuple(node.args[1:]) != (torch.bfloat16,):
-        return False
-    source = node.args[0]
-    value = source.meta["val"] if isinstance(source, fx.Node) else None
-    return not node.kwargs and isinstance(value, Tensor) and value.dtype == torch.float32
+    return is_cast(node, torch.bfloat16) and is_tensor_of(node.args[0], torch.float32, 0)
 
 
 def _is_item(node: Any) -> bool:

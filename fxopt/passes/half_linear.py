@@ -27,7 +27,7 @@ from fxopt.analyses import (
     refuse_shared_weight,
 )
 from fxopt.claim import Claim, Sqnr
-from fxopt.device import Device, checked_device
+from fxopt.device import checked_device
 from fxopt.passes.half_choice import HalfDtype, checked_flags, checked_half_dtype, half_choice
 from fxopt.passes.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.half_values import HALF
@@ -106,7 +106,7 @@ class RoundLayer(ComputeInHalf):
 
     def match(self, node: fx.Node) -> Match | None:
         layer = as_layer(node)
-        if layer is None or not node.users or layer.weight.meta["val"].dtype in HALF:
+        if layer is None or layer.weight.meta["val"].dtype in HALF:
             return None
         return Match((node,), {"node": node, "layer": layer})
 
@@ -155,7 +155,7 @@ class HalfLinear(Pass):
     exclude: tuple[str, ...] = ()
     tied: bool = False
     force: bool = False
-    device: Device | str | None = None
+    device: str | None = None
     claim: Claim = None  # type: ignore[assignment]
     name: ClassVar[str] = "half-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
@@ -176,7 +176,7 @@ class HalfLinear(Pass):
 
     def plan(self, program: Program) -> Plan:
         """The layers that will be in half precision, in which, and why the others will not."""
-        choice = half_choice(program, self.dtype, checked_device("", self.device), self.force)
+        choice = half_choice(program, self.dtype, self.device, self.force)
         past: dict[str, str] = {}
         warnings: tuple[str, ...] = ()
         if choice is torch.float16:

@@ -93,12 +93,7 @@ class ComputeInHalf(Rule):
 
     @staticmethod
     def match_of(node: fx.Node) -> Match | None:
-        """The match that takes `node`, or its results where it has several; None if none is used.
-
-        In train mode the driver keeps a replaced node that draws random numbers, unused.
-        """
-        if not node.users:
-            return None
+        """The match that takes `node`, or the results of it that are used where it has several."""
         if isinstance(node.meta["val"], Tensor):
             return Match((node,), {"node": node})
         items = tuple(user for user in node.users if user.target is operator.getitem)
@@ -145,27 +140,13 @@ class ComputeInHalf(Rule):
             given = arguments(node)
             mask = given["attn_mask"]
             if is_tensor_of(mask, torch.float32):
-                given["attn_mask"] = self._finite(mask, root, edit)
+                given["attn_mask"] = self.values.finite(mask, edit, root)
             named = {name: given.pop(name) for name in ("scale", "enable_gqa")}
             return [*map(halved, given.values())], {k: v for k, v in named.items() if v}
         args, kwargs = pytree.tree_map(halved, (tuple(node.args), dict(node.kwargs)))
         if node.target in _CHOICES:
-            args = [self._finite(v, root, edit) if _is_number(v) else v for v in args]
+            args = [self.values.finite(v, edit, root) if _is_number(v) else v for v in args]
         return args, kwargs
-
-    def _finite(self, x: fx.Node, root: fx.Node, edit: Edit) -> fx.Node:
-        """half(x) where what is finite stays finite and an infinity stays one.
-
-        Masks hold float32's least number, which a cast would turn into -inf, and a row of those
-        into NaN or zeros.
-        """
-        if self.values.are_at_hand(x):
-            return self.values.of(x, edit, root)
-        limits = torch.finfo(self.dtype)
-        inside = self.values.call(edit, root, aten.clamp.default, x, limits.min, limits.max)
-        infinite = self.values.call(edit, root, aten.isinf.default, x)
-        finite = self.values.call(edit, root, aten.where.self, infinite, x, inside)
-        return self.values.call(edit, root, aten.to.dtype, finite, self.dtype)
 
     def _widened(self, result: fx.Node, root: fx.Node, edit: Edit) -> fx.Node:
         """float32(result) where the node that it replaces is float32."""

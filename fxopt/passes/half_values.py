@@ -51,14 +51,13 @@ class HalfValues:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.constants: dict[str, fx.Node] = {}
-        self._written: frozenset[str] | None = None
 
     def of(self, x: fx.Node, edit: Edit, root: fx.Node) -> fx.Node:
         """half(x), for use at `root`: stored, found, or cast there."""
         value, copies = self._origin(x)
         if self._is_rounded(value):
             result: Any = value.args[0]
-        elif self._is_stored(value, edit):
+        elif edit.program.is_constant(value):
             result = self._constant(value, edit)
         else:
             return self.call(edit, root, aten.to.dtype, x, self.dtype)
@@ -74,6 +73,20 @@ class HalfValues:
                     edit, root, copy.target, result, *copy.args[1:], **dict(copy.kwargs)
                 )
         return result  # type: ignore[no-any-return]
+
+    def finite(self, x: fx.Node, edit: Edit, root: fx.Node) -> fx.Node:
+        """half(x), for use at `root`, where what is finite stays finite and an infinity stays one.
+
+        Masks hold float32's least number, which a cast would turn into -inf, and a row of those
+        into NaN or zeros.
+        """
+        if self.are_at_hand(x):
+            return self.of(x, edit, root)
+        limits = torch.finfo(self.dtype)
+        inside = self.call(edit, root, aten.clamp.default, x, limits.min, limits.max)
+        infinite = self.call(edit, root, aten.isinf.default, x)
+        finite = self.call(edit, root, aten.where.self, infinite, x, inside)
+        return self.call(edit, root, aten.to.dtype, finite, self.dtype)
 
     def are_at_hand(self, x: fx.Node) -> bool:
         """Whether `x` is float32(y) for y in half, or copied from it, so that half(x) is free."""
@@ -93,13 +106,6 @@ class HalfValues:
 
     def _is_rounded(self, x: fx.Node) -> bool:
         return is_cast(x, torch.float32) and is_tensor_of(x.args[0], self.dtype)
-
-    def _is_stored(self, x: fx.Node, edit: Edit) -> bool:
-        """Whether `x` is a constant: state that no training and no call changes."""
-        if self._written is None:
-            self._written = edit.program.written
-        is_state = x.op == "get_attr" and edit.program.mode == "eval"
-        return is_state and str(x.target) not in self._written
 
     def _constant(self, x: fx.Node, edit: Edit) -> fx.Node:
         name = str(x.target)

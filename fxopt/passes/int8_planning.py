@@ -7,7 +7,6 @@ so on this machine; which ranges their inputs have (calibration); which cost too
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from fxopt.analyses import (
     calibration_warnings,
     linear_speeds,
     measure_sensitivity,
+    measured_batches,
     observe,
     quantize_rows,
 )
@@ -42,9 +42,6 @@ from fxopt.passes.quantize_linear import (
 )
 from fxopt.program import Program, materialize, module_path, size_at_capture
 from fxopt.rewriting import Plan, plan_rules
-
-_MEASURED_BATCHES = 2
-"""Batches that sensitivity is measured on, besides the example: it runs the model 2 L times."""
 
 _KERNELS = {"dynamic": "int8", "static": "int8_static", "weight_only": "weight_only"}
 """The name under which a mode's kernel is timed."""
@@ -161,9 +158,7 @@ class _Planning:
         ]
         if not candidates:
             return
-        first = itertools.islice(self.program.batches(), _MEASURED_BATCHES)
-        more = first if self.program.calibration else ()
-        batches = [self.program.example, *more]
+        batches = measured_batches(self.program)
         found = measure_sensitivity(self.program, candidates, batches, budget)
         self.sensitivity = found
         self.details += found.lines(12)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxopt.capture import in_mode
 from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all, same_draws
-from fxopt.program import Program, Recipe, materialize
+from fxopt.program import Program, Recipe, draws_random, materialize
 from fxopt.signature import TensorInput, unbind
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -106,10 +106,7 @@ def run_program(program: Program) -> RunAll:
 
 def is_random(program: Program) -> bool:
     """Whether a call of `program` draws random numbers."""
-    return any(
-        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        for node in program.graph.nodes
-    )
+    return any(map(draws_random, program.graph.nodes))
 
 
 def one_by_one(run: Run) -> RunAll:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxopt import Close, Float8Linear, PassError, Sqnr
 from fxopt.capture import capture
@@ -14,26 +14,15 @@ from fxopt.kernels.float8 import FLOAT8
 from fxopt.passes.float8_linear import SelectFloat8Linear
 from fxopt.rewriting import SingleRule
 from tests.check import check
-from tests.models import IntegerLinear, TiedHead
+from tests.models import IntegerLinear, LinearsOnTwoInputs, TiedHead
 
 FORCED = Float8Linear(force=True)
-
-
-class Shared(nn.Module):
-    """Three linears over two inputs, one of them called twice, one with its weight transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) + x @ self.b + self.a(x.sin())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_and_shared_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = Shared().to(dtype)
+    model = LinearsOnTwoInputs().to(dtype)
     result = check(FORCED, model, (torch.randn(3, 8, dtype=dtype),), {"QuantizeFloat8Linear": 3})
     eights = {name for name, tensor in result.state.items() if tensor.dtype == FLOAT8}
     assert eights == {"a.weight_float8", "b_float8"}

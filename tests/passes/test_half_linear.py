@@ -21,7 +21,7 @@ from fxopt.passes.half_linear import as_layer
 from fxopt.program import Program
 from fxopt.spec import parse_passes
 from tests.check import assert_close_to_model, assert_unchanged, check
-from tests.models import Drawn, models
+from tests.models import Drawn, LinearsOnTwoInputs, TiedHead, models
 
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,29 +39,6 @@ def casts(program: Program) -> list[fx.Node]:
 
 def layers(program: Program) -> list[Any]:
     return [layer for node in program.graph.nodes if (layer := as_layer(node)) is not None]
-
-
-class Shared(nn.Module):
-    """Three linears over two inputs, one called twice, one a matrix that is multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) + x @ self.b + self.a(x.sin())
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.body = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(ids)))
 
 
 class Convolutions(nn.Module):
@@ -87,7 +64,7 @@ class Convolutions(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_and_shared_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    result = check(forced(dtype), Shared(), (torch.randn(3, 8),), {"RoundLayer": 3})
+    result = check(forced(dtype), LinearsOnTwoInputs(), (torch.randn(3, 8),), {"RoundLayer": 3})
     name = NAMES[dtype]
     assert set(result.state) == {f"a.weight_{name}", f"a.bias_{name}", f"b_{name}"}
     assert all(tensor.dtype == dtype for tensor in result.state.values())
@@ -185,7 +162,7 @@ def test_auto_on_a_device_with_neither_says_why_not() -> None:
 
 
 def test_a_tied_head_is_left_out_unless_asked_for() -> None:
-    model, ids = Tied(), torch.randint(0, 20, (3, 5))
+    model, ids = TiedHead(), torch.randint(0, 20, (3, 5))
     result = check(forced(torch.bfloat16), model, (ids,), 1)
     assert "embedding.weight is tied: embedding reads it too" in result.changes.refused[0].reason
     result = check(forced(torch.bfloat16, tied=True), model, (ids,), 2)
@@ -317,7 +294,7 @@ def test_ranges_learnt_from_the_example_alone_are_doubted() -> None:
 
 
 def test_sites_can_be_taken_out_of_the_plan() -> None:
-    program = capture(Shared(), (torch.randn(3, 8),))
+    program = capture(LinearsOnTwoInputs(), (torch.randn(3, 8),))
     pass_ = forced(torch.float16)
     plan = pass_.plan(program)
     spared = plan.without([plan.sites[0].node])
@@ -350,7 +327,7 @@ def test_training_keeps_float32_masters(dtype: torch.dtype) -> None:
 
 
 def test_training_may_share_a_weight_with_an_embedding() -> None:
-    program = capture(Tied().train(), (torch.randint(0, 20, (3, 5)),), mode="train")
+    program = capture(TiedHead().train(), (torch.randint(0, 20, (3, 5)),), mode="train")
     pass_ = forced(torch.bfloat16)
     assert len(pass_.plan(program).sites) == 2
 
