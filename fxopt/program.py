@@ -88,7 +88,8 @@ class Program:
     tied tensor to the one in `state`; `module_types` gives the class name of each module path, for
     printing; `example` holds the graph's input tensors at capture; `notes` what the user must know;
     `changes` what the driver did to it since the step began; `calibration` holds the inputs that
-    the user gave for learning ranges, while passes run.
+    the user gave for learning ranges, while passes run; `pruned` counts the channels that groups
+    had before their least important ones were cut.
     """
 
     graph: fx.Graph
@@ -103,9 +104,10 @@ class Program:
     notes: tuple[str, ...] = ()
     changes: Changes = Changes()
     calibration: Calibration | None = None
+    pruned: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("state", "aliases", "module_types"):
+        for name in ("state", "aliases", "module_types", "pruned"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
@@ -236,6 +238,20 @@ def source_line(node: fx.Node) -> str:
 def fake(node: Any) -> Any:
     """The fake value of a node; any other value as it is."""
     return node.meta["val"] if isinstance(node, fx.Node) else node
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by schema name, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    named: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            named[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
 
 
 def draws_random(node: fx.Node) -> bool:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 
 from fxopt.graph_text.printer import Printer
 from fxopt.graph_text.siblings import continues, numbered_part, relative_to
+from fxopt.graph_text.types import DTYPE_NAMES
 from fxopt.program import Program
+
+_TYPE = re.compile(rf"(?<![%.\w])(?:{'|'.join(DTYPE_NAMES)})\[[^\]]*\]")
 
 
 def diff(before: Program, after: Program) -> str:
     """What changed from `before` to `after`: removed lines (-), added ones (+), by module.
 
-    A change that numbered siblings share is printed once. The empty string where nothing changed.
+    A line of which only types changed is printed once (~), with the old and the new types:
+    `linear(%x, weight: f32[3072, 768] -> f32[1536, 768])`. So is a change that numbered siblings
+    share. The empty string where nothing changed.
     """
     old = Printer(before)
     new = Printer(after, old)
@@ -29,14 +35,34 @@ def diff(before: Program, after: Program) -> str:
 
 
 def _hunks(old: list[tuple[str, str]], new: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """{module header: its removed and added lines}, in order."""
+    """{module header: its removed, added and retyped lines}, in order."""
     hunks: dict[str, list[str]] = {}
-    for tag, i0, i1, j0, j1 in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-        if tag != "equal":
-            for sign, entries in (("-", old[i0:i1]), ("+", new[j0:j1])):
-                for header, line in entries:
-                    hunks.setdefault(header, []).append(f"{sign}{line}")
+    matcher = difflib.SequenceMatcher(None, _untyped(old), _untyped(new), False)
+    for tag, i0, i1, j0, j1 in matcher.get_opcodes():
+        if tag == "equal":
+            for (header, line), (_, other) in zip(old[i0:i1], new[j0:j1], strict=True):
+                if line != other:
+                    hunks.setdefault(header, []).append(f"~{_retyped(line, other)}")
+            continue
+        for sign, entries in (("-", old[i0:i1]), ("+", new[j0:j1])):
+            for header, line in entries:
+                hunks.setdefault(header, []).append(f"{sign}{line}")
     return hunks
+
+
+def _untyped(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(header, _TYPE.sub("?", line)) for header, line in lines]
+
+
+def _retyped(old: str, new: str) -> str:
+    """The line with `old -> new` for each type that isn't the same in both."""
+    types = iter(_TYPE.findall(new))
+
+    def both(match: re.Match[str]) -> str:
+        kind = next(types)
+        return kind if kind == match[0] else f"{match[0]} -> {kind}"
+
+    return _TYPE.sub(both, old)
 
 
 def _folded(hunks: Mapping[str, list[str]]) -> list[str]:

@@ -22,6 +22,7 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
+DTYPE_NAMES = tuple(_DTYPES.values())
 _END = 2**63 - 1
 
 

@@ -13,13 +13,18 @@ from fxopt import wellformed
 from fxopt.analyses import rounds_activations
 from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
-from fxopt.claim import Claim, Close, Exact, Sqnr
-from fxopt.errors import EquivalenceError, PassError
+from fxopt.claim import Claim, Close, Sqnr
+from fxopt.errors import EquivalenceError
+from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module
 from fxopt.passes import Int8Linear, SelectKernels
+from fxopt.passes.channel_plan import ChannelPlan
+from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
 from fxopt.pipeline.recording import Taken, since, violation_text
+from fxopt.pipeline.resized_config import resized_config
 from fxopt.pipeline.result import Result, runner
+from fxopt.pipeline.standard import Standard
 from fxopt.program import Changes, Mode, Program, Refusal
 from fxopt.rewriting import Pass, Plan, Stage
 from fxopt.verify import (
@@ -27,12 +32,9 @@ from fxopt.verify import (
     RunAll,
     Trial,
     Verdict,
-    blame,
     compose,
     is_random,
     judge,
-    judge_gradients,
-    judge_nodes,
     one_by_one,
     output_names,
     run_model,
@@ -64,8 +66,8 @@ class Pipeline:
         self.budget = budget
         self.progress = progress or (lambda line: None)
         self.steps: list[OptimizedStep] = []
-        self.claims: list[Claim] = []
         self.notes: list[str] = []
+        self.config: Any = getattr(model, "config", None)
         self.lowering: Lower | None = None
         self.kernels_selected = False
         self.compiled: Callable[..., Any] | None = None
@@ -73,8 +75,8 @@ class Pipeline:
         self.calibration: Calibration | None = None
         self.trials: tuple[Trial, ...] = ()
         self.last_trials: tuple[Trial, ...] = ()
-        self.outputs: list[tuple[Tensor, ...]] = []
-        self.unrounded: tuple[Claim, list[tuple[Tensor, ...]]] | None = None
+        self.outputs: Outputs = []
+        self.unrounded: tuple[Claim, Outputs] | None = None
 
     def capture(
         self,
@@ -95,7 +97,8 @@ class Pipeline:
         if calibration is not None:
             self.calibration = Calibration(calibration, program.signature, self.progress)
             program = replace(program, calibration=self.calibration)
-        self.program = self.captured = program
+        self.program = program
+        self.standard = Standard(program)
         self.notes += program.notes
         claim, verdict = self._judge_capture(more)
         self._record(
@@ -142,58 +145,44 @@ class Pipeline:
         start = time.perf_counter()
         before = self.program
         plan = pass_.plan(before)
-        after, verdict, outputs = self._attempt(pass_, plan, before)
+        tried = self._attempt(pass_, plan)
         reverted: tuple[Refusal, ...] = ()
-        if verdict is not None and not verdict.holds:
-            blames = blame(before, after, verdict.trial)
+        if tried.verdict is not None and not tried.verdict.holds:
+            blames = tried.blames()
             if self.on_violation == "raise":
-                raise EquivalenceError(violation_text(repr(pass_), verdict, blames))
-            after, verdict, outputs, reverted = self._revert(pass_, plan, before, verdict, blames)
-        if quiet and not after.changes.fired:
+                raise EquivalenceError(violation_text(repr(pass_), tried.verdict, blames))
+            tried, reverted = self._revert(pass_, plan, tried.verdict, blames)
+        if quiet and not tried.after.changes.fired:
             return
-        self._note_rounding(pass_.claim, before, after)
-        self.program, self.outputs = after, outputs
-        self.claims.append(pass_.claim)
+        self.standard = self.standard.after(tried, pass_.claim, repr(pass_))
+        self._note_rounding(pass_.claim, before, tried)
+        if isinstance(plan, ChannelPlan) and tried.after.changes.fired:
+            self.config = resized_config(self.config, before, tried.after)
+        self.program, self.outputs = tried.after, tried.outputs
         self._record(
             Taken(
-                pass_.name, repr(pass_), before, after, pass_.claim, verdict, start,
-                reverted, plan.warnings, plan.details,
+                pass_.name, repr(pass_), before, tried.after, pass_.claim, tried.verdict, start,
+                reverted, plan.warnings, (*plan.details, *tried.details),
             )
         )  # fmt: skip
 
-    def _note_rounding(self, claim: Claim, before: Program, after: Program) -> None:
+    def _note_rounding(self, claim: Claim, before: Program, tried: Attempt) -> None:
         """Keep what a compiled program is held to: the outputs before the first pass that rounds,
         and the claims of all that do."""
+        after = tried.after
         if not rounds_activations(before):
             if rounds_activations(after):
                 self.unrounded = (claim, self.outputs)
-        elif self.unrounded and isinstance(claim, Sqnr) and after.changes.fired:
+        elif self.unrounded and after.changes.fired:
             so_far, reference = self.unrounded
-            self.unrounded = (compose([so_far, claim]), reference)
+            if tried.oracle is not None:
+                reference = outputs_of(tried.oracle, self.trials)
+            if isinstance(claim, Sqnr):
+                so_far = compose([so_far, claim])
+            self.unrounded = (so_far, reference)
 
-    def _attempt(
-        self, pass_: Pass, plan: Plan, before: Program
-    ) -> tuple[Program, Verdict | None, list[tuple[Tensor, ...]]]:
-        after = pass_.apply(replace(before, changes=Changes()), plan)
-        if not after.changes.fired and not _same(before, after):
-            raise PassError(
-                f"{pass_!r} returned another program without going through "
-                "fxopt.rewriting.rewrite; only the driver may edit, since it counts and keeps "
-                "metadata"
-            )
-        wellformed.check(after)
-        if not self.verify or not after.changes.fired:
-            return after, None, self.outputs
-        if not isinstance(pass_.claim, Exact) and rounds_activations(before):
-            verdict = judge_nodes(pass_.claim, before, after, self.trials)
-            if verdict is not None:
-                outputs = run_program(after)([trial.inputs for trial in self.trials])
-                return after, verdict, [tuple(output) for output in outputs]
-        judged, kept = self._judge(pass_.claim, self.outputs, run_program(after))
-        if after.mode == "train" and judged.holds:
-            learnt = judge_gradients(pass_.claim, before, after, self.trials[0])
-            judged = learnt if learnt is not None and not learnt.holds else judged
-        return after, judged, kept
+    def _attempt(self, pass_: Pass, plan: Plan) -> Attempt:
+        return attempt(pass_, plan, self.program, self.trials, self.outputs, self.verify)
 
     def _judge(
         self, claim: Claim, reference: Sequence[Sequence[Tensor]], run: RunAll
@@ -201,8 +190,8 @@ class Pipeline:
         return judge(claim, self.trials, reference, run, output_names(self.program))
 
     def _revert(
-        self, pass_: Pass, plan: Plan, before: Program, verdict: Verdict, blames: Sequence[Blame]
-    ) -> tuple[Program, Verdict | None, list[tuple[Tensor, ...]], tuple[Refusal, ...]]:
+        self, pass_: Pass, plan: Plan, verdict: Verdict, blames: Sequence[Blame]
+    ) -> tuple[Attempt, tuple[Refusal, ...]]:
         """Leave out the worst 1, 2, 4, ... nodes until the claim holds; at last all of them."""
         labels = {site.node: site.label for site in plan.sites}
         guilty = [one.before for one in blames if one.before in labels]
@@ -210,14 +199,14 @@ class Pipeline:
         count = 1
         while True:
             spared = guilty[:count]
-            after, now, outputs = self._attempt(pass_, plan.without(spared), before)
-            if now is None or now.holds or count >= len(guilty):
+            tried = self._attempt(pass_, plan.without(spared))
+            if tried.holds or count >= len(guilty):
                 break
             count *= 2
-        if now is not None and not now.holds:
-            after, now, outputs = before, None, self.outputs
+        if not tried.holds:
+            tried = Attempt(replace(self.program, changes=Changes()), self.outputs)
         reason = f"reverted: {verdict.measured.text} broke {pass_.claim}"
-        return after, now, outputs, tuple(Refusal(reason, labels[node]) for node in spared)
+        return tried, tuple(Refusal(reason, labels[node]) for node in spared)
 
     def _lower(self, options: Lower) -> None:
         self.progress(f"lowering with {options!r}: compiling, which can take a minute")
@@ -231,7 +220,7 @@ class Pipeline:
             if not verdict.holds:
                 raise EquivalenceError(violation_text(repr(options), verdict))
         self.lowering, self.compiled = options, lowered.callable
-        self.claims.append(options.claim)
+        self.standard = self.standard.plus(options.claim)
         kernels = lowered.kernels or {"operations": self.program.node_count()}
         self._record(
             Taken(
@@ -252,7 +241,7 @@ class Pipeline:
             run = one_by_one(runner(compiled, self.program, self.module))
             verdict, self.outputs = self._judge(claim, reference, run)
             return claim, verdict
-        before = self.captured if self.unrounded else self.program
+        before = self.standard.program if self.unrounded else self.program
         given = Result(self.program, self.module, compiled)
         return claim, given.judged_without_dropout(claim, before, options, self.trials)
 
@@ -263,19 +252,33 @@ class Pipeline:
         self._note_unread_calibration()
         program = replace(program, changes=Changes(), notes=tuple(self.notes), calibration=None)
         result = Result(program, module, self.compiled)
-        end_to_end = None
-        if self.verify:
-            budget = self.budget or compose(self.claims)
-            known = (self.trials, self.outputs)
-            # Compiled code draws other numbers; what it computes has been judged without dropout.
-            judged = replace(result, compiled=None) if is_random(program) else result
-            end_to_end = judged.judged(budget, known, self.last_trials)
+        end_to_end = self._judge_whole(result) if self.verify else None
         steps = tuple(step.record for step in self.steps)
-        report = result.reported(self.captured, self.capture_ms, steps, end_to_end)
+        report = result.reported(self.standard.captured, self.capture_ms, steps, end_to_end)
         if measure_cost or (measure_cost is None and self.lowering is not None):
             self.progress("measuring latency and memory")
             report = result.with_cost(report, self.model)
-        return Outcome(program, report, tuple(self.steps), self.lowering, self.compiled, module)
+        return Outcome(
+            program,
+            report,
+            tuple(self.steps),
+            self.lowering,
+            self.compiled,
+            module,
+            None if self.config is getattr(self.model, "config", None) else self.config,
+        )
+
+    def _judge_whole(self, result: Result) -> str:
+        """The end-to-end verdict, against the original where the user set a budget."""
+        held = self.standard if self.budget is None else self.standard.original()
+        known = self.outputs
+        if held.redrawn:
+            program, known = evaluation_mode(result.program), []
+            result = replace(result, program=program, compiled=None)
+        elif is_random(result.program):
+            # Compiled code draws other numbers; what it computes has been judged without dropout.
+            result = replace(result, compiled=None)
+        return result.judged(self.budget, held, (*self.trials, *self.last_trials), known)
 
     def _note_unread_calibration(self) -> None:
         if self.calibration is not None and not self.calibration.was_read:
@@ -290,11 +293,3 @@ class Pipeline:
     def _flat(self, inputs: Inputs) -> list[Tensor]:
         signature = self.program.signature
         return signature.flatten((), normalize_inputs(signature.forward, inputs))
-
-
-def _same(before: Program, after: Program) -> bool:
-    return (
-        after.graph is before.graph
-        and after.state.keys() == before.state.keys()
-        and all(after.state[name] is tensor for name, tensor in before.state.items())
-    )

@@ -16,6 +16,7 @@ from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower
 from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
+from fxopt.pipeline.standard import Standard
 from fxopt.program import Program
 from fxopt.report import Report, Step, picture
 from fxopt.verify import (
@@ -40,31 +41,30 @@ class Result:
 
     def judged(
         self,
-        budget: Claim,
-        known: tuple[Sequence[Trial], Sequence[Sequence[Tensor]]],
-        last: Sequence[Trial],
+        budget: Claim | None,
+        held: Standard,
+        trials: Sequence[Trial],
+        known: Sequence[Sequence[Tensor]],
     ) -> str:
-        """The end-to-end verdict over the `known` trials (with outputs) and the `last` ones.
+        """The end-to-end verdict over `trials`, of which the first ones' outputs are `known`.
 
-        Raises `EquivalenceError` when the budget isn't kept.
+        The reference is `held`; so is the claim, unless there is a `budget`. Raises
+        `EquivalenceError` when it isn't kept.
         """
-        trials, outputs = [*known[0], *last], [*known[1]]
+        claim = budget or held.budget
+        outputs = [list(output) for output in known]
+        last = trials[len(known) :]
         if last:
             run = run_program(self.program)
             if self.compiled is not None:
                 run = one_by_one(runner(self.compiled, self.program, self.module))
             outputs += run([trial.inputs for trial in last])
-        kept = [list(output) for output in outputs]
-        reference = [trial.outputs for trial in trials]
         names = output_names(self.program)
-        verdict, _ = judge(budget, trials, reference, lambda batches: kept, names)
+        verdict, _ = judge(claim, trials, held.outputs(trials), lambda batches: outputs, names)
         if not verdict.holds:
-            raise EquivalenceError(
-                violation_text("the whole list", verdict)
-                + "\n  each pass kept its own claim, but their sum is over the budget: loosen "
-                "budget=, or drop or tighten a pass"
-            )
-        return f"{budget}; measured {verdict.measured.text} over {len(trials)} inputs"
+            raise EquivalenceError(violation_text("the whole list", verdict) + _advice(held))
+        by = f", against what {held.by} means to compute" if held.oracle is not None else ""
+        return f"{claim}; measured {verdict.measured.text} over {len(trials)} inputs{by}"
 
     def judged_without_dropout(
         self, claim: Claim, before: Program, options: Lower, trials: Sequence[Trial]
@@ -128,6 +128,19 @@ class Result:
             memory_before=memory["before"],
             memory_after=memory["after"],
         )
+
+
+def _advice(held: Standard) -> str:
+    if held.by and held.oracle is None:
+        return (
+            f"\n  pruning changes outputs by intent: {held.by} was right about what it means to "
+            "compute, but budget= keeps the original's outputs: prune less, loosen budget=, or "
+            "leave it out"
+        )
+    return (
+        "\n  each pass kept its own claim, but their sum is over the budget: loosen "
+        "budget=, or drop or tighten a pass"
+    )
 
 
 def runner(

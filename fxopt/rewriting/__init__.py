@@ -1,10 +1,11 @@
-"""Patterns, rules and the driver that takes them to their fixed point; passes and their plans."""
+"""Rules and the driver that takes them to their fixed point; conversions; passes and plans."""
 
+from fxopt.program import arguments
+from fxopt.rewriting.conversion import Build, Conversion, convert
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.edit import Edit
 from fxopt.rewriting.pattern import (
     Match,
-    arguments,
     constant,
     either,
     find,
@@ -17,6 +18,8 @@ from fxopt.rewriting.plan import Pass, Plan, RulePass, SingleRule, Site, Stage, 
 from fxopt.rewriting.rule import Rule
 
 __all__ = [
+    "Build",
+    "Conversion",
     "Edit",
     "Match",
     "Pass",
@@ -28,6 +31,7 @@ __all__ = [
     "Stage",
     "arguments",
     "constant",
+    "convert",
     "either",
     "find",
     "has_dtype",

@@ -7,17 +7,13 @@ also checks the call), and inherits module path and source line from the node it
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxopt.errors import RewriteError
-from fxopt.kernels import SHAPE_RULES
-from fxopt.program import Program, Recipe, label, materialize
+from fxopt.program import Program, Recipe, materialize
+from fxopt.rewriting.fake_types import FakeTypes
 
 
 class Edit:
@@ -27,10 +23,9 @@ class Edit:
         self.program = program
         self.graph = fx.Graph()
         self.added: dict[str, Tensor | Recipe] = {}
-        self._fake_mode: FakeTensorMode = program.fake_mode
+        self._types = FakeTypes(program.fake_mode)
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
-        self._types: dict[Hashable, Any] = {}
         self._names: set[str] = set()
         self._paths: set[str] = set()
         for name in (*program.state, *program.aliases):
@@ -61,12 +56,8 @@ class Edit:
         assert self._root is not None
         with self.graph.inserting_before(self._root):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta = {
-            key: self._root.meta[key]
-            for key in ("module_path", "source", "nn_module_stack", "stack_trace")
-            if key in self._root.meta
-        }
-        node.meta["val"] = self._type(node)
+        value = self._types.of_call(target, args, kwargs, self._root)
+        node.meta = {**origin(self._root), "val": value}
         self._new.append(node)
         return node
 
@@ -80,9 +71,7 @@ class Edit:
         self.added[unique] = tensor
         with self.graph.inserting_before(self._head()):
             node = self.graph.get_attr(unique)
-        with self._fake_mode:
-            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        node.meta = {"val": value, "module_path": "", "source": ""}
+        node.meta = {"val": self._types.of_tensor(tensor), "module_path": "", "source": ""}
         self._new.append(node)
         return node
 
@@ -120,39 +109,11 @@ class Edit:
         self._names.add(name)
         self._paths.update((name, *_parents(name)))
 
-    def _type(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        key = (node.target, _kind((args, kwargs)))
-        if key not in self._types:
-            self._types[key] = self._run_on_fakes(node, args, kwargs)
-        return self._types[key]
 
-    def _run_on_fakes(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        try:
-            # Without the dispatcher some operators (pad) fix the sizes that they see.
-            with self._fake_mode, torch.no_grad(), enable_python_dispatcher():
-                run: Any = SHAPE_RULES.get(node.target, node.target)
-                return run(*args, **kwargs)
-        except Exception as error:
-            assert self._root is not None
-            raise RewriteError(
-                f"a rewrite at {label(self._root)} built a call that can't be typed: "
-                f"{node.target}{tuple(args)}: {type(error).__name__}: {error}"
-            ) from error
-
-
-def _kind(value: Any) -> Hashable:
-    """What a fake result depends on; equal layers ask for equal types, a dozen times each."""
-    if isinstance(value, Tensor):
-        sizes = (value.shape, value.stride(), (value.storage_offset(),))
-        return (value.dtype, value.device, *map(_kind, sizes))
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_kind, value))
-    if isinstance(value, dict):
-        return tuple((key, _kind(item)) for key, item in value.items())
-    if isinstance(value, torch.SymInt):
-        return value.node.expr  # type: ignore[no-any-return]
-    return type(value), value if isinstance(value, Hashable) else id(value)
+def origin(node: fx.Node) -> dict[str, Any]:
+    """Where a node comes from, as the metadata of a node that takes its place."""
+    keys = ("module_path", "source", "nn_module_stack", "stack_trace")
+    return {key: node.meta[key] for key in keys if key in node.meta}
 
 
 def _parents(name: str) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import RewriteError
-from fxopt.program import fake
+from fxopt.program import arguments, fake
 
 Target: TypeAlias = torch._ops.OpOverload
 Predicate: TypeAlias = Callable[[Any], bool]
@@ -120,20 +120,6 @@ def has_dtype(*dtypes: torch.dtype) -> Predicate:
 def has_rank(rank: int) -> Predicate:
     """A predicate for nodes whose value is a tensor of that rank."""
     return lambda value: getattr(fake(value), "ndim", None) == rank
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator call by schema name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    named: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            named[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            named[argument.name] = node.kwargs[argument.name]
-        else:
-            named[argument.name] = argument.default_value
-    return named
 
 
 def find(patterns: tuple[Pattern, ...], node: fx.Node) -> Match | None:

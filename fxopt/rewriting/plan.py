@@ -90,7 +90,15 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, program: Program, plan: Plan) -> Program:
-        """A new program with `plan` carried out through `fxopt.rewriting.rewrite`."""
+        """A new program with `plan` carried out through `fxopt.rewriting.rewrite` or `convert`."""
+
+    def oracle(self, program: Program, plan: Plan) -> Program | None:
+        """What the pass means to compute, as a program with the inputs and outputs of `program`.
+
+        None, as by default, means what `program` itself computes. A pass that changes outputs by
+        intent is judged against this program instead, and so are the passes after it.
+        """
+        return None
 
     @property
     def spec(self) -> str:

@@ -6,6 +6,7 @@ from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
     RunAll,
     Trial,
+    draws_alike,
     is_random,
     one_by_one,
     output_names,
@@ -23,6 +24,7 @@ __all__ = [
     "blame",
     "compare",
     "compose",
+    "draws_alike",
     "is_random",
     "judge",
     "judge_gradients",

@@ -3,7 +3,10 @@
 Both programs run on one trial. At every node that stands for a node of the predecessor the new
 value is compared with the old one, and then *replaced* by it, so that each rewritten region is
 measured on exactly the inputs it had before: one run finds each node's own error, however deep the
-graph and however errors would have piled up.
+graph and however errors would have piled up. A value whose type the pass changed, inside a region
+that lost channels, can't be compared nor replaced; its error is found where the region ends.
+
+Where a pass changes outputs by intent, its oracle stands for the predecessor.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
 from fxopt.evaluate import evaluate, same_draws
-from fxopt.program import Program, label, source_line
+from fxopt.program import Program, label, same_sizes, size_at_capture, source_line
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
 
@@ -36,8 +40,13 @@ class Blame:
     text: str
 
 
-def blame(before: Program, after: Program, trial: Trial) -> list[Blame]:
-    """Every node that differs on its predecessor's inputs, the worst first."""
+def blame(
+    before: Program, after: Program, trial: Trial, oracle: Program | None = None
+) -> list[Blame]:
+    """Every node that differs on its predecessor's inputs, the worst first.
+
+    The names are those in `before`, also where the values are held against the `oracle`'s.
+    """
     blames: list[Blame] = []
 
     def compare(name: str, node: fx.Node, old: Tensor, new: Tensor) -> None:
@@ -47,7 +56,7 @@ def blame(before: Program, after: Program, trial: Trial) -> list[Blame]:
             blames.append(Blame(name, node.name, db, _describe(node)))
 
     try:
-        _compare_nodes(before, after, trial, compare)
+        _compare_nodes(before, after, oracle, trial, compare)
     except RuntimeError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         blames.append(Blame("", "", float("-inf"), f"a node that fails: {first}"))
@@ -55,9 +64,15 @@ def blame(before: Program, after: Program, trial: Trial) -> list[Blame]:
 
 
 def judge_nodes(
-    claim: Claim, before: Program, after: Program, trials: Sequence[Trial]
+    claim: Claim,
+    before: Program,
+    after: Program,
+    trials: Sequence[Trial],
+    oracle: Program | None = None,
 ) -> Verdict | None:
     """The claim measured on each rewritten node's own error, the worst; None if none can be.
+
+    Against an `oracle` every node counts as rewritten that has one to compare it with.
 
     Where activations are rounded to integers, the last bit of a sum decides about a whole step, so
     two right programs differ at their outputs as much as rounding itself costs. Their nodes don't,
@@ -70,11 +85,11 @@ def judge_nodes(
         def compare(
             name: str, node: fx.Node, old: Tensor, new: Tensor, trial: Trial = trial
         ) -> None:
-            if name in after.changes.replaced:
+            if oracle is not None or name in after.changes.replaced:
                 measured = _measure(claim, old, new)
                 verdicts.append(Verdict(claim, measured, trial, f"node {label(node)}"))
 
-        _compare_nodes(before, after, trial, compare)
+        _compare_nodes(before, after, oracle, trial, compare)
     return worst_of(verdicts) if verdicts else None
 
 
@@ -94,34 +109,74 @@ def _measure(claim: Claim, old: Tensor, new: Tensor) -> Measured:
 def _compare_nodes(
     before: Program,
     after: Program,
+    oracle: Program | None,
     trial: Trial,
     compare: Callable[[str, fx.Node, Tensor, Tensor], None],
 ) -> None:
     """Call `compare(old name, new node, old value, new value)`; feed the old values onwards."""
-    names = {node.name: node.name for node in before.graph.nodes if node.op == "call_function"}
-    names.update(after.changes.replaced)
-    stands_for: dict[str, str] = {}
-    for old_name, new_name in names.items():
-        stands_for.setdefault(new_name, old_name)
+    expected = before if oracle is None else oracle
+    stands_for = _stands_for(before, after, oracle)
+    needed = {old for _, old in stands_for.values()}
     old_values: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> Any:
-        if isinstance(value, Tensor) and node.name in names:
+        if isinstance(value, Tensor) and node.name in needed:
             old_values[node.name] = value
         return value
 
     def force(node: fx.Node, value: Any) -> Any:
-        name = stands_for.get(node.name, "")
-        old = old_values.get(name)
+        name, old_name = stands_for.get(node.name, ("", ""))
+        old = old_values.get(old_name)
         if old is None or not isinstance(value, Tensor):
             return value
         compare(name, node, old, value)
         return old
 
     with same_draws():
-        evaluate(before, trial.inputs, keep)
+        evaluate(expected, trial.inputs, keep)
     with same_draws():
         evaluate(after, trial.inputs, force)
+
+
+def _stands_for(
+    before: Program, after: Program, oracle: Program | None
+) -> dict[str, tuple[str, str]]:
+    """Node of `after` -> the node of `before` whose value it has by intent, and what gives it.
+
+    That is this node itself or, where there is an oracle, the one that the oracle has for it. Left
+    out are nodes whose size the pass changed.
+    """
+    names = {node.name: node.name for node in before.graph.nodes if node.op == "call_function"}
+    names.update(after.changes.replaced)
+    masked = {} if oracle is None else oracle.changes.replaced
+    old_nodes = {node.name: node for node in (oracle or before).graph.nodes}
+    new_nodes = {node.name: node for node in after.graph.nodes}
+    found: dict[str, tuple[str, str]] = {}
+    for name, new_name in names.items():
+        old_name = masked.get(name, name)
+        old, new = old_nodes.get(old_name), new_nodes.get(new_name)
+        if old is not None and new is not None and not _is_resized(old, new):
+            found.setdefault(new_name, (name, old_name))
+    return found
+
+
+def _is_resized(old: fx.Node, new: fx.Node) -> bool:
+    """Whether a tensor's sizes were changed on purpose: they differ by the fake values."""
+    one, other = old.meta["val"], new.meta["val"]
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one is other:
+        return False
+    if same_sizes(one.shape, other.shape):
+        return False
+    return len(one.shape) != len(other.shape) or any(
+        size_at_capture(a) != size_at_capture(b)
+        for a, b in zip(one.shape, other.shape, strict=True)
+        if not (_is_unknown(a) or _is_unknown(b))
+    )
+
+
+def _is_unknown(size: Any) -> bool:
+    """Whether a size depends on the data, so that none was known at capture."""
+    return free_unbacked_symbols(size) != set()
 
 
 def _describe(node: fx.Node) -> str:

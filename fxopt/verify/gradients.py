@@ -23,6 +23,10 @@ def judge_gradients(claim: Claim, before: Program, after: Program, trial: Trial)
 
     A gradient below a tenth of the noise that the claim allows the largest one is what rounding
     leaves of zero (that of a bias before a batch norm, say), and isn't judged.
+
+    A parameter that the pass changed is another tensor, of another shape where channels were cut:
+    its gradient has nothing to be compared with. An error in it shows in the gradients of the
+    others, which pass through it. For a pass with an oracle, `before` is the oracle.
     """
     bound = Close() if isinstance(claim, Exact) else claim
     shared = {

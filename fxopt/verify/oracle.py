@@ -109,6 +109,26 @@ def is_random(program: Program) -> bool:
     return any(map(draws_random, program.graph.nodes))
 
 
+def draws_alike(one: Program, other: Program) -> bool:
+    """Whether calls of two training programs draw for the same operators and sizes, in order.
+
+    Only then do they draw the same numbers from one seed. Programs in evaluation draw none.
+    """
+    if one.mode == other.mode == "eval":
+        return True
+    return _draws(one) == _draws(other)
+
+
+def _draws(program: Program) -> list[tuple[str, str]]:
+    """The random operators of a program, in order, with the sizes of what each makes."""
+    found = []
+    for node in filter(draws_random, program.graph.nodes):
+        values = pytree.tree_leaves(node.meta["val"])
+        sizes = [str(tuple(value.shape)) for value in values if isinstance(value, Tensor)]
+        found.append((str(node.target), " ".join(sizes)))
+    return found
+
+
 def one_by_one(run: Run) -> RunAll:
     """A function of one set of inputs as a function of several."""
     return lambda batches: [run(inputs) for inputs in batches]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ import fxopt
 from fxopt.capture import capture
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.program import label
-from fxopt.rewriting import Edit, Match, Rule, SingleRule, rewrite
+from fxopt.program import Program, Recipe, label
+from fxopt.rewriting import Build, Conversion, Edit, Match, Rule, SingleRule, convert, rewrite
 from fxopt.rewriting.pattern import Target
 from fxopt.verify import Blame, Trial, Verdict, blame, judge_nodes, run_model, trials
 from tests.rewriting.functions import calls
@@ -240,3 +241,73 @@ def test_a_sum_over_the_budget_says_what_to_do() -> None:
 
 def test_a_single_rule_is_the_pass_that_is_blamed() -> None:
     assert repr(SingleRule(SplitLinear())) == "SplitLinear()"
+
+
+class Narrowed(Conversion):
+    """Weights cut along an axis, or multiplied, by name"""
+
+    def __init__(self, cut: dict[str, int], times: dict[str, Tensor]) -> None:
+        self.cut, self.times = cut, times
+
+    def constant(self, node: fx.Node, tensor: Tensor | Recipe) -> Tensor | Recipe:
+        name = str(node.target)
+        assert isinstance(tensor, Tensor)
+        if name in self.cut:
+            return tensor.index_select(self.cut[name], torch.tensor([0, 2]))
+        return tensor * self.times[name] if name in self.times else tensor
+
+
+def narrowed(fault: float = 1.0) -> tuple[Program, Program, Program]:
+    """A program, it without half of its hidden channels, and the same thing masked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Sigmoid())
+    program = capture(model, (X,))
+    cut = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+    wrong = {"2.bias": torch.tensor(fault)} if fault != 1.0 else {}
+    oracle = convert(program, Narrowed({}, {"2.weight": torch.tensor([1.0, 0, 1, 0])}), "Mask")
+    return program, convert(program, Narrowed(cut, wrong), "Cut"), oracle
+
+
+def test_what_a_cut_made_narrower_is_neither_compared_nor_fed() -> None:
+    program, after, oracle = narrowed()
+    trial = Trial("the example", (X,), ())
+    assert all(one.db > 90.0 for one in blame(program, after, trial, oracle))
+    # Without the oracle the reader is what differs, and nothing before or behind it.
+    assert [one.before for one in blame(program, after, trial)] == ["linear_1"]
+
+
+def test_a_wrong_cut_is_found_where_it_is_read() -> None:
+    program, after, oracle = narrowed(fault=2.0)
+    worst, *others = blame(program, after, Trial("the example", (X,), ()), oracle)
+    assert worst.before == "linear_1"
+    assert worst.db < 20.0
+    assert all(other.db > 90.0 for other in others)
+
+
+@pytest.mark.parametrize("fault", [1.0, 2.0])
+def test_nodes_are_judged_against_an_oracle(fault: float) -> None:
+    program, after, oracle = narrowed(fault)
+    found = [Trial("the example", (X,), ()), Trial("another", (X[:1],), ())]
+    verdict = judge_nodes(Close(), program, after, found, oracle)
+    assert verdict is not None
+    assert verdict.holds == (fault == 1.0)
+    assert fault == 1.0 or verdict.where == "node 2 (linear_1)"
+
+
+def test_an_oracle_may_name_its_nodes_otherwise() -> None:
+    class Scaled(Conversion):
+        """sigmoid(x) = exp(log_sigmoid(x)), and the reader masked on its input"""
+
+        def call(
+            self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
+        ) -> fx.Node | None:
+            if node.target is not aten.sigmoid.default:
+                return None
+            return build(aten.exp.default, build(aten.log_sigmoid.default, args[0]))
+
+    program, after, masked = narrowed(fault=2.0)
+    oracle = convert(masked, Scaled(), "Scaled")
+    assert oracle.changes.replaced == {"sigmoid": "exp_default"}
+    blames = blame(program, after, Trial("the example", (X,), ()), oracle)
+    assert [one.before for one in blames if one.db < 90.0] == ["linear_1"]
+    assert {one.before for one in blames} <= {"linear_1", "sigmoid", "linear", "tanh"}

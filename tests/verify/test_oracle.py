@@ -10,7 +10,8 @@ from fxopt.capture import capture
 from fxopt.claim import Exact
 from fxopt.errors import InputError
 from fxopt.evaluate import evaluate
-from fxopt.verify import judge, output_names, run_model, run_program, trials
+from fxopt.program import Mode, Program
+from fxopt.verify import draws_alike, judge, output_names, run_model, run_program, trials
 from tests.check import assert_state_equal
 
 X = torch.linspace(-1.0, 1.0, 24).view(3, 8)
@@ -171,3 +172,13 @@ def test_outputs_have_readable_names(function: object, names: list[str]) -> None
 
     program = program_of(lambda x: function(x * 2), X)  # type: ignore[operator]
     assert output_names(program) == names
+
+
+def test_two_programs_draw_alike_where_dropout_has_the_same_sizes() -> None:
+    def program(width: int, mode: Mode) -> Program:
+        model = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 4))
+        return capture(model, (torch.randn(2, 4),), mode)
+
+    assert draws_alike(program(6, "train"), program(6, "train"))
+    assert not draws_alike(program(6, "train"), program(3, "train"))
+    assert draws_alike(program(6, "eval"), program(3, "eval"))

@@ -1,0 +1,61 @@
+"""What the whole list is held to: the eager original, or what the last oracle makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fxopt.claim import Claim
+from fxopt.evaluation_mode import evaluation_mode
+from fxopt.pipeline.attempt import Attempt, Outputs, outputs_of
+from fxopt.program import Program
+from fxopt.verify import Trial, compose
+
+
+@dataclass(frozen=True)
+class Standard:
+    """The `claims` since `oracle`, the program that the pass `by` meant to compute.
+
+    Without one it is the claims of all passes, against the original, which `captured` stands for.
+    `redrawn` says that some pass changed what dropout draws for: the program's outputs can then be
+    compared with others' without dropout only.
+    """
+
+    captured: Program
+    claims: tuple[Claim, ...] = ()
+    oracle: Program | None = None
+    by: str = ""
+    redrawn: bool = False
+
+    @property
+    def program(self) -> Program:
+        """The program whose outputs the claims since then add up from."""
+        return self.oracle or self.captured
+
+    @property
+    def budget(self) -> Claim:
+        """The sum of the claims."""
+        return compose(self.claims)
+
+    def plus(self, claim: Claim) -> Standard:
+        """This standard with one claim more."""
+        return replace(self, claims=(*self.claims, claim))
+
+    def after(self, tried: Attempt, claim: Claim, by: str) -> Standard:
+        """The standard after a step of the pass `by`: a new one where the step has an oracle."""
+        renewed = self
+        if tried.oracle is not None:
+            renewed = replace(self, claims=(), oracle=tried.oracle, by=by)
+        return replace(renewed.plus(claim), redrawn=self.redrawn or tried.redrawn)
+
+    def original(self) -> Standard:
+        """The same list held to the original, whatever its passes mean to compute."""
+        return replace(self, oracle=None)
+
+    def outputs(self, trials: Sequence[Trial]) -> Outputs:
+        """What the trials' outputs should be."""
+        if self.redrawn:
+            return outputs_of(evaluation_mode(self.program), trials)
+        if self.oracle is None:
+            return [trial.outputs for trial in trials]
+        return outputs_of(self.oracle, trials)
