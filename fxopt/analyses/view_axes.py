@@ -178,7 +178,7 @@ def _through_reshape(have: Sequence[Any], want: Sequence[Any], layout: Layout) -
     layout = _without_ones(layout)
     axes: list[int] = []
     sizes: list[int] = []
-    for old, new in _blocks(have, want):
+    for old, new in blocks(have, want):
         held = [axis for axis in new if axis in layout.axes]
         if not held:
             continue
@@ -188,7 +188,7 @@ def _through_reshape(have: Sequence[Any], want: Sequence[Any], layout: Layout) -
             return None
         axes = [*old, *axes]
         sizes = [*(int(have[axis]) for axis in old), *sizes]
-    covered = {axis for _, new in _blocks(have, want) for axis in new}
+    covered = {axis for _, new in blocks(have, want) for axis in new}
     if not covered.issuperset(layout.axes):
         return None
     return replace(layout, axes=tuple(axes), index=layout.index.reshape(sizes))
@@ -204,7 +204,7 @@ def _without_ones(layout: Layout) -> Layout:
     )
 
 
-def _blocks(have: Sequence[Any], want: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+def blocks(have: Sequence[Any], want: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
     """Runs of axes of both shapes that hold the same elements, the rightmost first."""
     found: list[tuple[list[int], list[int]]] = []
     i, j = len(have), len(want)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fxopt.analyses.channels import Channels, channels
 from fxopt.errors import ModelError, NotCapturedError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
@@ -81,6 +82,11 @@ class Optimized(nn.Module):
         return self._in_mode(self._present())
 
     @property
+    def channels(self) -> Channels:
+        """Which axes of the parameters are the same channels: what can be cut, and what can't."""
+        return channels(self.program)
+
+    @property
     def report(self) -> Report:
         """What every pass did, refused, claimed and measured."""
         return self._done().report
@@ -121,6 +127,8 @@ class Optimized(nn.Module):
         object.__setattr__(self, "_outcome", replace(outcome, module=module))
         object.__setattr__(self, "_execution", execution)
         object.__setattr__(self, "_build", None)  # it holds the original model
+        if outcome.config is not None:
+            self._carried["config"] = outcome.config
         # One set of tables for both: whatever moves or replaces a tensor here moves it there.
         share_tables(self, module)
         self.training = outcome.program.mode == "train" and self._wanted is not False

@@ -27,7 +27,10 @@ class OptimizedStep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished pipeline: `compiled` and `module` left out are made when they are needed."""
+    """A finished pipeline: `compiled` and `module` left out are made when they are needed.
+
+    `config` is the model's, where cutting channels has changed its sizes.
+    """
 
     program: Program
     report: Report
@@ -35,3 +38,4 @@ class Outcome:
     lowering: Lower | None = None
     compiled: Callable[..., Any] | None = None
     module: fx.GraphModule | None = None
+    config: Any = None

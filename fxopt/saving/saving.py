@@ -14,7 +14,7 @@ from fxopt.saving import folder as folders
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
-from fxopt.saving.values import field, strings, texts
+from fxopt.saving.values import counts, field, strings, texts
 from fxopt.wellformed import check
 
 
@@ -99,6 +99,7 @@ def _encode(program: Program) -> dict[str, Any]:
         "aliases": dict(program.aliases),
         "non_persistent": sorted(program.non_persistent),
         "module_types": dict(program.module_types),
+        "pruned": dict(program.pruned),
         "signature": encode_signature(program.signature),
         "nodes": encode_nodes(program),
     }
@@ -122,6 +123,7 @@ def _decode(path: Path, data: Any, namespaces: Collection[str]) -> Program:
         non_persistent=frozenset(texts(data, "non_persistent")),
         module_types=strings(data, "module_types"),
         notes=tuple(texts(data, "notes")),
+        pruned=counts(data, "pruned"),
     )
     check(program)
     return program

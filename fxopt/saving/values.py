@@ -89,6 +89,14 @@ def strings(data: Any, key: str) -> dict[str, str]:
     return found
 
 
+def counts(data: Any, key: str) -> dict[str, int]:
+    """`data[key]` as {string: whole number}; else `SaveError`."""
+    found: dict[str, int] = field(data, key, dict)
+    if not all(type(value) is int for value in found.values()):
+        raise SaveError(f"{key!r} of the saved graph holds something other than whole numbers")
+    return found
+
+
 def texts(data: Any, key: str) -> list[str]:
     """`data[key]` as a list of strings; else `SaveError`."""
     found: list[str] = field(data, key, list)

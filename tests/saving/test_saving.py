@@ -111,6 +111,7 @@ def test_constants_structures_and_layouts_come_back(tmp_path: Path) -> None:
     assert list(outputs) == ["y", "parts", "nothing"]
     assert outputs["nothing"] is None
     assert loaded.module_types == program.module_types
+    assert loaded.pruned == program.pruned
     assert [n.meta["source"] for n in loaded.graph.nodes if n.op == "call_function"] == [
         n.meta["source"] for n in program.graph.nodes if n.op == "call_function"
     ]

@@ -1,0 +1,99 @@
+"""FoldPruned: channels that compute nothing leave the model, whatever made them so.
+
+    linear(x, W, b) where x_j = c_j for every input
+        =  linear(x without j, W without column j, b + W[:, j] c_j)
+
+A row of zeros with a bias is a constant channel; it stays one through activations and norms in eval
+mode, so its product with the next weight belongs into the next bias. A channel that every reader
+multiplies by zero is dead as well. Both are cut out of every tensor that they stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from fxopt.analyses.channels import channels
+from fxopt.analyses.dead_channels import dead_channels
+from fxopt.claim import Claim, Close
+from fxopt.passes.absorb_constants import AbsorbConstants
+from fxopt.passes.canonicalize import FoldConstant
+from fxopt.passes.channel_plan import ChannelPlan, cut_details, node_of, sites_of
+from fxopt.passes.cut_channels import cut
+from fxopt.program import Program
+from fxopt.rewriting import Pass, Plan, Stage, rewrite
+
+
+@dataclass(frozen=True)
+class FoldPlan(ChannelPlan):
+    """What stays, and by group's name the constants that its readers take into their biases.
+
+    `absorbed` maps a reader's node to the channels along its input's axis, bool [K].
+    """
+
+    absorbed: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class FoldPruned(Pass):
+    """Cut every channel that is zero, constant or unread, where that is exact.
+
+    It finds what `torch.nn.utils.prune`, any mask or any training has left behind: rows and columns
+    of zeros, attention heads that give nothing, channels that hold one constant for all inputs.
+    Constants move into the biases of what reads them. Refused, with the reason: a channel that an
+    output or a norm sees, a constant that a convolution pads, or that a masked attention may drop.
+
+    Claim: close; exact in real arithmetic. In train mode what is zero now is cut, so that it can't
+    come back.
+    """
+
+    name: ClassVar[str] = "fold-pruned"
+    stage: ClassVar[Stage] = Stage.STRUCTURE
+    claim: Claim = Close()
+
+    def plan(self, program: Program) -> FoldPlan:
+        """The dead channels of each group, and why others that look dead stay."""
+        program = _unmasked(program)
+        found = channels(program)
+        dead = dead_channels(program, found)
+        groups = [
+            group
+            for group in found.groups
+            if group.name in dead and bool(dead[group.name].channels.any())
+        ]
+        keep = {group.name: (~dead[group.name].channels).nonzero().flatten() for group in groups}
+        return FoldPlan(
+            repr(self),
+            sites_of(groups),
+            tuple(refusal for one in dead.values() for refusal in one.refusals),
+            details=cut_details(groups, keep),
+            keep=keep,
+            stands_for={group.name: node_of(group) for group in groups},
+            absorbed={group.name: dead[group.name].absorbed for group in groups},
+        )
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Move constants into biases, then cut."""
+        assert isinstance(plan, FoldPlan)
+        keep = plan.kept()
+        if not keep:
+            return plan.told(program)
+        program = _unmasked(program)
+        only: dict[str, Tensor] = {}
+        for name in keep:
+            for reader, moved in plan.absorbed[name].items():
+                only[reader] = only[reader] | moved if reader in only else moved
+        if only:
+            program = rewrite(program, (AbsorbConstants(program, only=only),))
+        return plan.told(cut(program, channels(program), keep))
+
+
+def _unmasked(program: Program) -> Program:
+    """`program` with weights that are computed, weight x mask as `torch.nn.utils.prune` leaves it,
+    as constants, where nothing trains them."""
+    return program if program.mode == "train" else rewrite(program, (FoldConstant(),))
