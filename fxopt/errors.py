@@ -59,3 +59,11 @@ class SaveError(FxoptError):
 
 class ExportError(FxoptError):
     """A program can't be written for another runtime: operator, missing package, path."""
+
+
+class TrainError(FxoptError, ValueError):
+    """A training run can't start or go on: an option, what a model returns, a checkpoint, a NaN."""
+
+
+class MeasureError(FxoptError, ValueError):
+    """What is to be measured or compared can't be: a model, its inputs or data, a metric."""

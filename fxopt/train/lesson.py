@@ -1,0 +1,92 @@
+"""One call of the student with what the teacher said about it: what every step computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import TrainError
+from fxopt.train.calling import call, moved
+from fxopt.train.data import Batches
+from fxopt.train.distillation_loss import DistillationLoss
+from fxopt.train.draws import undone
+from fxopt.train.history import not_finite
+from fxopt.train.precision import Precision
+
+
+class Lesson(nn.Module):
+    """Batch and teacher's outputs -> the terms; a module, so that DDP sees all that is trained."""
+
+    def __init__(
+        self, student: nn.Module, objective: DistillationLoss, precision: Precision
+    ) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.precision = precision
+
+    def forward(self, batch: Any, taught: Any) -> dict[str, Tensor]:
+        return self.objective.losses(self.outputs(batch), batch, taught)
+
+    def outputs(self, batch: Any) -> Any:
+        """What the student returns, in the run's precision."""
+        with self.precision.around(self.student):
+            return call(self.student, batch)
+
+    def teach(self, batch: Any) -> Any:
+        """What the teacher returns, in the run's precision."""
+        with self.precision.around(self.objective.teacher):
+            return self.objective.teach(batch)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of student and projections that learn."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def rehearse(lesson: Lesson, batches: Batches, device: torch.device) -> bool:
+    """Run the first batch without a step: terms are settled, projections made, errors found.
+
+    Returns whether some parameter to be trained has no part in the loss. Generators, buffers and
+    gradients are left as they were. Raises `TrainError` for data without a batch, a loss that
+    reaches no parameter, and one that isn't finite.
+    """
+    student, objective = lesson.student, lesson.objective
+    buffers = [(buffer, buffer.detach().clone()) for buffer in student.buffers()]
+    student.train()
+    with undone(batches.generators):
+        first = next(batches.epoch(0), None)
+    if first is None:
+        raise TrainError("data= is empty: it gave no batch")
+    batch = moved(first, device)
+    with undone():
+        taught = lesson.teach(batch)
+        outputs = lesson.outputs(batch)
+    with undone():  # projections follow from the seed alone, not from what data and dropout drew
+        objective.fit(outputs, taught)
+    with undone():
+        values = objective.losses(outputs, batch, taught)
+        total = objective.total(values)
+        used = _reached(total, lesson.trained())
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    wrong = not_finite({name: value.item() for name, value in values.items()})
+    if wrong:
+        raise TrainError(
+            f"the first batch gives {', '.join(wrong)} that aren't finite; look for NaN in its "
+            "values, in the student's weights and in the teacher's outputs"
+        )
+    return not all(used)
+
+
+def _reached(total: Tensor, parameters: list[nn.Parameter]) -> list[bool]:
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        used = [gradient is not None for gradient in gradients]
+        if any(used):
+            return used
+    raise TrainError(
+        "the loss reaches no parameter of the student: its outputs are detached, or all it learns "
+        "from is frozen"
+    )
