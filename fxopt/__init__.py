@@ -4,6 +4,8 @@ opt = fxopt.transform(model, [fxopt.Int8Linear(), fxopt.Lower()], example_inputs
 print(opt.report)
 """
 
+from fxopt import train
+from fxopt.analyses.channels import channels
 from fxopt.claim import Close, Exact, Sqnr
 from fxopt.errors import (
     CalibrationError,
@@ -19,6 +21,7 @@ from fxopt.errors import (
     PassError,
     RewriteError,
     SaveError,
+    TrainError,
     WellFormedError,
 )
 from fxopt.export import to_onnx
@@ -28,6 +31,7 @@ from fxopt.passes import (
     Autocast,
     Canonicalize,
     Float8Linear,
+    FoldPruned,
     FuseConvBatchNorm,
     FuseLinears,
     HalfAttention,
@@ -35,8 +39,10 @@ from fxopt.passes import (
     Int4Linear,
     Int8Linear,
     Prepack,
+    PruneChannels,
     SelectKernels,
     SmoothQuant,
+    Sparsify24,
     SplitOutliers,
 )
 from fxopt.program import Program, Refusal
@@ -57,6 +63,7 @@ __all__ = [
     "Exact",
     "ExportError",
     "Float8Linear",
+    "FoldPruned",
     "FuseConvBatchNorm",
     "FuseLinears",
     "FxoptError",
@@ -77,6 +84,7 @@ __all__ = [
     "Plan",
     "Prepack",
     "Program",
+    "PruneChannels",
     "Refusal",
     "Report",
     "RewriteError",
@@ -84,14 +92,18 @@ __all__ = [
     "SaveError",
     "SelectKernels",
     "SmoothQuant",
+    "Sparsify24",
     "SplitOutliers",
     "Sqnr",
+    "TrainError",
     "WellFormedError",
+    "channels",
     "constant",
     "hole",
     "load",
     "op",
     "rewrite",
     "to_onnx",
+    "train",
     "transform",
 ]

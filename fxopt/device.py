@@ -50,6 +50,9 @@ _TENSOR_CORES: dict[torch.dtype, tuple[int, int]] = {
     torch.bfloat16: (8, 0),
     torch.float8_e4m3fn: (8, 9),
 }
+# The least one whose tensor cores skip the zeros of 2:4 sparsity: same source, "Compute Capability
+# 8.x".
+_SPARSE_TENSOR_CORES: tuple[int, int] = (8, 0)
 # Below, Triton has no pipelined int8 product.
 _TRITON: tuple[int, int] = (8, 0)
 _NO_CUDA = "this machine has no CUDA device"
@@ -161,6 +164,19 @@ class Device:
         if self.capability >= _TRITON:
             return Answer(True, f"Triton compiles for {self.name} (capability {has})")
         return Answer(False, f"{self.name} has capability {has}; the kernels need {wants}")
+
+    def sparse24(self) -> Answer:
+        """Whether products with a 2:4 sparse weight run faster than dense ones here, and why."""
+        if self.kind != "cuda":
+            return Answer(False, f"{self.name} has no sparse tensor cores")
+        if self.capability is None:
+            return Answer(False, _NO_CUDA)
+        has, wants = _versions(self.capability, _SPARSE_TENSOR_CORES)
+        if self.capability >= _SPARSE_TENSOR_CORES:
+            return Answer(True, f"{self.name} has sparse tensor cores (capability {has})")
+        return Answer(
+            False, f"{self.name} has no sparse tensor cores: capability {has}, needs {wants}"
+        )
 
     def _on_cpu(self, dtype: torch.dtype) -> Answer:
         if not _NATIVE[dtype]:

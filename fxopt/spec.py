@@ -19,6 +19,7 @@ from fxopt.passes import (
     Autocast,
     Canonicalize,
     Float8Linear,
+    FoldPruned,
     FuseConvBatchNorm,
     FuseLinears,
     HalfAttention,
@@ -26,8 +27,10 @@ from fxopt.passes import (
     Int4Linear,
     Int8Linear,
     Prepack,
+    PruneChannels,
     SelectKernels,
     SmoothQuant,
+    Sparsify24,
     SplitOutliers,
 )
 from fxopt.rewriting import Pass, Rule, SingleRule, Stage
@@ -36,10 +39,13 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         Canonicalize,
+        FoldPruned,
+        PruneChannels,
         FuseLinears,
         FuseConvBatchNorm,
         HalfAttention,
         HalfLinear,
+        Sparsify24,
         SmoothQuant,
         SplitOutliers,
         Int8Linear,

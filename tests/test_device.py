@@ -240,3 +240,19 @@ def test_the_option_of_a_pass_is_text():
     )
     with pytest.raises(PassError, match=r"^Some\(device='cuda:0'\): 'cuda:0' gives no compute"):
         checked_device("Some", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("cuda:7.5", "a CUDA device has no sparse tensor cores: capability 7.5, needs 8.0"),
+        ("cuda:8.0", "a CUDA device has sparse tensor cores (capability 8.0)"),
+        ("cuda:12.0", "a CUDA device has sparse tensor cores (capability 12.0)"),
+        ("cpu:none", "a CPU without such instructions has no sparse tensor cores"),
+    ],
+)
+def test_which_device_multiplies_2_to_4_sparse(text, reason):
+    answer = Device.parse(text).sparse24()
+    assert answer.reason == reason
+    assert bool(answer) == ("has sparse" in reason)
+    assert Device("cuda", "CUDA").sparse24().reason == "this machine has no CUDA device"

@@ -37,8 +37,12 @@ ROOMS = (
     "optimized",
     "pipeline",
     "transform",
+    "train",
     "export",
     "loading",
+    "measurement",
+    "comparison",
+    "search",
     "cli",
 )
 """Each room may import itself and those before it."""

@@ -41,7 +41,12 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "policy": st.sampled_from([(), ("*.head:high",), ("*.head:high", "aten.gelu:low")]),
     "device": st.sampled_from([None, "cpu", "cuda:8.0", "cpu:amx_bf16+avx512_bf16"]),
     "channels": st.integers(1, 99),
-    "ratio": st.floats(1.5, 1e6),
+    "scope": st.sampled_from([("ffn",), ("ffn", "heads"), ("*.layer.0.*",)]),
+    "ranking": st.sampled_from(["local", "global"]),
+    "round_to": st.integers(1, 64),
+    "reconstruct": st.booleans(),
+    "seed": st.integers(0, 9),
+    "again": st.booleans(),
     "alpha": st.just("auto") | st.floats(0.0, 1.0),
     "activations": st.sampled_from(["symmetric", "affine"]),
     "observer": st.sampled_from(["minmax", "percentile", "mse"]),
@@ -50,6 +55,11 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "max_layers": st.none() | st.integers(0, 99),
     "where": st.sampled_from(["faster", "always"]),
 }
+_IMPORTANCES = {
+    "sparsify24": st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    "prune-channels": st.sampled_from(["l1", "l2", "group_l2", "taylor", "obs", "random"]),
+}
+_RATIOS = {"split-outliers": st.floats(1.5, 1e6), "prune-channels": st.floats(0.01, 0.99)}
 _GROUPS = {"int8-linear": st.none(), "int4-linear": st.sampled_from([None, 32, 128])}
 _MODES = {
     "autocast": st.sampled_from(["mixed", "full", "half"]),
@@ -61,9 +71,11 @@ _MODES = {
 def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
     """Any values for any of the options of a pass."""
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    own = {"mode": _MODES, "group": _GROUPS}
+    own = {"mode": _MODES, "group": _GROUPS, "importance": _IMPORTANCES, "ratio": _RATIOS}
     known = {**_OPTIONS, **{name: of.get(kind.name, st.nothing()) for name, of in own.items()}}
-    return st.fixed_dictionaries({}, optional={name: known[name] for name in fields})
+    return st.fixed_dictionaries(
+        {}, optional={name: known[name] for name in fields if not name.startswith("target_")}
+    )
 
 
 passes = st.sampled_from(sorted(PASSES)).flatmap(
@@ -129,6 +141,14 @@ def test_every_registered_pass_has_its_own_name_and_no_needed_option(name: str) 
             fxopt.Int8Linear(budget=Sqnr(30.0), max_layers=3, where="always"),
         ),
         ("int8-linear{mode=weight_only, group=32}", fxopt.Int8Linear("weight_only", group=32)),
+        ("sparsify24{importance=wanda}", fxopt.Sparsify24("wanda")),
+        ("sparsify24{device=cuda:8.0, tied=true}", fxopt.Sparsify24(device="cuda:8.0", tied=True)),
+        (
+            "prune-channels{target_flops=0.5, scope=ffn|heads, importance=obs, reconstruct=true}",
+            fxopt.PruneChannels(
+                target_flops=0.5, scope=("ffn", "heads"), importance="obs", reconstruct=True
+            ),
+        ),
         ("half-attention{force=true}", fxopt.HalfAttention(force=True)),
         ("lower{strict=true, dynamic=none}", fxopt.Lower(strict=True)),
     ],

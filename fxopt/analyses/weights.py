@@ -61,7 +61,7 @@ def quantize_rows(
         return nearest
     assert second_moment is not None
     with torch.no_grad():
-        moment = _normalised(second_moment, weight.device)
+        moment = normalised_moment(second_moment, weight.device)
         largest = 2 ** (bits - 1) - 1
         fed_back = _Feedback(weight, nearest[1], largest, group, moment, damping, order).run()
         return _better_rows(weight, nearest, fed_back, moment)
@@ -149,7 +149,7 @@ def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows.shape[0])
 
 
-def _normalised(moment: Tensor, device: torch.device) -> Tensor:
+def normalised_moment(moment: Tensor, device: torch.device) -> Tensor:
     """The moment in units of its mean diagonal, so that neither large nor small inputs overflow."""
     moment = moment.detach().to(device, torch.float32)
     diagonal = moment.diagonal().double()
@@ -165,7 +165,7 @@ def _normalised(moment: Tensor, device: torch.device) -> Tensor:
     return moment / mean
 
 
-def _factor(moment: Tensor, damping: float) -> Tensor:
+def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """U [K, K], upper triangular, float32, with (H + damping)⁻¹ = UᵀU.
 
     From one factorization of H read backwards: with J H J = L Lᵀ for the exchange matrix J, U is
@@ -243,7 +243,7 @@ class _Feedback:
         if self.permutation is not None:
             self.left = self.left[self.permutation]
             moment = moment[self.permutation][:, self.permutation]
-        self.factor = _factor(moment, damping)
+        self.factor = inverse_factor(moment, damping)
         self.q = torch.empty_like(self.left, dtype=torch.int8)
         self.places = (
             list(range(columns)) if self.permutation is None else self.permutation.tolist()

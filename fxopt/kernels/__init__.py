@@ -23,6 +23,7 @@ numerics-level regions; each call ends up as one call of a library, opaque to th
     float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
     int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns
+    linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
     packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue and requantization
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
     attention_bias(mask)                                         a mask as floats, computed once
@@ -53,6 +54,7 @@ from fxopt.kernels import (
     layer_norm,
     packed,
     quantization,
+    sparse24,
 )
 from fxopt.kernels.int4 import pack_int4
 from fxopt.kernels.packed import POST_OPS
@@ -83,6 +85,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.float8_linear.default: "fxopt.float8_linear",
     torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
     torch.ops.fxopt.int4_weight_only_linear.default: "fxopt.int4_weight_only_linear",
+    torch.ops.fxopt.linear_sparse24.default: "fxopt.linear_sparse24",
     torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
@@ -111,4 +114,5 @@ __all__ = [
     "packed",
     "quantization",
     "quantize_weight",
+    "sparse24",
 ]

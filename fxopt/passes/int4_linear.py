@@ -25,8 +25,6 @@ from fxopt.analyses import (
     Linear,
     SecondMoment,
     as_linear,
-    calibration_warnings,
-    observe,
     quantize_rows,
 )
 from fxopt.analyses.weights import Rounding
@@ -35,6 +33,7 @@ from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
 from fxopt.passes.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
 from fxopt.passes.selection import Selection, checked_selections
+from fxopt.passes.weight_inputs import watch_inputs
 from fxopt.program import Program, label, materialize
 from fxopt.rewriting import (
     Edit,
@@ -57,8 +56,6 @@ Packed = tuple[Tensor, Tensor]
 
 _GROUPS = (128, 64, 32)
 _BITS = 4
-_MOMENT_BYTES = 1 << 30
-"""Second moments held at once; inputs beyond it are learnt in another pass over calibration."""
 
 
 class QuantizeInt4Linear(QuantizeLinear):
@@ -241,23 +238,13 @@ def _round_by_inputs(
     """The weights of `linears` rounded with feedback, and what calibration warns of."""
     rounded: dict[WeightKey, Packed] = {}
     warnings: dict[str, None] = {}
-    for wave in _waves(linears):
-        # Layers of one input share its moment; a weight that meets several inputs has their sum.
-        moments = {inputs: SecondMoment() for inputs in wave}
-        watched: dict[fx.Node, list[SecondMoment]] = {}
-        for inputs, moment in moments.items():
-            for x in inputs:
-                watched.setdefault(x, []).append(moment)
-        seen = observe(program, watched)
-        named = {label(wave[inputs][0].node): [moment] for inputs, moment in moments.items()}
-        warnings.update(dict.fromkeys(calibration_warnings(seen, named)))
-        for inputs, moment in moments.items():
-            warnings.update(dict.fromkeys(_few(wave[inputs], moment)))
-            for linear in wave[inputs]:
-                state = program.state[str(linear.weight.target)]
-                rows = materialize(linear.rows_first(state))
-                matrix = moment.matrix if moment.rows else None
-                rounded[weight_key(linear)] = options.round(linear, rows, matrix)
+    for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
+        warnings.update(dict.fromkeys(_few(layers, moment)))
+        for linear in layers:
+            state = program.state[str(linear.weight.target)]
+            rows = materialize(linear.rows_first(state))
+            matrix = moment.matrix if moment.rows else None
+            rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings
 
 
@@ -273,21 +260,5 @@ def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
     ]
 
 
-def _waves(linears: Sequence[Linear]) -> list[dict[tuple[fx.Node, ...], list[Linear]]]:
-    """Layers, one for each weight, by the inputs that meet it; cut where moments grow too large."""
-    met: dict[WeightKey, dict[fx.Node, Linear]] = {}
-    for linear in linears:
-        met.setdefault(weight_key(linear), {})[linear.x] = linear
-    together: dict[tuple[fx.Node, ...], list[Linear]] = {}
-    for by_input in met.values():
-        together.setdefault(tuple(by_input), []).append(next(iter(by_input.values())))
-    waves: list[dict[tuple[fx.Node, ...], list[Linear]]] = []
-    held = _MOMENT_BYTES
-    for inputs, layers in together.items():
-        size = 4 * layers[0].in_features ** 2
-        if held + size > _MOMENT_BYTES:
-            waves.append({})
-            held = 0
-        waves[-1][inputs] = layers
-        held += size
-    return waves
+def _moment_bytes(channels: int) -> int:
+    return 4 * channels**2

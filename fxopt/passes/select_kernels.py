@@ -4,6 +4,7 @@
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  int8_linear(q, s, Wq, Ws, b, z, ΣWq)     affine
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
+    linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
     f(int8_linear(...))                        =  int8_linear_fused(..., f)                on CUDA
     f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
     quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
@@ -26,6 +27,7 @@ from fxopt.claim import Claim, Close
 from fxopt.kernels.int8_fused import row_sums
 from fxopt.passes.float8_linear import SelectFloat8Linear
 from fxopt.passes.int4_linear import SelectInt4Linear
+from fxopt.passes.select_sparse24 import SelectSparse24Linear
 from fxopt.program import Program, Recipe
 from fxopt.rewriting import (
     Edit,
@@ -313,6 +315,7 @@ class SelectKernels(RulePass):
             SelectInt8WeightOnlyLinear(),
             SelectInt4Linear(),
             SelectFloat8Linear(),
+            SelectSparse24Linear(program),
             FuseInt8Linear(),
             FuseActivation(),
             UnsignedActivations(),

@@ -21,7 +21,7 @@ from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.evaluate import evaluate
 from fxopt.graph_text import text
-from fxopt.passes import int4_linear
+from fxopt.passes import weight_inputs
 from fxopt.passes.int4_linear import SelectInt4Linear
 from fxopt.program import Changes, Program
 from fxopt.rewriting import SingleRule, rewrite
@@ -209,10 +209,10 @@ def test_moments_are_learnt_in_as_many_passes_as_memory_asks(
     program = calibrated(Shared(), [mixed(100, 0), mixed(100, 1)])
     pass_ = Int4Linear(weights="gptq")
     whole = applied(pass_, program)
-    monkeypatch.setattr(int4_linear, "_MOMENT_BYTES", 1)
+    monkeypatch.setattr(weight_inputs, "_MOST_BYTES", 1)
     passes = []
     monkeypatch.setattr(
-        int4_linear, "observe", lambda *args: passes.append(1) or fxopt.analyses.observe(*args)
+        weight_inputs, "observe", lambda *args: passes.append(1) or fxopt.analyses.observe(*args)
     )
     parts = applied(pass_, program)
     assert len(passes) == 2
