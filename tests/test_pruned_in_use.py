@@ -53,6 +53,20 @@ def test_layers_of_different_widths_leave_the_config_alone() -> None:
     assert opt.config.intermediate_size == case.model.config.intermediate_size
 
 
+def test_folding_keeps_the_names_of_what_took_constants_up() -> None:
+    case = ARCHITECTURES["bert"]()
+    with torch.no_grad():
+        case.model.encoder.layer[0].intermediate.dense.weight[:16] = 0.0
+    opt = fxopt.transform(case.model, [fxopt.FoldPruned()], example_inputs=case.example)
+    assert opt.steps[-1].record.fired["AbsorbConstants"] == 1
+    state, dense = opt.state_dict(), case.model.state_dict()
+    assert state.keys() <= dense.keys()
+    assert state["encoder.layer.0.output.dense.weight"].shape == (32, 48)
+    assert not torch.equal(
+        state["encoder.layer.0.output.dense.bias"], dense["encoder.layer.0.output.dense.bias"]
+    )
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     case, opt = pruned("llama")
     opt.save(tmp_path / "pruned")

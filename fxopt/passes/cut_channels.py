@@ -26,12 +26,17 @@ aten = torch.ops.aten
 
 
 def cut(
-    program: Program, channels: Channels, keep: Mapping[str, Tensor], exact: bool = True
+    program: Program,
+    channels: Channels,
+    keep: Mapping[str, Tensor],
+    exact: bool = True,
+    names: Mapping[str, str] | None = None,
 ) -> Program:
     """`program` without the channels that `keep` leaves out.
 
     `keep` maps the names of groups of `channels(program)` to the indices that stay, int64, sorted.
     With `exact` a mean over cut channels still divides by their former number: they were zeros.
+    `names` gives new names to state.
     """
     masks = {
         channels.walk.dims.find(channels[name].dim): _mask(channels[name].size, kept)
@@ -40,7 +45,7 @@ def cut(
     }
     if not masks:
         return program
-    return convert(program, _Cut(channels.walk, masks, exact), "CutChannels")
+    return convert(program, _Cut(channels.walk, masks, exact, names or {}), "CutChannels")
 
 
 def _mask(size: int, kept: Tensor) -> Tensor:
@@ -48,10 +53,13 @@ def _mask(size: int, kept: Tensor) -> Tensor:
 
 
 class _Cut(Conversion):
-    def __init__(self, walk: Walk, masks: Mapping[Dim, Tensor], exact: bool) -> None:
+    def __init__(
+        self, walk: Walk, masks: Mapping[Dim, Tensor], exact: bool, names: Mapping[str, str]
+    ) -> None:
         self.walk = walk
         self.masks = masks
         self.exact = exact
+        self.names = names
         self.fired = len(masks)
         self.selected: dict[str, Tensor | Recipe] = {}
 
@@ -61,6 +69,9 @@ class _Cut(Conversion):
             kept = [self.walk.dims.kept(dim, self.masks) for dim in self.walk.axes[node]]
             self.selected[name] = selected(tensor, kept)
         return self.selected[name]
+
+    def name(self, node: fx.Node) -> str:
+        return self.names.get(str(node.target), str(node.target))
 
     def call(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build

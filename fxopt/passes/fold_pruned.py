@@ -10,7 +10,8 @@ multiplies by zero is dead as well. Both are cut out of every tensor that they s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,10 +20,11 @@ from torch import Tensor
 from fxopt.analyses.channels import channels
 from fxopt.analyses.dead_channels import dead_channels
 from fxopt.claim import Claim, Close
-from fxopt.passes.absorb_constants import AbsorbConstants
+from fxopt.passes.absorb_constants import ABSORBED, AbsorbConstants
 from fxopt.passes.canonicalize import FoldConstant
 from fxopt.passes.channel_plan import ChannelPlan, cut_details, node_of, sites_of
 from fxopt.passes.cut_channels import cut
+from fxopt.passes.selection import has_mark
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage, rewrite
 
@@ -90,7 +92,16 @@ class FoldPruned(Pass):
                 only[reader] = only[reader] | moved if reader in only else moved
         if only:
             program = rewrite(program, (AbsorbConstants(program, only=only),))
-        return plan.told(cut(program, channels(program), keep))
+        names = _former_names(program.state)
+        return plan.told(cut(program, channels(program), keep, names=names))
+
+
+def _former_names(state: Collection[str]) -> dict[str, str]:
+    """The names that weights and biases had before they took constants up, where free now."""
+    marked = [name for name in state if has_mark(name, ABSORBED)]
+    former = {name: name[: name.rindex(ABSORBED)] for name in marked}
+    once = Counter(former.values())
+    return {name: old for name, old in former.items() if old not in state and once[old] == 1}
 
 
 def _unmasked(program: Program) -> Program:

@@ -41,12 +41,16 @@ class Conversion:
     fired: int | None = None
 
     def constant(self, node: fx.Node, tensor: Tensor | Recipe) -> Tensor | Recipe:
-        """What the state behind `node` becomes, under the same name; `tensor` itself to keep it.
+        """What the state behind `node` becomes, under `name(node)`; `tensor` itself to keep it.
 
         The result is a parameter where `tensor` is one. Where several nodes read one name, they
         are given the same object.
         """
         return tensor
+
+    def name(self, node: fx.Node) -> str:
+        """The state name of what the state behind `node` becomes."""
+        return str(node.target)
 
     def call(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
@@ -126,10 +130,13 @@ class _Walk:
                 f"{name} too; convert each state name once and return the same object again"
             )
         new = self._copied(node)
-        if given is old:
+        new.target = self.conversion.name(node)
+        if given is old and new.target == name:
             return
-        if name not in self.state:
-            self.state[name] = _like(old, given)
+        if new.target != name and new.target in self.program.state:
+            raise RewriteError(f"{self.rule} renames {name} to {new.target}, which is taken")
+        if new.target not in self.state:
+            self.state[new.target] = old if given is old else _like(old, given)
         self._take_type(node, new, self.types.of_tensor(given))
 
     def _call(self, node: fx.Node) -> None:

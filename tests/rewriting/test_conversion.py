@@ -402,3 +402,24 @@ def test_the_work_is_linear_in_the_graph() -> None:
         return seconds(lambda: convert(before, Cut(kept), "Cut"))
 
     assert cost(16) <= 8 * cost(4)
+
+
+class Renamed(Conversion):
+    """State under other names."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def name(self, node: fx.Node) -> str:
+        return self.names.get(str(node.target), str(node.target))
+
+
+def test_state_takes_another_name() -> None:
+    program = program_of(MLP(), torch.randn(2, 3, 4))
+    names = {"layers.0.0.weight": "layers.0.0.other"}
+    renamed = convert(program, Renamed(names), "Rename")
+    wellformed.check(renamed)
+    assert renamed.state["layers.0.0.other"] is program.state["layers.0.0.weight"]
+    assert "layers.0.0.weight" not in renamed.state
+    with pytest.raises(RewriteError, match="renames layers.0.0.weight to layers.0.1.weight, which"):
+        convert(program, Renamed({"layers.0.0.weight": "layers.0.1.weight"}), "Rename")
