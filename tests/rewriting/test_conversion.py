@@ -415,7 +415,7 @@ class Renamed(Conversion):
 
 
 def test_state_takes_another_name() -> None:
-    program = program_of(MLP(), torch.randn(2, 3, 4))
+    program = capture(MLP().eval(), (torch.randn(2, 3, 4),))
     names = {"layers.0.0.weight": "layers.0.0.other"}
     renamed = convert(program, Renamed(names), "Rename")
     wellformed.check(renamed)
