@@ -4,7 +4,7 @@ A reader can do without channel j of its input x if
 
     W[:, j] = 0                        it is unread, or
     x_j = c_j for all inputs           a weight's reader takes W[:, j] c_j into its bias, or
-    x_j = 0                            a mean, a sum, or a product with another activation
+    x_j = 0                            a mean, a sum, an rms_norm, or a product of activations
 
 A channel is dead if every one of its readers can do without it. Rows of a weight that are dead
 themselves don't count as reading, so that a chain of layers dies from its end backwards.
@@ -112,7 +112,7 @@ class _Search:
         if reader.kind == "weight":
             assert reader.weight is not None
             return self._unread(reader.weight) | self._absorbable(reader)
-        if reader.kind == "norm":
+        if reader.kind == "norm" and reader.node.target is not torch.ops.aten.rms_norm.default:
             return torch.zeros(len(reader.operand.positions), dtype=torch.bool)
         zero = self._constant(reader.operand, only_zero=True)
         if reader.kind == "product":

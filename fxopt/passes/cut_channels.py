@@ -12,6 +12,7 @@ their own names; sizes that the graph spells out are spelled anew.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def cut(
     """`program` without the channels that `keep` leaves out.
 
     `keep` maps the names of groups of `channels(program)` to the indices that stay, int64, sorted.
-    With `exact` a mean over cut channels still divides by their former number: they were zeros.
+    With `exact` a mean or rms_norm over cut channels still counts them: they were zeros.
     `names` gives new names to state.
     """
     masks = {
@@ -187,11 +188,35 @@ def _interleave(
     return build(node.target, args[0], cut.size(parts[1]), axis)
 
 
-def _norm(
+def _layer_norm(
     cut: _Cut, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
 ) -> fx.Node:
-    axes = cut.axes(node)[-len(args[1]) :]
-    return build(node.target, args[0], [cut.size(dim) for dim in axes], *args[2:], **kwargs)
+    return build(node.target, args[0], _normalized(cut, node), *args[2:], **kwargs)
+
+
+def _rms_norm(
+    cut: _Cut, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], build: Build
+) -> fx.Node:
+    """rms_norm over n channels, of which all but k are zeros, with s = n / k:
+
+    x / sqrt(sum x² / n + eps)  =  sqrt(s) x / sqrt(sum x² / k + s eps)
+    """
+    named = arguments(node)
+    shape = _normalized(cut, node)
+    if not cut.exact:
+        return build(node.target, args[0], shape, *args[2:], **kwargs)
+    scale = math.prod(named["normalized_shape"]) / math.prod(shape)
+    eps = named["eps"]
+    if eps is None:
+        eps = torch.finfo(node.meta["val"].dtype).eps
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    normed = build(node.target, args[0], shape, weight, eps * scale)
+    return build(aten.mul.Tensor, normed, math.sqrt(scale))
+
+
+def _normalized(cut: _Cut, node: fx.Node) -> list[int]:
+    axes = cut.axes(node)[-len(arguments(node)["normalized_shape"]) :]
+    return [cut.size(dim) for dim in axes]
 
 
 def _group_norm(
@@ -249,8 +274,8 @@ _RESPELLED: dict[Any, _Respell] = {
     aten.chunk.default: _split,
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _interleave,
-    aten.layer_norm.default: _norm,
-    aten.rms_norm.default: _norm,
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
     **dict.fromkeys(
         (

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fxopt.analyses.channels import channels
+from fxopt.analyses.channels import Channels, Group, channels
 from fxopt.analyses.dead_channels import dead_channels
 from fxopt.claim import Claim, Close
 from fxopt.passes.absorb_constants import ABSORBED, AbsorbConstants
@@ -90,10 +90,35 @@ class FoldPruned(Pass):
         for name in keep:
             for reader, moved in plan.absorbed[name].items():
                 only[reader] = only[reader] | moved if reader in only else moved
-        if only:
-            program = rewrite(program, (AbsorbConstants(program, only=only),))
-        names = _former_names(program.state)
-        return plan.told(cut(program, channels(program), keep, names=names))
+        found = channels(program)
+        if not only:
+            return plan.told(cut(program, found, keep))
+        absorbed = rewrite(program, (AbsorbConstants(program, only=only),))
+        names = _former_names(absorbed.state)
+        now = channels(absorbed)
+        keep = _keep_now({found[name]: kept for name, kept in keep.items()}, now, names)
+        return plan.told(cut(absorbed, now, keep, names=names))
+
+
+def _keep_now(
+    keep: Mapping[Group, Tensor], now: Channels, names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """`keep` by the names that the groups have now: a new bias may come first in another one.
+
+    A group is known by where its first channel stands in any of its parameters.
+    """
+    places = {key: group.name for group in now.groups for key in _keys(group, names)}
+    return {
+        next(places[key] for key in _keys(group, {}) if key in places): kept
+        for group, kept in keep.items()
+    }
+
+
+def _keys(group: Group, names: Mapping[str, str]) -> list[tuple[str, int, tuple[int, ...]]]:
+    return [
+        (names.get(place.name, place.name), place.axis, tuple(place.positions[0].tolist()))
+        for place in group.places
+    ]
 
 
 def _former_names(state: Collection[str]) -> dict[str, str]:

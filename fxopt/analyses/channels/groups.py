@@ -65,7 +65,7 @@ class Reader:
     weight: Place | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Channels that leave together or not at all: `size` of them, in all of `places`.
 
