@@ -94,37 +94,41 @@ class FoldPruned(Pass):
         if not only:
             return plan.told(cut(program, found, keep))
         absorbed = rewrite(program, (AbsorbConstants(program, only=only),))
-        names = _former_names(absorbed.state)
         now = channels(absorbed)
-        keep = _keep_now({found[name]: kept for name, kept in keep.items()}, now, names)
-        return plan.told(cut(absorbed, now, keep, names=names))
+        keep = _keep_now({found[name]: kept for name, kept in keep.items()}, now)
+        return plan.told(cut(absorbed, now, keep, names=_former_names(absorbed.state)))
 
 
-def _keep_now(
-    keep: Mapping[Group, Tensor], now: Channels, names: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """`keep` by the names that the groups have now: a new bias may come first in another one.
+def _keep_now(keep: Mapping[Group, Tensor], now: Channels) -> dict[str, Tensor]:
+    """`keep` by the names of the groups as they are now that weights and biases took constants up.
 
-    A group is known by where its first channel stands in any of its parameters.
+    A group is known by where its first channel stands in any of its parameters. One that shared a
+    weight between readers of different constants has become several.
     """
-    places = {key: group.name for group in now.groups for key in _keys(group, names)}
-    return {
-        next(places[key] for key in _keys(group, {}) if key in places): kept
-        for group, kept in keep.items()
-    }
+    before = {key: kept for group, kept in keep.items() for key in _keys(group)}
+    found = {}
+    for group in now.groups:
+        known = next((before[key] for key in _keys(group) if key in before), None)
+        if known is not None:
+            found[group.name] = known
+    return found
 
 
-def _keys(group: Group, names: Mapping[str, str]) -> list[tuple[str, int, tuple[int, ...]]]:
+def _keys(group: Group) -> list[tuple[str, int, tuple[int, ...]]]:
     return [
-        (names.get(place.name, place.name), place.axis, tuple(place.positions[0].tolist()))
+        (_former_name(place.name), place.axis, tuple(place.positions[0].tolist()))
         for place in group.places
     ]
 
 
+def _former_name(name: str) -> str:
+    """The name that a weight or bias had before it took constants up."""
+    return name[: name.rindex(ABSORBED)] if has_mark(name, ABSORBED) else name
+
+
 def _former_names(state: Collection[str]) -> dict[str, str]:
-    """The names that weights and biases had before they took constants up, where free now."""
-    marked = [name for name in state if has_mark(name, ABSORBED)]
-    former = {name: name[: name.rindex(ABSORBED)] for name in marked}
+    """The former names of what took constants up, where nothing else has them now."""
+    former = {name: _former_name(name) for name in state if has_mark(name, ABSORBED)}
     once = Counter(former.values())
     return {name: old for name, old in former.items() if old not in state and once[old] == 1}
 
