@@ -1,0 +1,84 @@
+"""The trained classifier of docstrings that gets pruned, and what it is pruned and judged with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.finetune import Run
+from benchmarks.finetune_recipe import Data, Recipe
+
+Batch = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """The trained model's folder, what it is pruned and distilled with, and the budget of that."""
+
+    folder: Path
+    data: Data
+    device: str
+    batch: int
+    ratio: float = 0.5
+    epochs: int = 1
+    learning_rate: float = 3e-4
+    seed: int = 0
+
+    def load(self) -> nn.Module:
+        """The trained model, new each time.
+
+        transformers hangs hooks into a model at the first call that gives hidden states, and what
+        is captured shares the parameters that no pass rewrites.
+        """
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.folder, output_hidden_states=True
+        )
+        return model.to(self.device).eval()  # type: ignore[no-any-return]
+
+    def batches(self) -> list[Batch]:
+        """The training set once, in an order that follows from the seed, whole batches only."""
+        order = torch.Generator().manual_seed(self.seed)
+        loader = DataLoader(
+            self.data.train, self.batch, shuffle=True, drop_last=True, generator=order
+        )
+        return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in loader]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the held-out examples whose label is predicted."""
+        model.eval()
+        right = 0
+        for ids, mask, labels in DataLoader(self.data.test, self.batch):
+            # Labels too: what was captured with them is called with them.
+            output = model(input_ids=ids, attention_mask=mask, labels=labels)
+            right += int((output.logits.argmax(dim=-1) == labels).sum())
+        return right / len(self.data.test)
+
+
+def trained(
+    recipe: Recipe, data: Data, out: Path, seed: int, progress: Callable[[str], None]
+) -> Path:
+    """The folder that holds the fine-tuned classifier; it is trained where there is none yet."""
+    folder = out / f"teacher-{_fingerprint(recipe, seed)}"
+    if not (folder / "config.json").exists():
+        run = Run("torch-full", seed, recipe, data)
+        for epoch in range(recipe.epochs):
+            run.epoch()
+            done = 100 * run.figures.accuracy[-1]
+            progress(f"teacher, epoch {epoch + 1} of {recipe.epochs}: {done:.1f} %")
+        run.prepared.model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def _fingerprint(recipe: Recipe, seed: int) -> str:
+    """What a trained model depends on, as a name of a folder."""
+    text = json.dumps([dataclasses.asdict(recipe), seed], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,174 @@
+"""FoldPruned on drawn models with dead channels: the masked original, and nothing left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from fxopt import wellformed
+from fxopt.analyses.channels import Channels, Group, channels
+from fxopt.capture import capture
+from fxopt.evaluate import evaluate
+from fxopt.passes.fold_pruned import FoldPruned
+from fxopt.program import Program, arguments
+from tests.architectures import randomize
+from tests.check import assert_unchanged, tensors_of
+from tests.models import Drawn
+from tests.pruned_blocks import Mlp, Stem, TwiceRead
+from tests.pruned_models import Kill, kill, kills, masked, prunable_models
+from tests.pruning_oracles import is_needed, relative_change
+
+aten = torch.ops.aten
+
+_FEW = settings(max_examples=50)
+_MANY = settings(max_examples=500)
+_DOUBLES = st.just(torch.float64)
+_RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-12}
+_MODELS = st.integers(0, 3).flatmap(
+    lambda quarter: masked(prunable_models()) if quarter == 3 else prunable_models()
+)
+
+
+def _mutated(drawn: Drawn, mutations: st.DataObject) -> Program:
+    """The program of a model some of whose channels have just been made needless."""
+    program = capture(drawn.model, drawn.example)
+    groups = channels(program).groups
+    kill(program, {g.name: g for g in groups}, mutations.draw(kills(groups), label="kills"))
+    return program
+
+
+def _assert_equals_masked_original(drawn: Drawn, data: st.DataObject) -> None:
+    program = _mutated(drawn, data)
+    fold = FoldPruned()
+    result = fold.apply(program, fold.plan(program)).materialized()
+    wellformed.check(result)
+    assert_unchanged(fold, result)
+    for call in (drawn.example, *drawn.others):
+        with torch.no_grad():
+            reference = tensors_of(drawn.model(**call))
+        outputs = evaluate(result, result.signature.flatten((), call))
+        outputs = tensors_of(result.signature.unflatten(outputs))
+        assert [one.shape for one in outputs] == [one.shape for one in reference]
+        change = relative_change(reference, outputs)
+        dtype = next(drawn.model.parameters()).dtype
+        assert change <= _RELATIVE[dtype], f"relative error {change:.1e} in {dtype}"
+
+
+def _assert_nothing_left(drawn: Drawn, data: st.DataObject) -> None:
+    """Every channel of every group that could be cut is needed."""
+    program = _mutated(drawn, data)
+    fold = FoldPruned()
+    plan = fold.plan(program)
+    # One channel of a dead group stays, and with it all that it reads.
+    assume(not any(len(kept) == 1 for kept in plan.keep.values()))
+    assume(not re.search(r"\b(\d+) of \1 channels", str(plan)))
+    result = fold.apply(program, plan).materialized()
+    found = channels(result)
+    for group in found.cuttable:
+        exempt = _reads_itself(group) or _is_normed_in_groups(result, found, group)
+        if exempt or _is_masked(result, found, group):
+            continue
+        some = data.draw(st.sets(st.integers(0, group.size - 1), min_size=1, max_size=6))
+        for channel in some:
+            assert is_needed(result, group, channel), f"channel {channel} of {group}; {plan}"
+
+
+def _reads_itself(group: Group) -> bool:
+    """x + W x: which channels of x are dead depends on which of them are."""
+    produced = {place.name for place in group.producers}
+    return any(reader.weight and reader.weight.name in produced for reader in group.readers)
+
+
+def _is_normed_in_groups(program: Program, found: Channels, group: Group) -> bool:
+    """A constant isn't followed through a group norm, though one over constants alone is one."""
+    norms = _calls(program, aten.group_norm.default)
+    return any(_stands_in(found, group, node, (1,)) for node in norms)
+
+
+def _is_masked(program: Program, found: Channels, group: Group) -> bool:
+    """A constant value comes out of masked attention as it went in, but for rows of -inf alone."""
+    attentions = _calls(program, aten.scaled_dot_product_attention.default)
+    masked_ones = [node for node in attentions if arguments(node)["attn_mask"] is not None]
+    return any(_stands_in(found, group, node, (1, 3)) for node in masked_ones)
+
+
+def _calls(program: Program, target: Any) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.target is target]
+
+
+def _stands_in(found: Channels, group: Group, node: fx.Node, axes: Sequence[int]) -> bool:
+    dims, leaf = found.walk.dims, found.walk.dims.find(group.dim)
+    return any(leaf in dims.leaves(found.walk.of(node)[axis]) for axis in axes)
+
+
+@_FEW
+@given(_MODELS, st.data())
+def test_outputs_equal_those_of_the_masked_original(drawn: Drawn, data: st.DataObject) -> None:
+    _assert_equals_masked_original(drawn, data)
+
+
+@_FEW
+@given(prunable_models(dtypes=_DOUBLES), st.data())
+def test_every_channel_that_stays_is_needed(drawn: Drawn, data: st.DataObject) -> None:
+    _assert_nothing_left(drawn, data)
+
+
+@pytest.mark.slow
+@_MANY
+@given(_MODELS, st.data())
+def test_outputs_equal_those_of_many_masked_originals(drawn: Drawn, data: st.DataObject) -> None:
+    _assert_equals_masked_original(drawn, data)
+
+
+@pytest.mark.slow
+@_MANY
+@given(prunable_models(dtypes=_DOUBLES), st.data())
+def test_every_channel_that_stays_in_many_models_is_needed(
+    drawn: Drawn, data: st.DataObject
+) -> None:
+    _assert_nothing_left(drawn, data)
+
+
+def _killed(model: nn.Module, mutations: Sequence[Kill]) -> nn.Module:
+    program = capture(model, {"x": torch.randn(2, 3, 6, dtype=torch.float64)})
+    kill(program, {group.name: group for group in channels(program).groups}, mutations)
+    return model
+
+
+def _assert_folds(model: nn.Module) -> Program:
+    program = capture(model, {"x": torch.randn(2, 3, 6, dtype=torch.float64)})
+    fold = FoldPruned()
+    result = fold.apply(program, fold.plan(program)).materialized()
+    outputs = evaluate(result, program.example)
+    assert relative_change([model(*program.example)], outputs) < 1e-12
+    return result
+
+
+def test_a_constant_moves_through_the_activation_into_the_next_bias() -> None:
+    model = Stem(6, Mlp(8, 12, "gelu", (True, True), nn.Identity()), 8)
+    model = _killed(randomize(model).double(), [Kill("body.up.ffn", (2, 5), "constant")])
+    result = _assert_folds(model)
+    assert tuple(result.state["body.up.weight"].shape) == (10, 8)
+
+
+def test_constants_of_two_layers_in_a_row_are_cut_from_their_own_groups() -> None:
+    model = randomize(Stem(6, TwiceRead(8, 6, "silu"), 8)).double()
+    mutations = [Kill("stem.ffn", (0,), "constant"), Kill("body.ffn", (1,), "constant")]
+    model = _killed(model, mutations)
+    _assert_folds(model)
+
+
+def test_a_constant_that_a_norm_sees_is_refused() -> None:
+    model = Stem(6, nn.LayerNorm(8), 8)
+    model = _killed(randomize(model).double(), [Kill("stem.residual", (1,), "constant")])
+    program = capture(model, {"x": torch.randn(2, 3, 6, dtype=torch.float64)})
+    plan = FoldPruned().plan(program)
+    assert not plan.keep
+    assert "1 of 8 channels are constant, but a norm takes its statistics over it" in str(plan)
