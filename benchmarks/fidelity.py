@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.systems import Call, Inputs
+from fxopt.comparison import pareto_front
+from fxopt.measurement.task_scores import NextToken
 
 
 def embed(call: Call, batches: Sequence[Inputs]) -> Tensor:
@@ -50,26 +52,20 @@ def perplexity(call: Call, windows: Sequence[Tensor]) -> float:
 
     `call` gives logits `[1, length, vocabulary]` for `{"input_ids": window}`.
     """
-    total, count = 0.0, 0
+    tokens = NextToken()
     for window in windows:
-        logits = call({"input_ids": window})[0, :-1].float()
-        following = window[0, 1:]
-        total += torch.nn.functional.cross_entropy(logits, following, reduction="sum").item()
-        count += len(following)
-    return math.exp(total / count)
+        tokens.add(call({"input_ids": window}), window, None)
+    found = tokens.perplexity
+    if found is None:
+        raise ValueError("perplexity() got no window of at least two tokens")
+    return found
 
 
 def on_the_front(points: Mapping[str, tuple[float, float]]) -> dict[str, bool]:
     """Which of `{name: (milliseconds, truth)}` no other is both at least as fast and as true as."""
 
-    def beaten(name: str) -> bool:
-        time, truth = points[name]
-        return any(
-            other != name and t <= time and f >= truth and (t, f) != (time, truth)
-            for other, (t, f) in points.items()
-        )
-
-    return {name: not beaten(name) for name in points}
+    front = pareto_front({name: (time, -truth) for name, (time, truth) in points.items()})
+    return {name: name in front for name in points}
 
 
 def _neighbours(similarity: Tensor) -> Tensor:

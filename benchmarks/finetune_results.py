@@ -92,7 +92,8 @@ def document(
 ) -> dict[str, Any]:
     """Everything as plain values; `no_joules` is why energy wasn't measured, None where it was.
 
-    `comparisons` sets each mode beside the first one, and mixed beside torch.autocast.
+    `ratios` of time and `comparisons` of accuracy set each mode beside the first one, and mixed
+    beside torch.autocast.
     """
     modes = {run.mode: [r for r in runs if r.mode == run.mode] for run in runs}
     first = next(iter(modes))
@@ -109,7 +110,8 @@ def document(
         "energy": "joules of the whole device, at rest included"
         if no_joules is None
         else no_joules,
-        "modes": {mode: _summary(of_mode) for mode, of_mode in modes.items()},
+        "systems": {mode: _summary(of_mode) for mode, of_mode in modes.items()},
+        "ratios": {f"{a} / {b}": _time_ratio(modes[a], modes[b]) for a, b in pairs},
         "comparisons": {f"{a} / {b}": _comparison(modes[a], modes[b]) for a, b in pairs},
         "runs": {f"{run.mode}, seed {run.seed}": run.to_json() for run in runs},
     }
@@ -129,7 +131,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         modes.add_column(column, justify="right", no_wrap=True)
     if has_joules:
         modes.add_column("J / epoch", justify="right", no_wrap=True)
-    for mode, row in figures["modes"].items():
+    for mode, row in figures["systems"].items():
         memory = "-" if row["step_bytes"] is None else f"{row['step_bytes'] / 1e6:.0f}"
         modes.add_row(
             mode,
@@ -146,7 +148,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     for name, row in figures["comparisons"].items():
         points = _listed(row["accuracy_points"], "+.1f")
         pairs.add_row(
-            name, _spread(row["time"], 2), f"{row['accuracy_points_mean']:+.2f} ({points})"
+            name,
+            _spread(figures["ratios"][name], 2),
+            f"{row['accuracy_points_mean']:+.2f} ({points})",
         )
     return [modes, pairs]
 
@@ -165,16 +169,19 @@ def _summary(runs: Sequence[RunFigures]) -> dict[str, Any]:
     }
 
 
-def _comparison(a: Sequence[RunFigures], b: Sequence[RunFigures]) -> dict[str, Any]:
+def _time_ratio(a: Sequence[RunFigures], b: Sequence[RunFigures]) -> dict[str, float]:
     times = (summarize([value for run in runs for value in run.seconds]) for runs in (a, b))
     paired = ratio(*times)
+    return {
+        "median": round(paired.median, 3),
+        "p5": round(paired.p5, 3),
+        "p95": round(paired.p95, 3),
+    }
+
+
+def _comparison(a: Sequence[RunFigures], b: Sequence[RunFigures]) -> dict[str, Any]:
     points = [100 * (x.accuracy[-1] - y.accuracy[-1]) for x, y in zip(a, b, strict=True)]
     return {
-        "time": {
-            "median": round(paired.median, 3),
-            "p5": round(paired.p5, 3),
-            "p95": round(paired.p95, 3),
-        },
         "accuracy_points_mean": round(statistics.fmean(points), 2),
         "accuracy_points": [round(value, 2) for value in points],
     }

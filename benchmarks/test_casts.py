@@ -50,7 +50,13 @@ _MODELS: dict[str, Callable[[bool], Workload]] = {
 
 
 def test_bytes_cast_in_a_forward(quick: bool, record: Record) -> None:
-    record("casts", {name: _figures(make(quick)) for name, make in _MODELS.items()})
+    models = {name: _figures(make(quick)) for name, make in _MODELS.items()}
+    ratios = {
+        f"fxopt / torch.autocast, {name}{kind}": rows.pop(f"ratio{kind}")
+        for name, rows in models.items()
+        for kind in ("", " of activations")
+    }
+    record("casts", {"ratios": ratios, **models})
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from benchmarks.systems import (
     TORCHAO_INT8_BF16,
     TORCHAO_INT8_KEPT_HEAD,
     TORCHAO_WEIGHT_ONLY,
+    System,
 )
+from benchmarks.systems.llamacpp_peer import LLAMACPP_F16, LLAMACPP_Q4_1, LLAMACPP_Q8_0
 
 _LENGTH = 512
 _OURS = (FXOPT_LANGUAGE, FXOPT_DYNAMIC)
@@ -37,6 +40,7 @@ _PEERS = (
     OPENVINO_BF16,
     OPENVINO_INT8,
 )
+_LLAMACPP = (LLAMACPP_F16, LLAMACPP_Q8_0, LLAMACPP_Q4_1)
 # Low: perplexity is the figure that counts, and this only stops a broken system.
 _FLOOR_DB = 6.0
 
@@ -72,20 +76,40 @@ def test_prefill_all_positions(language, effort: Effort, benchmark, record: Reco
     record("smollm2_prefill_all_positions", figures)
 
 
-def _timed(language: Language, positions: int, effort: Effort, benchmark: Any) -> Comparison:
+def test_prefill_beside_llamacpp(  # type: ignore[no-untyped-def]
+    language, effort: Effort, quick: bool, benchmark, record: Record
+) -> None:
+    """The logits of the next token; apart from the others, since llama.cpp compiles for minutes."""
+    if quick:
+        pytest.skip("llama.cpp runs the real SmolLM2 alone: there is no file of the tiny model")
+    compared = _timed(language, 1, effort, benchmark, _LLAMACPP)
+    figures = _figures(compared, language, _LLAMACPP)
+    benchmark.extra_info.update(figures)
+    record("smollm2_prefill_beside_llamacpp", figures)
+
+
+def _timed(
+    language: Language,
+    positions: int,
+    effort: Effort,
+    benchmark: Any,
+    peers: Sequence[System] = _PEERS,
+) -> Comparison:
     compared: Comparison = benchmark.pedantic(
         compare,
-        args=(language.workload(positions), (*_OURS, *_PEERS)),
+        args=(language.workload(positions), (*_OURS, *peers)),
         kwargs={"floor_db": _FLOOR_DB, **effort},
         rounds=1,
     )
     return compared
 
 
-def _figures(compared: Comparison, language: Language) -> dict[str, Any]:
+def _figures(
+    compared: Comparison, language: Language, peers: Sequence[System] = _PEERS
+) -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct",
         "batch": list(language.evaluation[0].shape),
         "systems": compared.systems(),
-        "ratios": compared.ratios(against_all(_OURS, _PEERS)),
+        "ratios": compared.ratios(against_all(_OURS, peers)),
     }

@@ -16,11 +16,13 @@ from fxopt.errors import (
     InputError,
     KernelError,
     LowerError,
+    MeasureError,
     ModelError,
     NotCapturedError,
     PassError,
     RewriteError,
     SaveError,
+    SearchError,
     TrainError,
     WellFormedError,
 )
@@ -50,6 +52,11 @@ from fxopt.report import Report
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, constant, hole, op, rewrite
 from fxopt.transform import transform
 
+# Last: a function takes the place of the room that it is in.
+from fxopt.comparison import compare  # isort: skip
+from fxopt.measurement import measure  # isort: skip
+from fxopt.search import search  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -76,6 +83,7 @@ __all__ = [
     "Lower",
     "LowerError",
     "Match",
+    "MeasureError",
     "ModelError",
     "NotCapturedError",
     "Optimized",
@@ -90,6 +98,7 @@ __all__ = [
     "RewriteError",
     "Rule",
     "SaveError",
+    "SearchError",
     "SelectKernels",
     "SmoothQuant",
     "Sparsify24",
@@ -98,11 +107,14 @@ __all__ = [
     "TrainError",
     "WellFormedError",
     "channels",
+    "compare",
     "constant",
     "hole",
     "load",
+    "measure",
     "op",
     "rewrite",
+    "search",
     "to_onnx",
     "train",
     "transform",

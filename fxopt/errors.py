@@ -67,3 +67,7 @@ class TrainError(FxoptError, ValueError):
 
 class MeasureError(FxoptError, ValueError):
     """What is to be measured or compared can't be: a model, its inputs or data, a metric."""
+
+
+class SearchError(FxoptError, ValueError):
+    """A search can't start or go on: an option, the metric, the storage, a missing package."""

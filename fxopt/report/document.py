@@ -1,9 +1,13 @@
-"""Reports as JSON: the fields of the dataclasses under their own names, with a schema version."""
+"""Reports as JSON: the fields of the dataclasses under their own names, with a schema version.
+
+What isn't finite, which JSON has no number for, is written as "inf", "-inf" or "nan".
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,17 +20,20 @@ VERSION = 1
 
 T = TypeVar("T")
 
+_NOT_FINITE = ("inf", "-inf", "nan")
 
-def dump(report: Any) -> str:
+
+def dump(report: Any, schema: str = SCHEMA) -> str:
     """The dataclass `report` as JSON: `{"schema": ..., "version": ..., fields}`, indented."""
     return json.dumps(
-        {"schema": SCHEMA, "version": VERSION, **dataclasses.asdict(report)},
+        {"schema": schema, "version": VERSION, **_plain(dataclasses.asdict(report))},
         indent=2,
         ensure_ascii=False,
+        allow_nan=False,
     )
 
 
-def load(content: str, kind: type[T]) -> T:
+def load(content: str, kind: type[T], schema: str = SCHEMA) -> T:
     """The dataclass of type `kind` that `dump` wrote; builds nothing but its declared fields.
 
     Raises `SaveError` where the text is no JSON, no report, of a newer version, or has a field
@@ -36,8 +43,8 @@ def load(content: str, kind: type[T]) -> T:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SaveError(f"this is no report: {error}. Give the text of a .json report.") from error
-    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-        raise SaveError(f'this JSON is no report: it has no "schema": "{SCHEMA}"')
+    if not isinstance(data, dict) or data.pop("schema", None) != schema:
+        raise SaveError(f'this JSON is no report: it has no "schema": "{schema}"')
     version = data.pop("version", None)
     if version != VERSION:
         raise SaveError(
@@ -59,7 +66,7 @@ def _read(value: Any, kind: Any, where: str) -> Any:
         return {key: _read(inner, item, f"{where}.{key}") for key, inner in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _read_fields(value, typing.cast(type, kind), where)
-    if kind is float and type(value) is int:
+    if kind is float and (type(value) is int or value in _NOT_FINITE):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
@@ -73,8 +80,22 @@ def _read_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
-    fitting = [kind for kind in kinds if type(value) is kind]
+    fitting = [kind for kind in kinds if type(value) is kind or _has_fields(kind, value)]
     return _read(value, fitting[0] if fitting else kinds[0], where)
+
+
+def _has_fields(kind: Any, value: Any) -> bool:
+    if not dataclasses.is_dataclass(kind) or not isinstance(value, dict):
+        return False
+    return set(value) == {field.name for field in dataclasses.fields(kind)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_fields(value: dict[str, Any], kind: type, where: str) -> Any:

@@ -80,7 +80,8 @@ def test_rotary_dimensions_leave_in_pairs_and_in_every_layer_at_once() -> None:
 
 def test_experts_are_cut_through_all_experts_at_once() -> None:
     group = channels_of("mixtral")["model.layers.0.mlp.experts.ffn"]
-    assert group.size == FFN and not group.refusals
+    assert group.size == FFN
+    assert not group.refusals
     positions = {place.name.split(".")[-1]: place.positions for place in group.places}
     assert positions["gate_up_proj"][0].tolist() == [0, FFN]
     assert positions["down_proj"][0].tolist() == [0]

@@ -1,0 +1,31 @@
+"""What a model costs and what it is worth: time, memory, energy, and how true it is."""
+
+from fxopt.measurement.ceilings import Ceilings, ceilings
+from fxopt.measurement.counters import Domain, EnergyCounter, Unmeasured, energy_counter
+from fxopt.measurement.energy import Energy, Spread, estimate_energy, measure_energy
+from fxopt.measurement.fidelity import Fidelity, Pair, fidelity, fidelity_all
+from fxopt.measurement.measurement import Measurement, Throughput
+from fxopt.measurement.measuring import measure, measure_all
+from fxopt.measurement.roofline import Layer
+
+__all__ = [
+    "Ceilings",
+    "Domain",
+    "Energy",
+    "EnergyCounter",
+    "Fidelity",
+    "Layer",
+    "Measurement",
+    "Pair",
+    "Spread",
+    "Throughput",
+    "Unmeasured",
+    "ceilings",
+    "energy_counter",
+    "estimate_energy",
+    "fidelity",
+    "fidelity_all",
+    "measure",
+    "measure_all",
+    "measure_energy",
+]

@@ -1,0 +1,308 @@
+"""How true a candidate's outputs are to a reference's on given data, in the units of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fxopt.errors import MeasureError
+from fxopt.measurement.agreement import Agreement
+from fxopt.measurement.outputs import PLAIN, call, judging, main_output, padding_mask, rows
+from fxopt.measurement.task_scores import (
+    Classes,
+    NextToken,
+    check_reports,
+    checked_labels,
+    is_causal,
+)
+from fxopt.measurement.user_metrics import Metric, Metrics, scores, usable_metrics
+
+Model: TypeAlias = Callable[..., Any]
+Failed: TypeAlias = Callable[[str, Exception], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure of the reference and of the candidate."""
+
+    reference: float
+    candidate: float
+
+    def __str__(self) -> str:
+        return f"{self.candidate:.4g} (reference {self.reference:.4g})"
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the candidate's outputs are worth beside the reference's.
+
+    `output` names the tensor that was compared, `rows` counts its rows: tokens where it has a row
+    for each token, padding left out; else examples. `sqnr_db` is in decibels, inf for equal
+    outputs; `kl` in nats; cosine, `top1_agreement` and `accuracy` are shares of 1. `classification`
+    is the candidate's report by class. None is what doesn't apply; `notes` say why where it could
+    surprise.
+    """
+
+    output: str
+    batches: int
+    rows: int
+    sqnr_db: float
+    cosine_mean: float | None = None
+    cosine_min: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    perplexity: Pair | None = None
+    accuracy: Pair | None = None
+    classification: Mapping[str, Mapping[str, float]] | None = None
+    metrics: Mapping[str, Pair] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        figures: list[tuple[str, str | Pair | None]] = [
+            ("SQNR", f"{self.sqnr_db:.1f} dB"),
+            ("cosine, mean", _figure(self.cosine_mean)),
+            ("cosine, least", _figure(self.cosine_min)),
+            ("KL", _figure(self.kl, " nats")),
+            ("top-1 agreement", _figure(self.top1_agreement)),
+            ("perplexity", self.perplexity),
+            ("accuracy", self.accuracy),
+            *self.metrics.items(),
+        ]
+        lines = [f"fidelity of {self.output}: {self.rows} rows in {self.batches} batches"]
+        lines += [f"  {name:<16}{text}" for name, text in figures if text is not None]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def fidelity(
+    reference: Model,
+    candidate: Model,
+    data: Iterable[Any],
+    *,
+    metric: Metrics | None = None,
+    labels: Iterable[Any] | None = None,
+) -> Fidelity:
+    """Compare `candidate` with `reference` on `data`, one batch at a time, sums in float64.
+
+    Models are modules (put in eval mode for this) or any callables; batches are tensors, tuples of
+    positional or dicts of keyword arguments. Compared are the `logits` of what the models return,
+    or else the first floating-point tensor. SQNR is over all entries, cosine by row: the last axis
+    of an output of two or three axes. Rows of padding, by the batch's `attention_mask`, are left
+    out. KL of the softmax and agreement of the largest entry are taken of logits, and of outputs
+    of two or three axes that have no name.
+
+    For a causal language model, perplexity of both: the labels are the batch's `input_ids`, each
+    predicted from those before it, within the mask. For a classifier, `labels` gives the classes
+    of each batch (-100: not judged), or each batch its own as a dict entry `labels`; with them come
+    the accuracy of both and the candidate's report by class, from scikit-learn (extra `report`).
+
+    `metric` is a function of a model and `data`, returning a number or a dict of numbers, or a
+    dict of such functions; it is asked for both models, so `data` must bear being iterated again.
+
+    Raises `MeasureError` for data or labels that can't be used, outputs of different shapes, and
+    a metric that returns no number.
+    """
+    return fidelity_all(reference, {"candidate": candidate}, data, metric=metric, labels=labels)[
+        "candidate"
+    ]
+
+
+def fidelity_all(
+    reference: Model,
+    candidates: Mapping[str, Model],
+    data: Iterable[Any],
+    *,
+    metric: Metrics | None = None,
+    labels: Iterable[Any] | None = None,
+    failed: Failed | None = None,
+) -> dict[str, Fidelity]:
+    """`fidelity` of each of `candidates`, for which the reference is run once on each batch, also
+    where it is itself among them.
+
+    With `failed`, a candidate that raises is left out and told to it as `failed(name, error)`.
+    """
+    metrics = usable_metrics(metric)
+    _check_data(data, bool(metrics))
+    task = _Task(is_causal(reference))
+    judges = {
+        name: _Judge(name, model, task, model is reference) for name, model in candidates.items()
+    }
+    batches = 0
+    with judging([reference, *candidates.values()]):
+        for index, (batch, truth) in enumerate(_labelled(data, labels)):
+            seen = _Seen(index, batch, truth, *main_output(call(reference, batch), "the reference"))
+            task.add(seen, seen.output)
+            _step(judges, failed, partial(_Judge.add, seen=seen))
+            batches += 1
+        if not batches:
+            raise MeasureError(
+                "data gave no batch at all. Give an iterable of inputs, each a tensor, a tuple or "
+                "a dict; a generator that was used up before gives nothing."
+            )
+        own = scores(metrics, reference, data, "the reference")
+        _step(judges, failed, partial(_Judge.score, metrics=metrics, data=data, own=own))
+    return {name: judge.fidelity() for name, judge in judges.items()}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A batch, its labels, and what the reference made of it."""
+
+    index: int
+    batch: Any
+    truth: Any
+    name: str
+    output: Tensor
+
+    @property
+    def has_logits(self) -> bool:
+        return self.name == "logits" or (self.name == PLAIN and self.output.ndim in (2, 3))
+
+
+class _Task:
+    """Where the truth is known: the next token, or the class."""
+
+    def __init__(self, causal: bool) -> None:
+        self.causal = causal
+        self.tokens, self.classes = NextToken(), Classes()
+        self.ignored = False
+
+    def add(self, seen: _Seen, output: Tensor) -> None:
+        if not seen.has_logits:
+            self.ignored |= seen.truth is not None
+            return
+        shape, mask = output.shape[:-1], padding_mask(seen.batch, output)
+        ids = seen.batch.get("input_ids") if isinstance(seen.batch, Mapping) else seen.batch
+        if self.causal and isinstance(ids, Tensor) and ids.shape == shape and output.ndim == 3:
+            truth = ids if seen.truth is None else seen.truth
+            self.tokens.add(output, checked_labels(truth, shape, seen.index), mask)
+        elif seen.truth is not None:
+            check_reports()
+            self.classes.add(output, checked_labels(seen.truth, shape, seen.index))
+
+
+class _Judge:
+    """One candidate: what its outputs have come to so far."""
+
+    def __init__(self, name: str, model: Model, reference: _Task, is_reference: bool) -> None:
+        self.name, self.model, self.reference = name, model, reference
+        self.is_reference = is_reference
+        self.task = _Task(reference.causal)
+        self.agreement = Agreement()
+        self.output = ""
+        self.batches = 0
+        self.has_logits = False
+        self.metrics: dict[str, Pair] = {}
+
+    def add(self, seen: _Seen) -> None:
+        output = seen.output
+        if not self.is_reference:
+            _, output = main_output(call(self.model, seen.batch), self.name)
+        if output.shape != seen.output.shape:
+            raise MeasureError(
+                f"{self.name} returned {list(output.shape)} for batch {seen.index} where the "
+                f"reference returned {list(seen.output.shape)} as its {seen.name}; only outputs "
+                "of one shape can be compared"
+            )
+        output = output.to(seen.output.device)
+        mask = padding_mask(seen.batch, output)
+        self.agreement.add(rows(seen.output, mask), rows(output, mask))
+        self.task.add(seen, output)
+        self.output, self.batches, self.has_logits = seen.name, seen.index + 1, seen.has_logits
+
+    def score(
+        self, metrics: Mapping[str, Metric], data: Iterable[Any], own: Mapping[str, float]
+    ) -> None:
+        found = own if self.is_reference else scores(metrics, self.model, data, self.name)
+        self.metrics = {name: Pair(own[name], found[name]) for name in own if name in found}
+
+    def fidelity(self) -> Fidelity:
+        seen, task, reference = self.agreement, self.task, self.reference
+        accuracy = _pair(reference.classes.accuracy, task.classes.accuracy)
+        return Fidelity(
+            self.output,
+            self.batches,
+            seen.rows + seen.broken,
+            seen.sqnr_db,
+            cosine_mean=seen.cosine_mean,
+            cosine_min=seen.cosine_min,
+            kl=seen.kl if self.has_logits else None,
+            top1_agreement=seen.top1 if self.has_logits else None,
+            perplexity=_pair(reference.tokens.perplexity, task.tokens.perplexity),
+            accuracy=accuracy,
+            classification=task.classes.report() if accuracy else None,
+            metrics=self.metrics,
+            notes=_notes(seen, reference.ignored),
+        )
+
+
+def _step(judges: dict[str, _Judge], failed: Failed | None, step: Callable[[_Judge], None]) -> None:
+    """Take `step` with each judge; drop those that raise, where someone wants to know."""
+    for name, judge in list(judges.items()):
+        try:
+            step(judge)
+        except Exception as error:
+            if failed is None:
+                raise
+            del judges[name]
+            failed(name, error)
+
+
+def _labelled(data: Iterable[Any], labels: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
+    """Batches, each with its labels: those given, or its own."""
+    if labels is None:
+        for batch in data:
+            yield batch, batch.get("labels") if isinstance(batch, Mapping) else None
+        return
+    missing = object()
+    for index, (batch, truth) in enumerate(zip_longest(data, labels, fillvalue=missing)):
+        if batch is missing or truth is missing:
+            fewer = "data" if batch is missing else "labels"
+            raise MeasureError(
+                f"{fewer} ended after {index} batches and the other went on: labels= gives one "
+                "tensor of class numbers for each batch of data"
+            )
+        yield batch, truth
+
+
+def _check_data(data: Any, again: bool) -> None:
+    if isinstance(data, (Tensor, Mapping)):
+        raise MeasureError(
+            f"data is one input (a {type(data).__name__}), not an iterable of inputs. Give a list "
+            "of them: [inputs]"
+        )
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise MeasureError(
+            "data must be an iterable of inputs (a list, a DataLoader), each a tensor, a tuple or "
+            f"a dict, not {type(data).__name__}"
+        )
+    if again and iter(data) is data:
+        raise MeasureError(
+            f"data is read again for the metric, and a {type(data).__name__} can be read once "
+            "only. Give a list or a DataLoader."
+        )
+
+
+def _notes(seen: Agreement, labels_ignored: bool) -> tuple[str, ...]:
+    notes = []
+    if seen.broken:
+        notes.append(f"the candidate holds NaN or infinity in {seen.broken} rows")
+    if seen.blind:
+        notes.append(
+            f"{seen.blind} rows are left out: the reference itself holds NaN or infinity there"
+        )
+    if labels_ignored:
+        notes.append("the labels were not used: what is compared are no logits")
+    return tuple(notes)
+
+
+def _pair(reference: float | None, candidate: float | None) -> Pair | None:
+    return None if reference is None or candidate is None else Pair(reference, candidate)
+
+
+def _figure(value: float | None, unit: str = "") -> str | None:
+    return None if value is None else f"{value:.6g}{unit}"

@@ -1,0 +1,234 @@
+"""measure: what a call of a model costs on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxopt.errors import MeasureError
+from fxopt.measure import Latency, fingerprint, latency, peak_memory
+from fxopt.measurement.ceilings import ceilings
+from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
+from fxopt.measurement.energy import Energy, estimate_energy, measure_energy
+from fxopt.measurement.measurement import Measurement, Throughput
+from fxopt.measurement.outputs import judging
+from fxopt.measurement.roofline import roofline
+from fxopt.measurement.subject import Inputs, Subject, resident_bytes
+
+_NOT_ASKED = Unmeasured("energy=False")
+
+
+def measure(
+    model: Any,
+    inputs: Inputs,
+    *,
+    name: str | None = None,
+    repeats: int = 10,
+    seconds: float = 2.0,
+    tokens: int | None = None,
+    energy: bool = True,
+    estimate: bool = False,
+    watts: float | None = None,
+    carbon: float | None = None,
+    subtract_idle: bool = False,
+    count: bool = True,
+) -> Measurement:
+    """What one call of `model` on `inputs` costs: time, memory, work and energy.
+
+    `model` is an `nn.Module` (measured in eval mode), an `fxopt.Optimized` or any callable;
+    `inputs` a tensor, a tuple of positional arguments or a dict of keyword arguments. `labels`
+    among them are left out. No gradients are recorded. `name` left out: that of the class.
+
+    Latency takes `repeats` rounds within `seconds`, after a warm-up of its own. `tokens` is the
+    number of tokens of a call; left out, a 2-D `attention_mask` tells. Operators are counted, and
+    set against what the machine can do, unless `count` is False; a module that isn't an
+    `Optimized` is captured for that.
+
+    Energy is read from the counter of the device over windows as long as it needs, minus the power
+    at rest with `subtract_idle`; `carbon`, in g CO2 a kWh, adds the CO2. Where no counter can be
+    read there is no number, unless `estimate` asks for one made of the processor's utilisation and
+    `watts`, its power at full load.
+
+    Raises `MeasureError` for a model or inputs of another kind, options out of range, and
+    `estimate` without `watts`; `ValueError` for `repeats` below 1 or `seconds` not above 0.
+    """
+    label = name if name is not None else _name_of(model)
+    return measure_all(
+        {label: model},
+        inputs,
+        repeats=repeats,
+        seconds=seconds,
+        tokens=tokens,
+        energy=energy,
+        estimate=estimate,
+        watts=watts,
+        carbon=carbon,
+        subtract_idle=subtract_idle,
+        count=count,
+    )[label]
+
+
+def measure_all(
+    models: Mapping[str, Any],
+    inputs: Inputs,
+    *,
+    repeats: int = 10,
+    seconds: float = 2.0,
+    tokens: int | None = None,
+    energy: bool = True,
+    estimate: bool = False,
+    watts: float | None = None,
+    carbon: float | None = None,
+    subtract_idle: bool = False,
+    count: bool = True,
+) -> dict[str, Measurement]:
+    """`measure` for several models that take turns, so that their ratios hold on a busy machine.
+
+    `fxopt.measure.ratio(a.latency, b.latency)` compares two of them round by round. Energy windows
+    take turns as well. Raises what `measure` raises.
+    """
+    _check(models, tokens, estimate, watts, carbon)
+    subjects = {name: Subject.of(model, inputs, name, tokens) for name, model in models.items()}
+    with judging(models.values()):
+        first = {name: _first_call(subject) for name, subject in subjects.items()}
+        times = latency(subjects, repeats, seconds)
+        spent: Mapping[str, Energy | Unmeasured] = dict.fromkeys(subjects, _NOT_ASKED)
+        if energy:
+            spent = _joules(subjects, watts if estimate else None, carbon, subtract_idle)
+        measured = {
+            name: _measured(name, subject, times[name], first[name], spent[name])
+            for name, subject in subjects.items()
+        }
+        if not count:
+            return {name: _without_work(found) for name, found in measured.items()}
+        return {name: _with_work(found, subjects[name]) for name, found in measured.items()}
+
+
+def _measured(
+    name: str, subject: Subject, time: Latency, first_call: float, spent: Energy | Unmeasured
+) -> Measurement:
+    """What is known without the graph."""
+    device, parameters, resident = subject.device, subject.parameter_bytes(), resident_bytes()
+    peak = peak_memory(subject, device)
+    missing = {
+        field: value.reason
+        for field, value in (("parameter_bytes", parameters), ("resident_bytes", resident))
+        if isinstance(value, Unmeasured)
+    }
+    if peak is None:
+        missing["peak_bytes"] = f"no honest reading is possible here on {device.type}"
+    return Measurement(
+        name,
+        str(device),
+        time,
+        first_call,
+        _throughput(time, subject.rows, subject.tokens),
+        spent,
+        parameter_bytes=None if isinstance(parameters, Unmeasured) else parameters,
+        peak_bytes=None if peak is None else peak.bytes,
+        peak_source=None if peak is None else peak.source,
+        resident_bytes=None if isinstance(resident, Unmeasured) else resident,
+        device_bytes=subject.device_bytes(),
+        reasons=missing,
+        fingerprint=fingerprint(),
+    )
+
+
+def _throughput(time: Latency, rows: int | None, tokens: int | None) -> Throughput:
+    rate = 1e3 / time.median
+    return Throughput(
+        rate, None if rows is None else rows * rate, None if tokens is None else tokens * rate
+    )
+
+
+def _with_work(measurement: Measurement, subject: Subject) -> Measurement:
+    counted, limits = subject.work(), ceilings(subject.device)
+    reasons = dict(measurement.reasons)
+    if limits is None:
+        reasons["ceilings"] = f"only those of CPU and CUDA are known, not of {subject.device.type}"
+    if isinstance(counted, Unmeasured):
+        reasons |= dict.fromkeys(("flops", "bytes_moved"), counted.reason)
+        return replace(measurement, ceilings=limits, reasons=reasons)
+    work, kinds = counted
+    return replace(
+        measurement,
+        flops=sum(item.flops for item in work),
+        bytes_moved=sum(item.bytes for item in work),
+        ceilings=limits,
+        layers=() if limits is None else roofline(work, kinds, limits),
+        reasons=reasons,
+    )
+
+
+def _without_work(measurement: Measurement) -> Measurement:
+    missing = dict.fromkeys(("flops", "bytes_moved", "ceilings"), "count=False")
+    return replace(measurement, reasons={**measurement.reasons, **missing})
+
+
+def _joules(
+    subjects: Mapping[str, Subject],
+    estimated_watts: float | None,
+    carbon: float | None,
+    subtract_idle: bool,
+) -> Mapping[str, Energy | Unmeasured]:
+    subject = next(iter(subjects.values()))
+    counter = energy_counter(subject.device)
+    tokens = subject.tokens
+    if isinstance(counter, EnergyCounter):
+        return measure_energy(
+            subjects,
+            counter,
+            subtract_idle=subtract_idle,
+            tokens=tokens,
+            carbon=carbon,
+            synchronize=subject.synchronize,
+        )
+    if estimated_watts is None:
+        return dict.fromkeys(subjects, counter)
+    if subject.device.type != "cpu":
+        reason = f"{counter.reason}; an estimate needs a CPU's utilisation"
+        return dict.fromkeys(subjects, Unmeasured(reason))
+    return estimate_energy(subjects, estimated_watts, tokens=tokens, carbon=carbon)
+
+
+def _first_call(subject: Subject) -> float:
+    started = time.perf_counter()
+    subject()
+    subject.synchronize()
+    return time.perf_counter() - started
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, torch.nn.Module):
+        return type(model).__name__
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _check(
+    models: Mapping[str, Any],
+    tokens: int | None,
+    estimate: bool,
+    watts: float | None,
+    carbon: float | None,
+) -> None:
+    if not models:
+        raise MeasureError("measure_all() got no models; give it {name: model}")
+    if tokens is not None and tokens < 1:
+        raise MeasureError(f"tokens={tokens!r}: give the number of tokens of one call, at least 1")
+    if carbon is not None and not (0 <= carbon < math.inf):
+        raise MeasureError(
+            f"carbon={carbon!r}: give the grid's carbon intensity in grams of CO2 a kWh, such as "
+            "350; electricitymaps.com and the national grid's operator publish it"
+        )
+    if estimate and (watts is None or not 0 < watts < math.inf):
+        raise MeasureError(
+            f"estimate=True with watts={watts!r}: an estimate is the processor's utilisation times "
+            "a power that you state. Give watts=..., what the whole processor draws at full load: "
+            "its TDP in the maker's data sheet (Intel ARK, AMD's product pages), or better a "
+            "wattmeter's reading"
+        )
