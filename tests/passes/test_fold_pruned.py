@@ -21,7 +21,7 @@ from fxopt.program import Program, arguments
 from tests.architectures import randomize
 from tests.check import assert_unchanged, tensors_of
 from tests.models import Drawn
-from tests.pruned_blocks import Mlp, Stem, TwiceRead
+from tests.pruned_blocks import Mlp, Stem, TiedTranspose, TwiceRead
 from tests.pruned_models import Kill, kill, kills, masked, prunable_models
 from tests.pruning_oracles import is_needed, relative_change
 
@@ -162,6 +162,13 @@ def test_constants_of_two_layers_in_a_row_are_cut_from_their_own_groups() -> Non
     model = randomize(Stem(6, TwiceRead(8, 6, "silu"), 8)).double()
     mutations = [Kill("stem.ffn", (0,), "constant"), Kill("body.ffn", (1,), "constant")]
     model = _killed(model, mutations)
+    _assert_folds(model)
+
+
+def test_a_new_bias_is_not_taken_for_that_of_the_layer_which_shares_its_weight() -> None:
+    body = nn.Sequential(TiedTranspose(8, 4, "tanh"), nn.LayerNorm(8))
+    model = randomize(Stem(6, body, 8)).double()
+    nn.init.zeros_(model.stem.weight)
     _assert_folds(model)
 
 

@@ -421,7 +421,5 @@ def test_state_takes_another_name() -> None:
     wellformed.check(renamed)
     assert renamed.state["layers.0.0.other"] is program.state["layers.0.0.weight"]
     assert "layers.0.0.weight" not in renamed.state
-    with pytest.raises(
-        RewriteError, match="which is taken"
-    ):
+    with pytest.raises(RewriteError, match="which is taken"):
         convert(program, Renamed({"layers.0.0.weight": "layers.0.1.weight"}), "Rename")

@@ -440,7 +440,7 @@ OPTION_ERRORS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "text"), OPTION_ERRORS, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize(("options", "text"), OPTION_ERRORS, ids=range(len(OPTION_ERRORS)))
 def test_a_wrong_option_is_said(options: dict[str, Any], text: str) -> None:
     with pytest.raises(TrainError) as caught:
         distill(small(1), small(0), loader(), terms=[Logits()], **options)
@@ -486,7 +486,7 @@ DATA_ERRORS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("data", "text"), DATA_ERRORS, ids=lambda one: str(type(one)))
+@pytest.mark.parametrize(("data", "text"), DATA_ERRORS, ids=range(len(DATA_ERRORS)))
 def test_wrong_data_are_said(data: Any, text: str) -> None:
     with pytest.raises(TrainError) as caught:
         distill(small(1), small(0), data, terms=[Logits()])

@@ -1,0 +1,129 @@
+"""A comparison as a value: a row for each model, ratios, Pareto fronts, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fxopt.comparison import page, table
+from fxopt.errors import SaveError
+from fxopt.measure import Ratio
+from fxopt.measurement.energy import Energy
+from fxopt.measurement.fidelity import Fidelity
+from fxopt.measurement.measurement import Measurement
+from fxopt.report import document
+
+SCHEMA = "fxopt.comparison"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: its number in tables and plots, its cost, its worth.
+
+    `ratio` is its time over the reference's, round by round; `fidelity` is None where the model
+    failed on the data.
+    """
+
+    number: int
+    name: str
+    measurement: Measurement
+    ratio: Ratio
+    fidelity: Fidelity | None = None
+
+    def cost(self, kind: str) -> float | None:
+        """Of one call: "latency" in ms, "energy" in J, or "memory", bytes of parameters."""
+        found = self.measurement
+        if kind == "latency":
+            return found.latency.median
+        if kind == "energy":
+            return found.energy.joules.median if isinstance(found.energy, Energy) else None
+        return None if found.parameter_bytes is None else float(found.parameter_bytes)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the models are judged by: a metric's name and unit, which way is better ("higher",
+    "lower"), and the figure of each model that has one."""
+
+    name: str
+    unit: str
+    better: str
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Front:
+    """The models for which none other is both cheaper and better; `cost` as in `Row.cost`.
+
+    `names` go from the cheapest to the best.
+    """
+
+    cost: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model that couldn't be compared, or not on the data, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side. `print(comparison)` is one table, `save` writes the page or JSON."""
+
+    reference: str
+    rows: tuple[Row, ...]
+    quality: Quality
+    fronts: tuple[Front, ...]
+    failures: tuple[Failure, ...] = ()
+    fingerprint: Mapping[str, str | int | float | None] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of a model; raises `KeyError` that names those there are."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r}; compared were {', '.join(row.name for row in self.rows)}")
+
+    def front(self, cost: str = "latency") -> tuple[str, ...]:
+        """The Pareto front of `cost` ("latency", "energy", "memory"), empty where unknown."""
+        return next((front.names for front in self.fronts if front.cost == cost), ())
+
+    def __str__(self) -> str:
+        return table.render(self)
+
+    def to_json(self) -> str:
+        """The comparison as JSON with a schema version; `Comparison.from_json` reads it back."""
+        return document.dump(self, SCHEMA)
+
+    @staticmethod
+    def from_json(content: str) -> Comparison:
+        """The comparison that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
+        return document.load(content, Comparison, SCHEMA)
+
+    def to_html(self) -> str:
+        """One self-contained page without scripts. Raises `SaveError` without matplotlib."""
+        return page.render(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the comparison; the suffix says how: .html, .json or .txt. Raises `SaveError`."""
+        path = Path(path)
+        writers = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
+        write = writers.get(path.suffix.lower())
+        if write is None:
+            raise SaveError(
+                f"can't tell from the name {path.name!r} how to write the comparison: end it in "
+                ".html (page with plots), .json (for programs) or .txt (plain text)"
+            )
+        content = write().rstrip("\n") + "\n"
+        try:
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise SaveError(
+                f"can't write the comparison to {path}: {error.strerror}. Give a file in a folder "
+                "that exists and can be written."
+            ) from error
