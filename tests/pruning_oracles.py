@@ -179,11 +179,25 @@ def _without(node: fx.Node, reads: Sequence[tuple[Reader, Tensor]]) -> Callable[
 
 
 def blinded(group: Group, chosen: Tensor) -> dict[fx.Node, Callable[..., Any]]:
-    """Overrides by which each reader sees zeros in place of the chosen channels."""
-    return {
-        node: _computed(node, [_zeros(one.operand, chosen) for one in reads])
-        for node, reads in _by_node(group).items()
-    }
+    """Overrides by which each reader sees zeros in place of the chosen channels.
+
+    A norm takes its statistics so; the channels themselves pass through it.
+    """
+    found: dict[fx.Node, Callable[..., Any]] = {}
+    for node, reads in _by_node(group).items():
+        zeros = [_zeros(one.operand, chosen) for one in reads]
+        blind = _computed(node, zeros)
+        is_norm = reads[0].kind == "norm"
+        found[node] = _passing(node, zeros[0].index, blind) if is_norm else blind
+    return found
+
+
+def _passing(node: fx.Node, index: Tensor, blind: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        seen = node.target(*args, **kwargs).index_select(-1, index)  # type: ignore[operator]
+        return blind(*args, **kwargs).index_copy(-1, index, seen)
+
+    return compute
 
 
 def disturbed(program: Program, group: Group, chosen: Tensor, seed: int = 0) -> Program:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fxopt.measure import Latency
-from fxopt.measurement import document, text
+from fxopt.measurement import text
 from fxopt.measurement.ceilings import Ceilings
 from fxopt.measurement.counters import Unmeasured
 from fxopt.measurement.energy import Energy
 from fxopt.measurement.roofline import Layer
+from fxopt.report import document
+
+SCHEMA = "fxopt.measurement"
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ class Measurement:
 
     def to_json(self) -> str:
         """The measurement as JSON with a schema version; `Measurement.from_json` reads it back."""
-        return document.dump(self)
+        return document.dump(self, SCHEMA)
 
     @staticmethod
     def from_json(content: str) -> Measurement:
         """The measurement that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return document.load(content, Measurement)
+        return document.load(content, Measurement, SCHEMA)

@@ -36,22 +36,24 @@ def dump(report: Any, schema: str = SCHEMA) -> str:
 def load(content: str, kind: type[T], schema: str = SCHEMA) -> T:
     """The dataclass of type `kind` that `dump` wrote; builds nothing but its declared fields.
 
-    Raises `SaveError` where the text is no JSON, no report, of a newer version, or has a field
-    missing, unknown or of another type; the message names the field.
+    What messages call it is the last part of `schema`. Raises `SaveError` where the text is no
+    JSON, of another schema, of another version, or has a field missing, unknown or of another type;
+    the message names the field.
     """
+    noun = schema.rpartition(".")[2]
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise SaveError(f"this is no report: {error}. Give the text of a .json report.") from error
+        raise SaveError(f"this is no {noun}: {error}. Give the text of a .json {noun}.") from error
     if not isinstance(data, dict) or data.pop("schema", None) != schema:
-        raise SaveError(f'this JSON is no report: it has no "schema": "{schema}"')
+        raise SaveError(f'this JSON is no {noun}: it has no "schema": "{schema}"')
     version = data.pop("version", None)
     if version != VERSION:
         raise SaveError(
-            f"this report has schema version {version!r}, and this fxopt reads version {VERSION}. "
+            f"this {noun} has schema version {version!r}, and this fxopt reads version {VERSION}. "
             "Read it with the fxopt that wrote it."
         )
-    return typing.cast(T, _read(data, kind, "report"))
+    return typing.cast(T, _read(data, kind, noun))
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:
@@ -71,9 +73,13 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise SaveError(
-        f"the report is damaged: {where} holds {value!r:.60}, which is no "
+        f"the {_noun(where)} is damaged: {where} holds {value!r:.60}, which is no "
         f"{getattr(kind, '__name__', kind)}"
     )
+
+
+def _noun(where: str) -> str:
+    return where.partition(".")[0]
 
 
 def _read_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
@@ -110,7 +116,7 @@ def _read_fields(value: dict[str, Any], kind: type, where: str) -> Any:
     unknown = sorted(set(value) - {field.name for field in fields})
     if missing or unknown:
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-        raise SaveError(f"the report is damaged: {where} {problem}")
+        raise SaveError(f"the {_noun(where)} is damaged: {where} {problem}")
     return kind(
         **{name: _read(inner, hints[name], f"{where}.{name}") for name, inner in value.items()}
     )

@@ -297,7 +297,7 @@ def test_json_round_trip(no_counter, monkeypatch):
         (lambda d: d | {"flops": "many"}, "measurement.flops holds 'many', which is no int"),
         (lambda d: d | {"more": 1}, "measurement has unknown more"),
         (lambda d: {k: v for k, v in d.items() if k != "name"}, "measurement lacks name"),
-        (lambda d: d | {"energy": {"joules": 1}}, "measurement.energy lacks carbon"),
+        (lambda d: d | {"energy": {"joules": 1}}, "measurement.energy lacks source"),
     ],
 )
 def test_damaged_json_is_refused_by_field(no_counter, damage, text):
