@@ -90,17 +90,17 @@ def reaches_output(
 
 
 def is_needed(program: Program, group: Group, channel: int) -> bool:
-    """Whether cutting one channel by hand changes an output, or a product of two activations.
+    """Whether cutting one channel by hand changes an output, or a statistic.
 
-    A softmax drops what is added to a whole row of a product, so that a product is looked at for
-    itself: it needs a channel in which neither side is zero. A relu may be dead on every input of a
-    test by chance; so the channel is needed as well if it is in a program with other parameters
-    that are zero where these are.
+    A softmax drops what is added to a whole row of a product, a norm drops the scale that a norm
+    before it has set: products, means and norms are looked at for themselves. A relu may be dead on
+    every input of a test by chance; so the channel is needed as well if it is in a program with
+    other parameters that are zero where these are.
     """
     chosen = torch.arange(group.size) == channel
     override = {node: _cut_by_hand(reads, chosen) for node, reads in _by_node(group).items()}
     for one in (program, *(shaken(program, seed) for seed in range(6))):
-        if _is_multiplied(one, group, chosen):
+        if _is_in_statistics(one, group, chosen):
             return True
         reference = evaluate(one, one.example)
         cut = evaluate(one, one.example, override=override)
@@ -109,11 +109,10 @@ def is_needed(program: Program, group: Group, channel: int) -> bool:
     return False
 
 
-def _is_multiplied(program: Program, group: Group, chosen: Tensor) -> bool:
-    products = [one for one in group.readers if one.kind == "product"]
-    if not products:
-        return False
-    values = _values(program, program.example, {})
+def _is_in_statistics(program: Program, group: Group, chosen: Tensor) -> bool:
+    """Whether any norm, mean or sum reads the channel, or a product in which no side is zero."""
+    others = [one for one in group.readers if one.kind != "weight"]
+    values = _values(program, program.example, {}) if others else {}
 
     def is_zero(place: Place | None) -> bool:
         if place is None or place.node not in values:
@@ -121,7 +120,9 @@ def _is_multiplied(program: Program, group: Group, chosen: Tensor) -> bool:
         index = place.positions[chosen].flatten()
         return not bool(values[place.node].index_select(place.axis, index).any())
 
-    return any(not is_zero(one.operand) and not is_zero(one.weight) for one in products)
+    return any(
+        one.kind == "norm" or not (is_zero(one.operand) or is_zero(one.weight)) for one in others
+    )
 
 
 def refusal_is_justified(program: Program, channels: Channels, group: Group, channel: int) -> bool:

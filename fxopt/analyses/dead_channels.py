@@ -52,6 +52,7 @@ class _Search:
         self.channels = channels
         self.facts = facts
         self.keep: dict[Dim, Tensor] = {}
+        self.leaf: Dim | None = None  # of the group that is looked at
         self.unread: dict[tuple[str, int], tuple[Tensor, int]] = {}
 
     def run(self) -> dict[str, Dead]:
@@ -67,7 +68,7 @@ class _Search:
                 found[group.name] = dead
                 if bool(dead.channels.any()):
                     settled = False
-                    self.keep[group.dim] = ~dead.channels
+                    self.keep[self.channels.walk.dims.find(group.dim)] = ~dead.channels
         return {
             group.name: found[group.name]
             for group in self.channels.groups
@@ -78,6 +79,7 @@ class _Search:
         none = torch.zeros(group.size, dtype=torch.bool)
         if not group.readers:
             return Dead(none)
+        self.leaf = self.channels.walk.dims.find(group.dim)
         needless = [self._needless(reader) for reader in group.readers]
         dead = torch.stack(needless).all(0)
         refusals = []
@@ -149,7 +151,7 @@ class _Search:
         mask = known.mask.movedim(place.axis, 0).flatten(1)
         values = known.values.movedim(place.axis, 0).flatten(1)
         same = values == (0.0 if only_zero else values[:, :1])
-        constant = (mask & same).all(1).expand(int(size))
+        constant = (mask & same).all(1).expand(int(size)) | self._gone(place)
         return constant[place.positions].all(1)
 
     def _unread(self, place: Place) -> Tensor:
@@ -167,7 +169,14 @@ class _Search:
                     weight = weight.index_select(axis, mask.nonzero().flatten().to(weight.device))
             zero = ~(weight != 0).movedim(place.axis, 0).flatten(1).any(1).cpu()
             cached = self.unread[place.name, place.axis] = zero, staying
-        return cached[0][place.positions].all(1)
+        return (cached[0] | self._gone(place))[place.positions].all(1)
+
+    def _gone(self, place: Place) -> Tensor:
+        """Which indices of a place's axis leave with channels of other groups, bool [K] or [1]."""
+        dims, axis = self.channels.walk.dims, self.channels.walk.of(place.node)[place.axis]
+        others = {leaf: kept for leaf, kept in self.keep.items() if leaf is not self.leaf}
+        kept = dims.kept(axis, others)
+        return torch.zeros(1, dtype=torch.bool) if kept is None else ~kept
 
 
 def refuse_constant(node: fx.Node) -> str | None:

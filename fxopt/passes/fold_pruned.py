@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -27,6 +27,8 @@ from fxopt.passes.cut_channels import cut
 from fxopt.passes.selection import has_mark
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage, rewrite
+
+_MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,20 @@ class FoldPruned(Pass):
         )
 
     def apply(self, program: Program, plan: Plan) -> Program:
-        """Move constants into biases, then cut."""
+        """Move constants into biases, then cut; again where a shared weight has become several."""
         assert isinstance(plan, FoldPlan)
+        folded = self._folded(program, plan)
+        for _ in range(_MOST_ROUNDS):
+            more = replace(self.plan(folded), excluded=plan.excluded)
+            if not plan.kept() or not more.kept():
+                break
+            folded = self._folded(folded, more)
+        return plan.told(folded)
+
+    def _folded(self, program: Program, plan: FoldPlan) -> Program:
         keep = plan.kept()
         if not keep:
-            return plan.told(program)
+            return program
         program = _unmasked(program)
         only: dict[str, Tensor] = {}
         for name in keep:
@@ -92,38 +103,40 @@ class FoldPruned(Pass):
                 only[reader] = only[reader] | moved if reader in only else moved
         found = channels(program)
         if not only:
-            return plan.told(cut(program, found, keep))
+            return cut(program, found, keep)
         absorbed = rewrite(program, (AbsorbConstants(program, only=only),))
         now = channels(absorbed)
-        keep = _keep_now({found[name]: kept for name, kept in keep.items()}, now)
-        return plan.told(cut(absorbed, now, keep, names=_former_names(absorbed.state)))
+        keep = _keep_now({found[name]: kept for name, kept in keep.items()}, absorbed, now)
+        return cut(absorbed, now, keep, names=_former_names(absorbed.state))
 
 
-def _keep_now(keep: Mapping[Group, Tensor], now: Channels) -> dict[str, Tensor]:
-    """`keep` by the names of the groups as they are now that weights and biases took constants up.
+def _keep_now(keep: Mapping[Group, Tensor], absorbed: Program, now: Channels) -> dict[str, Tensor]:
+    """`keep` by the names of the groups as they are now that readers took constants up.
 
-    A group is known by where its first channel stands in any of its parameters. One that shared a
+    A group is known by where its first channel stands in what its readers read. One that shared a
     weight between readers of different constants has become several.
     """
-    before = {key: kept for group, kept in keep.items() for key in _keys(group)}
+    renamed = absorbed.changes.replaced
+    before = {key: kept for group, kept in keep.items() for key in _keys(group, renamed)}
     found = {}
     for group in now.groups:
-        known = next((before[key] for key in _keys(group) if key in before), None)
+        known = next((before[key] for key in _keys(group, {}) if key in before), None)
         if known is not None:
             found[group.name] = known
     return found
 
 
-def _keys(group: Group) -> list[tuple[str, int, tuple[int, ...]]]:
+def _keys(group: Group, renamed: Mapping[str, str]) -> list[tuple[str, int, tuple[int, ...]]]:
+    operands = [reader.operand for reader in group.readers]
     return [
-        (_former_name(place.name), place.axis, tuple(place.positions[0].tolist()))
-        for place in group.places
+        (renamed.get(one.node.name, one.node.name), one.axis, tuple(one.positions[0].tolist()))
+        for one in operands
     ]
 
 
 def _former_name(name: str) -> str:
     """The name that a weight or bias had before it took constants up."""
-    return name[: name.rindex(ABSORBED)] if has_mark(name, ABSORBED) else name
+    return name[: name.rindex(ABSORBED)]
 
 
 def _former_names(state: Collection[str]) -> dict[str, str]:
