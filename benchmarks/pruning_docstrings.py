@@ -45,8 +45,6 @@ _CALIBRATION = 32
 
 # Every student learns by these, whoever pruned it: its residual stream is as wide as the teacher's.
 _TERMS = (Task(), Logits(temperature=2.0), Hidden())
-_LEARNING_RATE = 6e-4
-"""The best of 3e-4, 6e-4 and 1e-3 on a part of the training texts that was not distilled on."""
 
 
 def _ours(importance: Importance, *, reconstruct: bool) -> Student:
@@ -139,7 +137,7 @@ def compare_students(
         "distillation": {
             "epochs": epochs,
             "seed": seed,
-            "learning_rate": _LEARNING_RATE,
+            "learning_rate": lesson.learning_rate,
             "terms": [repr(t) for t in _TERMS],
         },
         "examples": {"train": len(data.train), "test": len(data.test)},
@@ -191,7 +189,7 @@ def _row(
         lesson.batches(),
         terms=_TERMS,
         epochs=lesson.epochs,
-        learning_rate=_LEARNING_RATE,
+        learning_rate=lesson.learning_rate,
         seed=lesson.seed,
     )
     distilling = time.perf_counter() - started
