@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from tests.search.small import INPUTS, SPACE, Mlp, by_graph, closeness, constant
 
 optuna = pytest.importorskip("optuna")
 
+# By name, since `fxopt.search` is the function where an attribute is asked for.
+MEASURING, STUDY = (import_module(f"fxopt.search.{name}") for name in ("measuring", "study"))
+
 
 def run(**options: Any) -> Found:
     given: dict[str, Any] = {
@@ -31,6 +35,7 @@ def run(**options: Any) -> Found:
     return search(mlp(), INPUTS, **given)
 
 
+@pytest.mark.slow
 def test_the_front_keeps_the_metric_and_can_be_pasted() -> None:
     found = run(objectives=("latency", "memory"), trials=18)
     states = {trial.state for trial in found.trials}
@@ -85,6 +90,7 @@ def test_an_empty_list_is_the_original() -> None:
     assert empty.reason == "no pass is left: that is the original itself"
 
 
+@pytest.mark.slow
 def test_less_can_be_better() -> None:
     def error(model: Any, data: Any) -> float:
         return 1 - closeness(model, data)
@@ -97,6 +103,7 @@ def test_less_can_be_better() -> None:
     assert all("> 0.01 allowed" in trial.reason for trial in beyond)
 
 
+@pytest.mark.slow
 def test_samplers_are_told_of_the_constraint(tmp_path: Path) -> None:
     from optuna.samplers import NSGAIISampler, TPESampler
 
@@ -225,7 +232,7 @@ def test_timings_of_another_machine_stay_apart(
     file = tmp_path / "search.db"
     here = run(storage=file, trials=4, tolerance=1.0)
     other = {**fingerprint(), "cpu": "another CPU", "load": 3.0}
-    monkeypatch.setattr("fxopt.search.study.fingerprint", lambda: other)
+    monkeypatch.setattr(STUDY, "fingerprint", lambda: other)
 
     def faster(*given: Any) -> Measured:
         found = by_graph(*given)
@@ -325,7 +332,7 @@ def test_without_optuna_the_way_to_install_it_is_said(monkeypatch: pytest.Monkey
 
 
 def test_memory_that_cannot_be_read_is_no_objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxopt.search.measuring.peak_memory", lambda call, device: None)
+    monkeypatch.setattr(MEASURING, "peak_memory", lambda call, device: None)
     with pytest.raises(SearchError) as caught:
         run(objectives=("memory",), measure=None)
     assert str(caught.value).startswith(
@@ -336,7 +343,7 @@ def test_memory_that_cannot_be_read_is_no_objective(monkeypatch: pytest.MonkeyPa
 def test_energy_is_measured_where_a_counter_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = itertools.count()
     counter = EnergyCounter("a meter", (Domain("all", lambda: float(next(readings))),), 0.01)
-    monkeypatch.setattr("fxopt.search.measuring.energy_counter", lambda device: counter)
+    monkeypatch.setattr(MEASURING, "energy_counter", lambda device: counter)
     trial = run(objectives="energy", measure=None, trials=1).trials[0]
     assert trial.values["energy_j"] > 0
     assert trial.ratios["energy"] == trial.values["energy_j"] / trial.original["energy_j"]
@@ -344,7 +351,7 @@ def test_energy_is_measured_where_a_counter_is_read(monkeypatch: pytest.MonkeyPa
 
 def test_without_a_counter_no_energy_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Unmeasured("this machine has no RAPL")
-    monkeypatch.setattr("fxopt.search.measuring.energy_counter", lambda device: missing)
+    monkeypatch.setattr(MEASURING, "energy_counter", lambda device: missing)
     with pytest.raises(SearchError) as caught:
         run(objectives=("latency", "energy"), measure=None)
     assert str(caught.value) == (
