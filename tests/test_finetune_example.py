@@ -249,7 +249,7 @@ def test_results_are_written_as_returned(compared: tuple[dict[str, Any], Path]) 
     }
     row = figures["ratios"]["mixed / full"]
     seconds = [figures["runs"][f"{mode}, seed 0"]["seconds"] for mode in ("mixed", "full")]
-    half = 0.05  # seconds are written to one decimal, ratios are taken before that
+    half = 0.005  # seconds are written to two decimals, ratios are taken before that
     least = min((a - half) / (b + half) for a, b in zip(*seconds, strict=True))
     most = max((a + half) / max(b - half, 1e-3) for a, b in zip(*seconds, strict=True))
     assert least <= row["median"] <= most
