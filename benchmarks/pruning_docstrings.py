@@ -6,16 +6,21 @@ all-MiniLM-L6-v2 is fine-tuned to tell which module a docstring is from (`benchm
 recipe); the trained model is kept in the folder and used again. Then half of its feed-forward units
 and half of its heads are cut, by fxopt and by Torch-Pruning, and each result learns for the same
 steps, from the same batches in the same order, with the same optimizer: from the trained model's
-logits and hidden states, and from the labels. Accuracy is on what was held out.
+logits and hidden states, and from the labels. Accuracy is on what was held out, for each seed.
+
+Each student has the learning rate that suits it: of `RATES`, that of the least loss on a fifth of
+the training set, where the student and the model that it is cut from learned from the rest alone.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -26,9 +31,9 @@ from torch import nn
 from transformers.utils import logging
 
 import fxopt
-from benchmarks.finetune_recipe import Recipe, load_data, pretrained_folder
+from benchmarks.finetune_recipe import Data, Recipe, load_data, pretrained_folder
 from benchmarks.prunable import parameters
-from benchmarks.pruning_lesson import Lesson, trained
+from benchmarks.pruning_lesson import Lesson, for_tuning, trained
 from benchmarks.systems.torch_pruning_peers import Importance as PeerImportance
 from benchmarks.systems.torch_pruning_peers import pruned
 from fxopt.analyses.importance import Importance
@@ -38,7 +43,10 @@ from fxopt.train import Hidden, Logits, Task, distill
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Student = Callable[[Lesson], nn.Module]
+Progress = Callable[[str], None]
 
+RATES = (3e-5, 1e-4, 3e-4)
+"""Learning rates to choose among."""
 
 _CALIBRATION = 32
 """Batches that importance and reconstruction look at."""
@@ -109,40 +117,52 @@ def compare_students(
     *,
     ratio: float = 0.5,
     epochs: int = 1,
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda line: None,
+    seeds: Sequence[int] = (0,),
+    rates: Sequence[float] = RATES,
+    progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
-    """Train or load the teacher, then prune and distill each student of `STUDENTS` that is named.
+    """Prune and distill each student of `STUDENTS` that is named, from a teacher for each seed.
 
-    Returns accuracies before and after, parameters and seconds; also in `results.json` in `out`.
-    Raises `ValueError` for an unknown name.
+    Teachers that `out` holds are used again. Returns accuracies before and after, a list over the
+    seeds, parameters and seconds; also in `results.json` in `out`. Raises `ValueError` for an
+    unknown name.
     """
     names = tuple(names)
     unknown = [name for name in names if name not in STUDENTS]
     if unknown or not names:
         raise ValueError(f"students {unknown} are not known: choose among {', '.join(STUDENTS)}")
     data = load_data(recipe)
-    folder = trained(recipe, data, out, seed, progress)
-    lesson = Lesson(
-        *(folder, data, recipe.device, recipe.batch, ratio, epochs, recipe.learning_rate, seed)
-    )
-    teacher = lesson.load()
-    dense = lesson.accuracy(teacher)
-    progress(f"dense: {100 * dense:.1f} %")
-    rows = {name: _row(lesson, STUDENTS[name], name, progress) for name in names}
+
+    def lesson(data: Data, folder: Path, seed: int) -> Lesson:
+        teacher = trained(recipe, data, folder, seed, progress)
+        return Lesson(teacher, data, recipe.device, recipe.batch, ratio, epochs, seed)
+
+    chosen = dict.fromkeys(names, rates[0])
+    if len(rates) > 1:
+        tuning = lesson(for_tuning(data), out / "tuning", seeds[0])
+        chosen = {name: _best_rate(tuning, name, rates, progress) for name in names}
+    dense: list[float] = []
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for seed in seeds:
+        taught = lesson(data, out, seed)
+        teacher = taught.load()
+        dense.append(round(taught.accuracy(teacher), 4))
+        progress(f"seed {seed}, dense: {100 * dense[-1]:.1f} %")
+        for name in names:
+            runs[name].append(_run(taught, name, chosen[name], progress))
     settings = {**dataclasses.asdict(recipe), "model": "/".join(recipe.model.parts[-2:])}
     figures = {
         "recipe": settings,
         "ratio": ratio,
+        "seeds": list(seeds),
         "distillation": {
             "epochs": epochs,
-            "seed": seed,
-            "learning_rate": lesson.learning_rate,
+            "learning rates": list(rates),
             "terms": [repr(t) for t in _TERMS],
         },
         "examples": {"train": len(data.train), "test": len(data.test)},
-        "dense": {"accuracy": round(dense, 4), "parameters": parameters(teacher)},
-        "students": rows,
+        "dense": {"accuracy": dense, "parameters": parameters(teacher)},
+        "students": {name: _row(chosen[name], runs[name], dense) for name in names},
     }
     (out / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
@@ -152,55 +172,87 @@ def table(figures: Mapping[str, Any]) -> Table:
     """The figures to read, accuracy in percent."""
     dense = figures["dense"]
     shown = Table(
-        title=f"accuracy in %, dense {100 * dense['accuracy']:.1f}",
-        caption="after: distilling; lost: points below dense then; size: parameters over dense's\n"
-        "s: seconds to prune, then to distill",
+        title=f"accuracy in %, dense {100 * mean(dense['accuracy']):.1f}, mean of "
+        f"{len(figures['seeds'])} seeds",
+        caption="after: distilling; lost: points below dense then, and at worst; size: parameters\n"
+        "over dense's; s: seconds to prune, then to distill",
     )
-    columns = ("pruned", "after", "lost", "size", "s", "then s")
+    columns = ("pruned", "after", "lost", "at worst", "size", "rate", "s", "then s")
     shown.add_column("student", no_wrap=True)
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for name, row in figures["students"].items():
         shown.add_row(
             name,
-            f"{100 * row['pruned']:.1f}",
-            f"{100 * row['distilled']:.1f}",
-            f"{100 * (dense['accuracy'] - row['distilled']):+.1f}",
+            f"{100 * mean(row['pruned']):.1f}",
+            f"{100 * mean(row['distilled']):.1f}",
+            f"{row['points_lost']['mean']:+.1f}",
+            f"{row['points_lost']['worst']:+.1f}",
             f"{row['parameters'] / dense['parameters']:.2f}",
+            f"{row['learning_rate']:g}",
             f"{row['seconds_to_prune']:.1f}",
             f"{row['seconds_to_distill']:.1f}",
         )
     return shown
 
 
-def _row(
-    lesson: Lesson, prune: Student, name: str, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    started = time.perf_counter()
+def _pruned(lesson: Lesson, name: str) -> nn.Module:
     torch.manual_seed(lesson.seed)
-    student = prune(lesson)
-    pruning = time.perf_counter() - started
-    before = lesson.accuracy(student)
-    progress(f"{name}: {100 * before:.1f} % pruned")
-    started = time.perf_counter()
+    return STUDENTS[name](lesson)
+
+
+def _distill(lesson: Lesson, student: nn.Module, rate: float) -> None:
     distill(
         student,
         lesson.load(),
         lesson.batches(),
         terms=_TERMS,
         epochs=lesson.epochs,
-        learning_rate=lesson.learning_rate,
+        learning_rate=rate,
         seed=lesson.seed,
     )
+
+
+def _best_rate(lesson: Lesson, name: str, rates: Sequence[float], progress: Progress) -> float:
+    pruned = _pruned(lesson, name)
+    losses: dict[float, float] = {}
+    for rate in rates:
+        student = copy.deepcopy(pruned)
+        _distill(lesson, student, rate)
+        losses[rate] = lesson.loss(student)
+        progress(f"{name} at {rate:g}: loss {losses[rate]:.4f} where it is tuned")
+    return min(losses, key=losses.__getitem__)
+
+
+def _run(lesson: Lesson, name: str, rate: float, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    student = _pruned(lesson, name)
+    pruning = time.perf_counter() - started
+    before = lesson.accuracy(student)
+    started = time.perf_counter()
+    _distill(lesson, student, rate)
     distilling = time.perf_counter() - started
     after = lesson.accuracy(student)
-    progress(f"{name}: {100 * after:.1f} % distilled")
+    progress(f"seed {lesson.seed}, {name}: {100 * before:.1f} -> {100 * after:.1f} %")
     return {
         "pruned": round(before, 4),
         "distilled": round(after, 4),
         "parameters": parameters(student),
         "seconds_to_prune": round(pruning, 1),
         "seconds_to_distill": round(distilling, 1),
+    }
+
+
+def _row(rate: float, runs: Sequence[dict[str, Any]], dense: Sequence[float]) -> dict[str, Any]:
+    lost = [100 * (one - run["distilled"]) for one, run in zip(dense, runs, strict=True)]
+    return {
+        "learning_rate": rate,
+        "pruned": [run["pruned"] for run in runs],
+        "distilled": [run["distilled"] for run in runs],
+        "points_lost": {"mean": round(mean(lost), 2), "worst": round(max(lost), 2)},
+        "parameters": runs[0]["parameters"],
+        "seconds_to_prune": round(mean(run["seconds_to_prune"] for run in runs), 1),
+        "seconds_to_distill": round(mean(run["seconds_to_distill"] for run in runs), 1),
     }
 
 
@@ -216,7 +268,10 @@ def main(
     per_class: Annotated[int, typer.Option(min=2)] = Recipe.per_class,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = Recipe.length,
     layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first ones.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seeds: Annotated[str, typer.Option(help="Whole numbers, separated by commas.")] = "0,1,2",
+    rates: Annotated[str, typer.Option(help="Learning rates to choose among.")] = ",".join(
+        f"{rate:g}" for rate in RATES
+    ),
     model: Annotated[Path | None, typer.Option(help="A local transformers folder.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the trained model and results.")] = Path(
         "runs/pruning"
@@ -238,8 +293,11 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         chosen = [name.strip() for name in students.split(";")]
         figures = compare_students(
-            recipe, chosen, out, ratio=ratio, epochs=epochs, seed=seed, progress=console.print
-        )
+            recipe, chosen, out, ratio=ratio, epochs=epochs,
+            seeds=[int(seed) for seed in seeds.split(",")],
+            rates=[float(rate) for rate in rates.split(",")],
+            progress=console.print,
+        )  # fmt: skip
     except (ValueError, FxoptError) as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(table(figures))

@@ -6,10 +6,12 @@ which takes minutes, since each step captures a model.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import pytest
+import torch._dynamo
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.measure import Latency, summarize, timings_in
@@ -25,6 +27,12 @@ settings.register_profile(
 )
 settings.register_profile("shrink", settings.get_profile("fixed"), phases=tuple(Phase))
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of every later collection, which would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def int8_halves(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:

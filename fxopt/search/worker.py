@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -96,9 +97,7 @@ class Worker:
 
         self.number = None
         try:
-            self.study.optimize(
-                self._objective, n_trials=1, catch=(Exception,), gc_after_trial=True
-            )
+            self.study.optimize(self._objective, n_trials=1, catch=(Exception,))
         except UpdateFinishedTrialError:
             # It was taken for dead, after a long sleep of the machine, and is in the queue again.
             return True
@@ -154,7 +153,11 @@ class Worker:
             for other in records(self.study)
             if other.state == "measured" and other.machine == self.machine
         ]
-        return Judging(self.task, record, self.turns).run(rivals)
+        try:
+            return Judging(self.task, record, self.turns).run(rivals)
+        finally:
+            # Graph modules hold themselves in cycles; the next trial needs this one's memory.
+            gc.collect()
 
     def _known(self, record: TrialRecord) -> TrialRecord | None:
         """What became of the same list on this machine before."""

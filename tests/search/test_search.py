@@ -35,7 +35,6 @@ def run(**options: Any) -> Found:
     return search(mlp(), INPUTS, **given)
 
 
-@pytest.mark.slow
 def test_the_front_keeps_the_metric_and_can_be_pasted() -> None:
     found = run(objectives=("latency", "memory"), trials=18)
     states = {trial.state for trial in found.trials}
@@ -90,7 +89,6 @@ def test_an_empty_list_is_the_original() -> None:
     assert empty.reason == "no pass is left: that is the original itself"
 
 
-@pytest.mark.slow
 def test_less_can_be_better() -> None:
     def error(model: Any, data: Any) -> float:
         return 1 - closeness(model, data)
@@ -103,7 +101,6 @@ def test_less_can_be_better() -> None:
     assert all("> 0.01 allowed" in trial.reason for trial in beyond)
 
 
-@pytest.mark.slow
 def test_samplers_are_told_of_the_constraint(tmp_path: Path) -> None:
     from optuna.samplers import NSGAIISampler, TPESampler
 
