@@ -7,11 +7,11 @@ which takes minutes, since each step captures a model.
 from __future__ import annotations
 
 import gc
+import signal
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import pytest
-import torch._dynamo
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.measure import Latency, summarize, timings_in
@@ -27,12 +27,6 @@ settings.register_profile(
 )
 settings.register_profile("shrink", settings.get_profile("fixed"), phases=tuple(Phase))
 settings.load_profile("fixed")
-
-
-def pytest_collection_finish() -> None:
-    """Keep what is imported by now out of every later collection, which would look at all of it."""
-    gc.collect()
-    gc.freeze()
 
 
 def int8_halves(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
@@ -51,3 +45,18 @@ def _steady_timings() -> Iterator[None]:
 def _quiet_torch() -> None:
     # Deprecations inside torch and transformers are theirs to fix.
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch|transformers")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    # A collection looks at all that is alive, modules, caches and graphs of torch among it; what
+    # outlives a file of tests stays for good, and out of the collections of the next.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts() -> None:
+    # A shell starts what runs in the background without them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

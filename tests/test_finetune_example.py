@@ -172,6 +172,7 @@ def compared(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
     return compare_precisions(tiny, MODES, 1, out), out
 
 
+@pytest.mark.slow
 def test_every_mode_trains(compared: tuple[dict[str, Any], Path]) -> None:
     figures, _ = compared
     assert tuple(figures["systems"]) == MODES
@@ -184,12 +185,14 @@ def test_every_mode_trains(compared: tuple[dict[str, Any], Path]) -> None:
         assert run["mean_loss"][1] < run["mean_loss"][0]
 
 
+@pytest.mark.slow
 def test_full_precision_is_what_torch_does(compared: tuple[dict[str, Any], Path]) -> None:
     runs = compared[0]["runs"]
     ours, torchs = runs["full, seed 0"], runs["torch-full, seed 0"]
     assert ours["mean_loss"] == pytest.approx(torchs["mean_loss"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_the_lists_differ_in_the_precision_alone(compared: tuple[dict[str, Any], Path]) -> None:
     passes = {mode: row["passes"] for mode, row in compared[0]["systems"].items()}
     assert passes["full"] == "canonicalize, fuse-linears, lower"
@@ -200,6 +203,7 @@ def test_the_lists_differ_in_the_precision_alone(compared: tuple[dict[str, Any],
     assert passes["torch-full"] == passes["torch-autocast"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_events_can_be_read(compared: tuple[dict[str, Any], Path], mode: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -229,6 +233,7 @@ def test_a_folder_used_twice_shows_the_later_run(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss/train")] == [(1, 2.0)]
 
 
+@pytest.mark.slow
 def test_reports_name_every_class(compared: tuple[dict[str, Any], Path]) -> None:
     figures, out = compared
     for mode in MODES:
@@ -238,6 +243,7 @@ def test_reports_name_every_class(compared: tuple[dict[str, Any], Path]) -> None
         assert f"{figures['examples']['test']}\n" in report
 
 
+@pytest.mark.slow
 def test_results_are_written_as_returned(compared: tuple[dict[str, Any], Path]) -> None:
     figures, out = compared
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == figures
@@ -255,6 +261,7 @@ def test_results_are_written_as_returned(compared: tuple[dict[str, Any], Path]) 
     assert least <= row["median"] <= most
 
 
+@pytest.mark.slow
 def test_the_tables_show_every_mode(compared: tuple[dict[str, Any], Path]) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     for table in tables(compared[0]):
@@ -264,6 +271,7 @@ def test_the_tables_show_every_mode(compared: tuple[dict[str, Any], Path]) -> No
     assert "mixed / torch-autocast" in text
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_those_beside_it(tiny: Recipe, tmp_path: Path) -> None:
     dropping = replace(tiny, model=_with_dropout(tiny.model, tmp_path / "model"))
 
