@@ -100,27 +100,32 @@ def table(figures: Mapping[str, Any]) -> Table:
 
 
 def plot(figures: Mapping[str, Any], path: Path) -> None:
-    """The figures as curves in an SVG file: dashed as cut, solid with reconstruction."""
+    """The figures as curves in an SVG file: dashed as cut, solid with reconstruction.
+
+    Twice: all of them on a logarithmic scale, and those that stay within twice the dense model's.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8.0, 4.5), layout="constrained")
+    dense = figures["dense"]
+    figure, (whole, near) = pyplot.subplots(1, 2, figsize=(11.0, 4.5), layout="constrained")
     shares = [0.0, *(float(name.rstrip("% ")) for name in figures["parameters left"])]
     names = [name for name in figures["perplexity"] if ", " not in name]
     for index, name in enumerate(names):
         for label, style in ((name, "--"), (f"{name}, reconstructed", "-")):
-            values = [figures["dense"], *figures["perplexity"].get(label, {}).values()]
+            values = [dense, *figures["perplexity"].get(label, {}).values()]
             if len(values) == len(shares):
-                axes.plot(shares, values, style, color=f"C{index}", marker=".", label=label)
-    axes.set(
-        xlabel="FFN units cut, %", ylabel="perplexity", yscale="log", title=figures.get("model", "")
-    )
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(fontsize="x-small", loc="outside right upper")
+                for axes in (whole, near):
+                    axes.plot(shares, values, style, color=f"C{index}", marker=".", label=label)
+    whole.set(ylabel="perplexity", yscale="log", title=figures.get("model", ""))
+    near.set(ylim=(0.95 * dense, 2.0 * dense), title="within twice the dense model's")
+    for axes in (whole, near):
+        axes.set_xlabel("FFN units cut, %")
+        axes.grid(alpha=0.3)
+    handles, labels = whole.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="small", loc="outside right upper", handlelength=3.0)
     # Without the date and random identifiers, the same figures give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "fxopt", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
