@@ -71,6 +71,24 @@ def _layers(count: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
+    "first",
+    [
+        "int8-linear{where=always}",
+        "autocast{dtype=bfloat16, force=true}",
+        "autocast{mode=half, dtype=bfloat16, force=true}",
+    ],
+)
+def test_what_rounds_goes_on_from_where_it_was(first: str) -> None:
+    x = torch.randn(2, 6, 16)
+    opt = fxopt.transform(_layers(6), f"canonicalize, {first}", example_inputs=(x,))
+    again = fxopt.transform(opt, "prepack", measure_cost=False)
+    assert again.steps[-1].record.fired
+    assert again.report.end_to_end is not None
+    assert again.report.end_to_end.startswith("sqnr >= ")
+    assert fxopt.Sqnr(14.0).measure(_layers(6)(x).detach(), again(x)).holds
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         "int8-linear{mode=static}, half-attention{force=true}",

@@ -33,7 +33,7 @@ from fxopt.analyses.operator_precision import (
     Side,
     operator_precision,
 )
-from fxopt.analyses.precision import rounds_activations
+from fxopt.analyses.precision import rounds_activations, rounds_to_integers
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
 from fxopt.analyses.speed import BreakEven, linear_speeds
 from fxopt.analyses.weights import quantize_rows
@@ -78,5 +78,6 @@ __all__ = [
     "reads_as_linear",
     "refuse_shared_weight",
     "rounds_activations",
+    "rounds_to_integers",
     "sure_high",
 ]

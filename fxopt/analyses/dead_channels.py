@@ -25,6 +25,22 @@ from fxopt.analyses.linears import LINEAR_TARGETS
 from fxopt.program import Program, Refusal, arguments, label, module_path
 
 
+aten = torch.ops.aten
+
+_FORGETFUL = {
+    aten.scaled_dot_product_attention.default: (
+        "value",
+        "attention gives 0 in their place to a query whose keys are all masked",
+    ),
+    aten.group_norm.default: ("input", "a group norm isn't followed"),
+    **dict.fromkeys(
+        (aten.flatten.using_ints, aten.view.default, aten.reshape.default),
+        ("self", "they aren't followed where other axes join theirs"),
+    ),
+}
+"""By operator, the operand of which a constant may get lost in it, and why."""
+
+
 @dataclass(frozen=True)
 class Dead:
     """The dead channels of one group, bool [size], and why others that look dead are not.
@@ -54,6 +70,7 @@ class _Search:
         self.keep: dict[Dim, Tensor] = {}
         self.leaf: Dim | None = None  # of the group that is looked at
         self.unread: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self.forgetful = [node for node in program.graph.nodes if node.target in _FORGETFUL]
 
     def run(self) -> dict[str, Dead]:
         found: dict[str, Dead] = {}
@@ -98,7 +115,7 @@ class _Search:
         constant = torch.stack([self._constant(reader.operand) for reader in group.readers])
         wanted = constant.any(0)
         if not bool(wanted.any()):
-            return []
+            return self._forgotten(group)
         reasons: dict[str, Tensor] = {}
         for reader, spared in zip(group.readers, needless, strict=True):
             stuck = wanted & ~spared
@@ -109,12 +126,34 @@ class _Search:
             for why, stuck in reasons.items()
         ]
 
+    def _forgotten(self, group: Group) -> list[Refusal]:
+        """Where channels that are constant so far may be something else from then on."""
+        found = []
+        for node in self.forgetful:
+            name, why = _FORGETFUL[node.target]
+            stuck = self._known_in(arguments(node)[name]) & ~self._known_in(node)
+            if bool(stuck.any()):
+                reason = f"{_count(stuck)} are constant, but {why} ({label(node)})"
+                found.append(Refusal(reason, group.name))
+        return found
+
+    def _known_in(self, node: fx.Node) -> Tensor:
+        """Which channels of the group that is looked at hold constants alone in a node's value."""
+        dims, known = self.channels.walk.dims, self.facts.get(node)
+        assert self.leaf is not None
+        for axis, dim in enumerate(self.channels.walk.of(node)):
+            size = node.meta["val"].shape[axis]
+            if known is not None and self.leaf in dims.leaves(dim) and isinstance(size, int):
+                constant = known.mask.movedim(axis, 0).flatten(1).all(1).expand(size)
+                return constant[dims.positions(dim, self.leaf)].all(1)
+        return torch.zeros(1, dtype=torch.bool)
+
     def _needless(self, reader: Reader) -> Tensor:
         """Which channels, bool [size], a reader can do without."""
         if reader.kind == "weight":
             assert reader.weight is not None
             return self._unread(reader.weight) | self._absorbable(reader)
-        if reader.kind == "norm" and reader.node.target is not torch.ops.aten.rms_norm.default:
+        if reader.kind == "norm" and reader.node.target is not aten.rms_norm.default:
             return torch.zeros(len(reader.operand.positions), dtype=torch.bool)
         zero = self._constant(reader.operand, only_zero=True)
         if reader.kind == "product":

@@ -17,17 +17,30 @@ _ROUNDING = {
 }
 
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = {torch.bfloat16, torch.float16}
+_WIDE = {torch.float32, torch.float64}
 
 
 def rounds_activations(program: Program) -> bool:
-    """Whether the program rounds values that depend on its inputs: to integers, or to half."""
-    return any(node.target in _ROUNDING or _is_cast_to_half(node) for node in program.graph.nodes)
+    """Whether the program rounds values that depend on its inputs more coarsely than they are kept:
+    to integers, to half, or in half what is float32 later on."""
+    return rounds_to_integers(program) or any(
+        _is_cast_of_half(node) for node in program.graph.nodes
+    )
 
 
-def _is_cast_to_half(node: fx.Node) -> bool:
-    if node.target is not torch.ops.aten.to.dtype or node.args[1] not in _HALF:
+def rounds_to_integers(program: Program) -> bool:
+    """Whether the program quantizes values that depend on its inputs."""
+    return any(node.target in _ROUNDING for node in program.graph.nodes)
+
+
+def _is_cast_of_half(node: fx.Node) -> bool:
+    """Between float16 or bfloat16 and a wider floating-point type, either way."""
+    if node.target is not torch.ops.aten.to.dtype:
         return False
     source: Any = node.args[0]
     value = source.meta["val"]
-    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+    if not isinstance(value, Tensor):
+        return False
+    kinds = {value.dtype, node.args[1]}
+    return bool(kinds & _HALF) and bool(kinds & _WIDE)

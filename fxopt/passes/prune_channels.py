@@ -55,7 +55,8 @@ class PruneChannels(Pass):
     what isn't. Of grouped queries, "heads" are the key/value heads with all their queries.
     `importance` ranks: "l1", "l2" (magnitude of what produces a channel), "group_l2" (of all its
     parameters), "taylor", "activation", "obs" (from calibration inputs) or "random"; see
-    `fxopt.analyses.importance` for the formulas and their sources. `ranking` compares within a
+    `fxopt.analyses.importance` for the formulas and their sources. Magnitudes need no inputs, and
+    can ruin a language model that the measures with inputs leave whole. `ranking` compares within a
     group or over all. What is kept is rounded up to a multiple of `round_to` indices. With
     `reconstruct` the readers are refitted to the calibration inputs by least squares.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from fxopt import wellformed
-from fxopt.analyses import rounds_activations
+from fxopt.analyses import rounds_activations, rounds_to_integers
 from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
@@ -18,7 +18,7 @@ from fxopt.errors import EquivalenceError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module
-from fxopt.passes import Int8Linear, SelectKernels
+from fxopt.passes import Autocast, Int8Linear, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
 from fxopt.pipeline.recording import Taken, since, violation_text
@@ -121,8 +121,10 @@ class Pipeline:
         self.notes += skipped
         self.outputs = [trial.outputs for trial in self.trials]
         if rounds_activations(program):  # a quantized module, transformed once more
-            claim = Int8Linear().claim
+            claim = (Int8Linear() if rounds_to_integers(program) else Autocast()).claim
             self.unrounded = (claim, self.outputs)
+            # What comes now decides ties otherwise, and so differs as far as rounding goes.
+            self.standard = self.standard.plus(claim)
         verdict, self.outputs = self._judge(claim, self.outputs, run_program(program))
         if not verdict.holds:
             raise EquivalenceError(violation_text("the capture", verdict))

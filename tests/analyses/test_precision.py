@@ -44,6 +44,7 @@ def test_passes_that_round_activations(pass_: Pass, rounds: bool) -> None:
         (lambda x: x.to(torch.float64), False),
         (lambda x: x.to(torch.int64), False),
         (lambda x: (x > 0).to(torch.bfloat16), False),
+        (lambda x: (x > 0).to(torch.bfloat16).softmax(-1).to(torch.float32), True),
         (lambda x: x.to(torch.bfloat16).to(torch.float32), True),
     ],
 )

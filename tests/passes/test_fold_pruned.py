@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxopt import wellformed
 from fxopt.analyses.channels import Channels, Group, channels
@@ -185,3 +185,52 @@ def test_a_constant_that_a_norm_sees_is_refused() -> None:
     plan = FoldPruned().plan(program)
     assert not plan.keep
     assert "1 of 8 channels are constant, but a norm takes its statistics over it" in str(plan)
+
+
+class Masked(nn.Module):
+    """Two heads under a mask, of which the first gives its value's bias to every query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        nn.init.zeros_(self.v.weight[:4])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_constant_heads_under_a_mask_are_refused_and_one_empty_row_tells_why() -> None:
+    model = Masked()
+    x, mask = torch.randn(2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    plan = FoldPruned().plan(capture(model.eval(), {"x": x, "mask": mask}))
+    assert not plan.keep
+    assert (
+        "1 of 2 channels are constant, but attention gives 0 in their place to a query whose keys "
+        "are all masked"
+    ) in str(plan)
+    mask[0, 0, 3] = False
+    model.out.weight[:, 4:] = 0.0
+    rows = model(x, mask)[0]
+    torch.testing.assert_close(rows[3], model.out.bias)
+    assert not torch.allclose(rows[2], rows[3])
+
+
+@torch.no_grad()
+def test_constants_that_a_flattening_hides_are_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(1), nn.Linear(100, 5)).eval()
+    model[0].weight[2:] = 0.0
+    plan = FoldPruned().plan(capture(model, {"input": torch.randn(2, 3, 5, 5)}))
+    assert not plan.keep
+    assert "2 of 4 channels are constant, but they aren't followed where other axes" in str(plan)
+
+
+@torch.no_grad()
+def test_constants_that_a_group_norm_sees_are_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 5, 1)).eval()
+    model[0].weight[2:] = 0.0
+    plan = FoldPruned().plan(capture(model, {"input": torch.randn(2, 3, 5, 5)}))
+    assert not plan.keep
+    assert "are constant, but a" in str(plan)
