@@ -24,7 +24,6 @@ from fxopt.analyses.constant_channels.products import is_padded
 from fxopt.analyses.linears import LINEAR_TARGETS
 from fxopt.program import Program, Refusal, arguments, label, module_path
 
-
 aten = torch.ops.aten
 
 _FORGETFUL = {
