@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+import fxopt
 from fxopt import wellformed
 from fxopt.analyses.channels import Channels, Group, channels
 from fxopt.capture import capture
@@ -216,6 +217,29 @@ def test_constant_heads_under_a_mask_are_refused_and_one_empty_row_tells_why() -
     rows = model(x, mask)[0]
     torch.testing.assert_close(rows[3], model.out.bias)
     assert not torch.allclose(rows[2], rows[3])
+
+
+class Causal(Masked):
+    """The same under a mask that leaves each query itself, as booleans or as what is added."""
+
+    mask: Tensor
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        seen = torch.ones(5, 5, dtype=torch.bool).tril()
+        mask = torch.zeros(5, 5).masked_fill(~seen, -torch.inf) if added else seen
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, self.mask)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_constant_heads_leave_where_each_query_is_known_to_see_a_key(added: bool) -> None:
+    model, x = Causal(added).eval(), torch.randn(2, 5, 8)
+    opt = fxopt.transform(model, "fold-pruned", example_inputs=(x,))
+    assert tuple(opt.state_dict()["v.weight"].shape) == (4, 8)
+    torch.testing.assert_close(opt(x), model(x))
 
 
 @torch.no_grad()

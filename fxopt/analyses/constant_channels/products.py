@@ -133,12 +133,13 @@ def _same_expression(one: Any, other: Any) -> bool:
 def _attention(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
     """Weights that sum to one: what is the same at all keys comes out.
 
-    Under a mask a row may see no key and be zero; dropout changes the sum. Zero stays in any case.
+    Under a mask that isn't known to leave each row a key, one may be zero; dropout changes the sum.
+    Zero stays in any case.
     """
     value = uniform(facts.of(args["value"]), [-2])
     if value is None:
         return None
-    if args["attn_mask"] is not None or args["dropout_p"]:
+    if args["dropout_p"] or not _leaves_a_key(facts, args["attn_mask"]):
         value = value.only(value.zeros)
     query_heads, heads = (
         size_of(args[name], -3) if args[name].meta["val"].ndim > 2 else 1
@@ -149,6 +150,17 @@ def _attention(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
             return value.along(-3)
         return value.map(lambda t: t.repeat_interleave(query_heads // heads, -3))
     return value
+
+
+def _leaves_a_key(facts: Facts, mask: fx.Node | None) -> bool:
+    """Whether each query sees a key for certain."""
+    if mask is None:
+        return True
+    known = facts.of(mask)
+    if known is None:
+        return False
+    seen = known.values if known.values.dtype == torch.bool else known.wide() > -torch.inf
+    return bool((known.mask & seen).any(-1).all())
 
 
 def _convolution(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
