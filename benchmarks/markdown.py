@@ -77,6 +77,17 @@ def nested_facts(result: Result) -> dict[str, Mapping[str, Any]]:
     return {key: value for key, value in result.more.items() if isinstance(value, Mapping)}
 
 
+def nested_table(value: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a nested fact as text: a row for each of its own mappings, or figure."""
+    if not all(isinstance(row, Mapping) for row in value.values()) or all(
+        is_spread(row) for row in value.values()
+    ):
+        return ["", "figure"], [[name, figure_text(figure)] for name, figure in value.items()]
+    names = columns(value)
+    rows = [[key, *(figure_text(row.get(name)) for name in names)] for key, row in value.items()]
+    return ["", *names], rows
+
+
 def _summary(results: Sequence[Result]) -> Iterator[str]:
     yield machines_text(results)
     found = standings(results)
@@ -120,6 +131,10 @@ def _tables(result: Result) -> Iterator[str]:
         )
     if result.ratios:
         yield _table(("ratio", "of cost"), [(n, str(r)) for n, r in result.ratios.items()])
+    for name, value in nested_facts(result).items():
+        if value:
+            yield f"{name}:"
+            yield _table(*nested_table(value))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ from benchmarks.markdown import (
     machines_text,
     milliseconds,
     nested_facts,
+    nested_table,
     simple_facts,
 )
 from benchmarks.recorded import Result, Spread, pair_of
@@ -166,12 +167,8 @@ def _others(result: Result) -> str:
 def _nested(key: str, value: Mapping[str, Any]) -> str:
     if not value:
         return ""
-    are_rows = all(isinstance(row, Mapping) for row in value.values())
-    table = (
-        _rows_table("", value)
-        if are_rows and not all("median" in row for row in value.values())
-        else _table(("", "figure"), [[escape(k), escape(figure_text(v))] for k, v in value.items()])
-    )
+    head, rows = nested_table(value)
+    table = _table(head, [[*map(escape, row)] for row in rows])
     return f'<details class="pass"><summary>{escape(key)}</summary>{table}</details>'
 
 

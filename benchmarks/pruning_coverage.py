@@ -57,6 +57,13 @@ def coverage(
     return figures
 
 
+def by_toolkit(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same figures, a row for each model, kind of channels and toolkit."""
+    return {
+        f"{name}, {toolkit}": row for name, both in figures.items() for toolkit, row in both.items()
+    }
+
+
 def table(figures: Mapping[str, Any]) -> Table:
     """The figures to read: what left of half, and the error of cutting constants; both toolkits."""
     shown = Table(

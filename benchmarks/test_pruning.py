@@ -18,7 +18,7 @@ from benchmarks.conftest import Effort, Record
 from benchmarks.finetune_recipe import Recipe, pretrained_folder
 from benchmarks.models import bert_base, smollm2
 from benchmarks.prunable import make_constant, parameters
-from benchmarks.pruning_coverage import MODELS, coverage
+from benchmarks.pruning_coverage import MODELS, by_toolkit, coverage
 from benchmarks.pruning_docstrings import compare_students
 from benchmarks.pruning_perplexity import IMPORTANCES, RATIOS, perplexities
 from benchmarks.sidebyside import in_turns, spread, timing
@@ -118,7 +118,7 @@ def test_who_cuts_what(quick: bool, record: Record) -> None:
     """Every architecture, feed-forward units, heads, residual and convolutional channels."""
     _needs_torch_pruning()
     names = ("bert", "gpt2", "mobilenet-v2") if quick else tuple(MODELS)
-    record("pruning_coverage", coverage(names))
+    record("pruning_coverage", {"half of the channels": by_toolkit(coverage(names))})
 
 
 def test_docstring_classifier(quick: bool, tmp_path: Path, benchmark: Any, record: Record) -> None:

@@ -99,6 +99,18 @@ def test_ratios_beside_the_others_are_ratios(tmp_path: Path) -> None:
     assert found.more == {"quantiles": spread, "layers, ratio": 4.0}
 
 
+def test_what_is_nested_is_a_table() -> None:
+    figures = {"l2": {"10 %": 4712.6, "20 %": 22046.0}, "obs": {"10 %": 49.1}}
+    more = {"perplexity": figures, "left": {"10 %": 0.94}, "none": {}}
+    written = markdown([result(more=more)])
+    assert "perplexity:\n\n|  | 10 % | 20 % |\n| --- | --- | --- |" in written
+    assert "| l2 | 4712.6 | 22046 |\n| obs | 49.1 | - |" in written
+    assert "left:\n\n|  | figure |\n| --- | --- |\n| 10 % | 0.94 |" in written
+    assert "none:" not in written
+    words = Balanced(page([result(more=more)])).words
+    assert {"perplexity", "l2", "49.1", "left", "0.94"} <= set(words)
+
+
 def test_no_name_can_become_markup() -> None:
     nasty = '<script>alert("1")</script> | `x`'
     found = result(
