@@ -7,14 +7,22 @@ which takes minutes, since each step captures a model.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.measure import Latency, summarize, timings_in
+
+# Workers share the cores: threads that outnumber them wait for each other. The variable is for the
+# processes that tests start.
+_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+torch.set_num_threads(_THREADS)
 
 settings.register_profile(
     "fixed",
