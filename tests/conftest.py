@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.measure import Latency, summarize, timings_in
 
-# Workers share the cores: threads that outnumber them wait for each other. The variable is for the
-# processes that tests start.
-_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
-torch.set_num_threads(_THREADS)
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores: threads that outnumber them wait for each other. The variable is for
+    # the processes that tests start.
+    _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 settings.register_profile(
     "fixed",
