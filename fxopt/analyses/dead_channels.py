@@ -69,7 +69,7 @@ class _Search:
         self.keep: dict[Dim, Tensor] = {}
         self.leaf: Dim | None = None  # of the group that is looked at
         self.unread: dict[tuple[str, int], tuple[Tensor, int]] = {}
-        self.forgetful = [node for node in program.graph.nodes if node.target in _FORGETFUL]
+        self.forgetful = self._forgetful()
 
     def run(self) -> dict[str, Dead]:
         found: dict[str, Dead] = {}
@@ -125,12 +125,24 @@ class _Search:
             for why, stuck in reasons.items()
         ]
 
+    def _forgetful(self) -> dict[Dim, list[tuple[fx.Node, fx.Node, str]]]:
+        """(operand, node, why) of each node of `_FORGETFUL`, by the leaves of its operand."""
+        found: dict[Dim, list[tuple[fx.Node, fx.Node, str]]] = {}
+        for node in self.program.graph.nodes:
+            if node.target in _FORGETFUL:
+                name, why = _FORGETFUL[node.target]
+                operand = arguments(node)[name]
+                axes = self.channels.walk.of(operand)
+                for leaf in {leaf for dim in axes for leaf in self.channels.walk.dims.leaves(dim)}:
+                    found.setdefault(leaf, []).append((operand, node, why))
+        return found
+
     def _forgotten(self, group: Group) -> list[Refusal]:
         """Where channels that are constant so far may be something else from then on."""
         found = []
-        for node in self.forgetful:
-            name, why = _FORGETFUL[node.target]
-            stuck = self._known_in(arguments(node)[name]) & ~self._known_in(node)
+        assert self.leaf is not None
+        for operand, node, why in self.forgetful.get(self.leaf, []):
+            stuck = self._known_in(operand) & ~self._known_in(node)
             if bool(stuck.any()):
                 reason = f"{_count(stuck)} are constant, but {why} ({label(node)})"
                 found.append(Refusal(reason, group.name))
@@ -212,7 +224,8 @@ class _Search:
     def _gone(self, place: Place) -> Tensor:
         """Which indices of a place's axis leave with channels of other groups, bool [K] or [1]."""
         dims, axis = self.channels.walk.dims, self.channels.walk.of(place.node)[place.axis]
-        others = {leaf: kept for leaf, kept in self.keep.items() if leaf is not self.leaf}
+        leaves = set(dims.leaves(axis)) - {self.leaf}
+        others = {leaf: self.keep[leaf] for leaf in leaves if leaf in self.keep}
         kept = dims.kept(axis, others)
         return torch.zeros(1, dtype=torch.bool) if kept is None else ~kept
 
