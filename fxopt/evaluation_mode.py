@@ -15,7 +15,7 @@ the rest.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -75,14 +75,19 @@ def evaluation_mode(program: Program) -> Program:
     A program captured in eval mode is returned as it is. Nodes that still draw random numbers are
     named in the result's `notes`.
     """
+    return in_evaluation_mode(program)[0]
+
+
+def in_evaluation_mode(program: Program) -> tuple[Program, Callable[[fx.Node], fx.Node]]:
+    """`evaluation_mode(program)`, and which of its nodes has the value of one of `program`'s."""
     if program.mode == "eval":
-        return program
-    graph = _Derivation(program).graph
-    drop_dead_nodes(graph)
-    notes = (*program.notes, *_random_left(graph))
-    result = replace(program.with_graph(graph), mode="eval", notes=notes)
+        return program, lambda node: node
+    derivation = _Derivation(program)
+    drop_dead_nodes(derivation.graph)
+    notes = (*program.notes, *_random_left(derivation.graph))
+    result = replace(program.with_graph(derivation.graph), mode="eval", notes=notes)
     check(result)
-    return result
+    return result, derivation.new.__getitem__
 
 
 class _Derivation:

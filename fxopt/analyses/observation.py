@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxopt.analyses.observers import Observer
 from fxopt.errors import CalibrationError
 from fxopt.evaluate import evaluate
+from fxopt.evaluation_mode import in_evaluation_mode
 from fxopt.program import Program, is_pure, label, source_line
 
 Progress = Callable[[str], None]
@@ -52,8 +53,9 @@ def observe(
 ) -> Observation:
     """Stream `program.batches()` once and update the observers of each watched node.
 
-    `watched` are nodes of `program.graph` whose values are tensors. `progress`, or the
-    calibration's own, gets a line every power of two batches or five seconds.
+    `watched` are nodes of `program.graph` whose values are tensors; of a train-mode program they
+    have the values of evaluation mode, without dropout's noise. `progress`, or the calibration's
+    own, gets a line every power of two batches or five seconds.
 
     Raises `CalibrationError` for unusable batches and, with `refuse_nan`, for a NaN at a watched
     node.
@@ -61,7 +63,7 @@ def observe(
     calibration = program.calibration
     progress = progress or (calibration.progress if calibration else None)
     length = calibration.length if calibration else None
-    cut, observers = _only(program, watched)
+    cut, observers = _only(*_evaluated(program, watched))
     tally = _Tally(progress, length)
     for index, inputs in enumerate(program.batches()):
 
@@ -155,6 +157,17 @@ class _Tally:
         return Observation(self.batches, self.samples, self.shape, same, from_example)
 
 
+def _evaluated(
+    program: Program, watched: Mapping[fx.Node, Sequence[Observer]]
+) -> tuple[Program, dict[fx.Node, list[Observer]]]:
+    """The program in evaluation mode, and who watches which of its nodes."""
+    program, same = in_evaluation_mode(program)
+    found: dict[fx.Node, list[Observer]] = {}
+    for node, observers in watched.items():
+        found.setdefault(same(node), []).extend(observers)
+    return program, found
+
+
 def _only(
     program: Program, watched: Mapping[fx.Node, Sequence[Observer]]
 ) -> tuple[Program, dict[fx.Node, Sequence[Observer]]]:
@@ -171,7 +184,7 @@ def _only(
         if node in needed and node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(())
-    observers = {copies[node]: observers for node, observers in watched.items()}
+    observers = {copies[node]: seen for node, seen in watched.items() if node in copies}
     return program.with_graph(graph), observers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxopt.analyses import MinMax, Observation, Rows, calibration_warnings, observe
 from fxopt.calibration import Calibration
@@ -54,6 +54,27 @@ def test_observers_see_the_models_own_values_of_every_batch() -> None:
     torch.testing.assert_close(hidden.rows, expected)
     assert torch.equal(hidden.rows, same.rows)
     assert seen == Observation(3, 6, (2, 4), all_equal=False, from_example=False)
+
+
+def test_a_training_program_is_observed_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 5))
+    for number in (1.0, 2.0):
+        model(number * X)  # running statistics of their own
+    program = capture(model, (X,), mode="train")
+    program = replace(program, calibration=Calibration([X, 2 * X], program.signature))
+    last = calls(program, aten.linear.default)[-1]
+    dropped = last.args[0]
+    assert isinstance(dropped, fx.Node)
+    undropped, after = Rows(), Rows()
+    state = torch.get_rng_state()
+    before = model[1].running_mean.clone()
+    observe(program, {dropped: [undropped], dropped.all_input_nodes[0]: [after]})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[1].running_mean, before)
+    with torch.no_grad():
+        expected = model.eval()[:3](torch.cat([X, 2 * X]))
+    torch.testing.assert_close(undropped.rows, expected)
+    assert torch.equal(after.rows, undropped.rows)
 
 
 def test_without_calibration_the_example_stands_in() -> None:
