@@ -65,16 +65,18 @@ def test_a_training_program_is_observed_in_evaluation_mode() -> None:
     last = calls(program, aten.linear.default)[-1]
     dropped = last.args[0]
     assert isinstance(dropped, fx.Node)
-    undropped, after = Rows(), Rows()
+    (native_dropout,) = dropped.all_input_nodes
+    (normalised,) = native_dropout.all_input_nodes
+    undropped, before_dropout = Rows(), Rows()
     state = torch.get_rng_state()
     before = model[1].running_mean.clone()
-    observe(program, {dropped: [undropped], dropped.all_input_nodes[0]: [after]})
+    observe(program, {dropped: [undropped], normalised: [before_dropout]})
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[1].running_mean, before)
     with torch.no_grad():
         expected = model.eval()[:3](torch.cat([X, 2 * X]))
     torch.testing.assert_close(undropped.rows, expected)
-    assert torch.equal(after.rows, undropped.rows)
+    assert torch.equal(before_dropout.rows, undropped.rows)
 
 
 def test_without_calibration_the_example_stands_in() -> None:
