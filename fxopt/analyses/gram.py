@@ -1,25 +1,30 @@
 """Gram matrices: what calibration tells of the inputs of linear layers and convolutions.
 
 Both are one matrix product, y = M p + b, over rows p: of a linear layer its input, of a convolution
-the patches that its kernel sees. Sums of p pᵀ and p, in float64, are all that a least-squares fit
-of M needs.
+the patches that its kernel sees. Sums of w p pᵀ and w p, in float64, are all that a least-squares
+fit of M needs; the weights w of rows are 1, or what the answer feels of an error there (`fisher`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from fxopt.analyses.fisher import output_gradients
 from fxopt.analyses.linears import as_linear
 from fxopt.analyses.observation import observe
+from fxopt.errors import PassError
 from fxopt.program import Program, arguments, label
 
 aten = torch.ops.aten
+
+Weighting: TypeAlias = Literal["uniform", "fisher"]
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 _ROWS = 1 << 12
 _COLUMNS = 1 << 10
@@ -68,6 +73,13 @@ class Product:
             return self.window.rows(x)
         return iter(x.detach().reshape(-1, x.shape[-1]).split(_ROWS))
 
+    def energies(self, y: Tensor) -> Iterator[Tensor]:
+        """The sums of squares over the outputs of a value of the node's shape, [R], as `rows`."""
+        if self.window is not None:
+            squares = y.detach().square().sum(1).flatten(1)
+            return iter(_spread(image) for image in squares)
+        return iter(y.detach().square().sum(-1).flatten().split(_ROWS))
+
     def matrix(self, weight: Tensor) -> Tensor:
         """M [N, columns], float64, from what the weight node holds."""
         rows = weight.detach().t() if self.transposed else weight.detach().flatten(1)
@@ -108,17 +120,18 @@ def as_product(node: fx.Node) -> Product | str:
 
 
 class Gram:
-    """Sums over all finite rows p seen: `moment` p pᵀ [K, K] and `sums` p [K], float64; `rows` is
-    their number."""
+    """Sums over all finite rows p seen: `moment` w p pᵀ [K, K] and `sums` w p [K], float64; `rows`
+    is their number and `weight` Σ w, the same where every row has w = 1."""
 
     def __init__(self, columns: int, device: torch.device | None = None) -> None:
         self._moment = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         self.sums = torch.zeros(columns, dtype=torch.float64, device=device)
         self.rows = 0
+        self.weight = self._squares = 0.0
 
     @property
     def moment(self) -> Tensor:
-        """Σ p pᵀ, float64 [K, K]."""
+        """Σ w p pᵀ, float64 [K, K]."""
         moment = self._moment
         for first in range(0, len(moment), _COLUMNS):
             last = first + _COLUMNS
@@ -128,78 +141,133 @@ class Gram:
     @property
     def mean(self) -> Tensor:
         """The mean row, float64 [K]; zeros before any."""
-        return self.sums / max(1, self.rows)
+        return self.sums / (self.weight or 1.0)
+
+    @property
+    def effective_rows(self) -> float:
+        """(Σ w)² / Σ w²: how many rows of one weight would say as much (Kish 1965)."""
+        return self.weight**2 / (self._squares or 1.0)
 
     def centred(self) -> Tensor:
-        """Σ (p - mean)(p - mean)ᵀ: what is left of the moment once a bias follows the fit."""
+        """Σ w (p - mean)(p - mean)ᵀ: what is left of the moment once a bias follows the fit."""
         return torch.addr(self.moment, self.sums, self.mean, alpha=-1)
 
-    def add(self, rows: Tensor) -> None:
-        """Take in `rows` [R, K]; those that hold infinity are left out."""
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Take in `rows` [R, K] with `weights` [R]; those that hold infinity are left out."""
         rows = rows.detach().double()
         finite = rows.isfinite().all(1)
         if not bool(finite.all()):
             rows = rows[finite]
+            weights = None if weights is None else weights[finite]
+        self.rows += len(rows)
+        if weights is None:
+            self.weight, self._squares = self.weight + len(rows), self._squares + len(rows)
+            self._add(rows, rows)
+            return
+        weights = weights.double()
+        self.weight += float(weights.sum())
+        self._squares += float(weights.square().sum())
+        # Padding is a good part of many batches, and weighs nothing.
+        counts = weights > 0
+        rows = rows[counts]
+        self._add(rows, rows * weights[counts].unsqueeze(1))
+
+    def _add(self, rows: Tensor, weighted: Tensor) -> None:
         # The moment is symmetric: blocks right of the diagonal are enough, at half the time.
         for first in range(0, rows.shape[1], _COLUMNS):
-            some = rows[:, first : first + _COLUMNS]
+            some = weighted[:, first : first + _COLUMNS]
             block = self._moment[first : first + _COLUMNS, first:]
             block.addmm_(some.t(), rows[:, first:])
-        self.sums += rows.sum(0)
-        self.rows += len(rows)
+        self.sums += weighted.sum(0)
 
 
 def grams(
-    program: Program, sets: Sequence[Sequence[Product]]
+    program: Program,
+    sets: Sequence[Sequence[Product]],
+    weighting: Weighting = "uniform",
+    seed: int = 0,
 ) -> Iterator[tuple[Sequence[Product], Gram]]:
     """Each set of products, in order, with the Gram matrix of the rows that they all see together.
 
     A set is one product, or several that share one weight. The calibration is streamed once for as
-    many as fit into 512 MiB; products of one input share their matrix.
+    many as fit into 512 MiB; products of one input share their matrix. "fisher" weighs each row by
+    what the program's answer feels of an error in the product's output there, drawn from `seed`
+    (`fisher.output_gradients`); then a matrix is shared by the products of one set alone.
+
+    Raises `PassError` for an unknown weighting.
     """
-    for wave in _waves(sets):
+    if weighting not in WEIGHTINGS:
+        raise PassError(f"weighting={weighting!r}: give one of {', '.join(WEIGHTINGS)}")
+    key, fill = (_input_key, _observe) if weighting == "uniform" else (_node_key, _weigh)
+    for wave in _waves(sets, key):
         found: dict[tuple[object, ...], Gram] = {}
-        watched: dict[fx.Node, list[_Rows]] = {}
+        members: list[tuple[Gram, Product]] = []
         for products in wave:
-            key = _key(products)
-            if key in found:
+            if key(products) in found:
                 continue
-            gram = found[key] = Gram(products[0].columns, products[0].x.meta["val"].device)
-            for product in {one.key: one for one in products}.values():
-                watched.setdefault(product.x, []).append(_Rows(gram, product))
-        observe(program, watched)
+            gram = Gram(products[0].columns, products[0].x.meta["val"].device)
+            found[key(products)] = gram
+            members += [(gram, product) for product in products]
+        fill(program, members, seed)
         for products in wave:
-            yield products, found[_key(products)]
+            yield products, found[key(products)]
 
 
 def few_rows(products: Sequence[Product], gram: Gram) -> str | None:
     """A warning that a fit has fewer rows than columns to find, or None."""
     columns = products[0].columns
-    if gram.rows >= columns:
+    if gram.rows >= columns and gram.effective_rows >= columns:
         return None
     names = ", ".join(label(product.node) for product in products)
+    count = f"{gram.rows} rows"
+    if gram.effective_rows < gram.rows - 0.5:
+        count += f", by their weights worth {gram.effective_rows:.0f},"
     return (
-        f"{names} was fitted to {gram.rows} rows of {columns} columns, which says little of other "
+        f"{names} was fitted to {count} of {columns} columns, which says little of other "
         "inputs: give calibration= more of them"
     )
 
 
-def _waves(sets: Sequence[Sequence[Product]]) -> Iterator[list[Sequence[Product]]]:
+_Key: TypeAlias = Callable[[Sequence[Product]], tuple[object, ...]]
+
+
+def _waves(sets: Sequence[Sequence[Product]], key: _Key) -> Iterator[list[Sequence[Product]]]:
     wave: list[Sequence[Product]] = []
     held: dict[tuple[object, ...], int] = {}
     for products in sets:
         size = 8 * products[0].columns ** 2
-        if wave and _key(products) not in held and sum(held.values()) + size > _WAVE_BYTES:
+        if wave and key(products) not in held and sum(held.values()) + size > _WAVE_BYTES:
             yield wave
             wave, held = [], {}
         wave.append(products)
-        held[_key(products)] = size
+        held[key(products)] = size
     if wave:
         yield wave
 
 
-def _key(products: Sequence[Product]) -> tuple[object, ...]:
+def _input_key(products: Sequence[Product]) -> tuple[object, ...]:
     return tuple(dict.fromkeys(product.key for product in products))
+
+
+def _node_key(products: Sequence[Product]) -> tuple[object, ...]:
+    return tuple(product.node for product in products)
+
+
+def _observe(program: Program, members: Sequence[tuple[Gram, Product]], seed: int) -> None:
+    watched: dict[fx.Node, dict[object, _Rows]] = {}
+    for gram, product in members:
+        watched.setdefault(product.x, {})[id(gram), product.key] = _Rows(gram, product)
+    observe(program, {node: list(rows.values()) for node, rows in watched.items()})
+
+
+def _weigh(program: Program, members: Sequence[tuple[Gram, Product]], seed: int) -> None:
+    inputs = {product.node: product.x for _, product in members}
+    for seen in output_gradients(program, inputs, seed):
+        for gram, product in members:
+            x, gradient = seen[product.node]
+            rows = zip(product.rows(x), product.energies(gradient), strict=True)
+            for some, weights in rows:
+                gram.add(some, weights)
 
 
 @dataclass(frozen=True)
@@ -251,7 +319,12 @@ class _Window:
             patches = functional.unfold(
                 padded, self.kernel, dilation=self.dilation, stride=self.stride
             )[0]
-            count = patches.shape[1]
-            if count > _PATCHES:
-                patches = patches[:, torch.arange(_PATCHES, device=x.device) * count // _PATCHES]
-            yield patches.t()
+            yield _spread(patches.t())
+
+
+def _spread(patches: Tensor) -> Tensor:
+    """At most 1024 of the patches, [count, ...], evenly spread."""
+    count = len(patches)
+    if count <= _PATCHES:
+        return patches
+    return patches[torch.arange(_PATCHES, device=patches.device) * count // _PATCHES]

@@ -70,7 +70,7 @@ def observe(
         def look(node: fx.Node, value: Any, index: int = index) -> Any:
             if node in observers:
                 if refuse_nan:
-                    _refuse_nan(node, value, index)
+                    check_no_nan(node, value, index)
                 for observer in observers[node]:
                     observer.update(value)
             return value
@@ -188,7 +188,8 @@ def _only(
     return program.with_graph(graph), observers
 
 
-def _refuse_nan(node: fx.Node, value: Tensor, index: int) -> None:
+def check_no_nan(node: fx.Node, value: Tensor, index: int) -> None:
+    """Raises `CalibrationError` where a value of calibration batch `index` holds NaN."""
     if value.is_floating_point() and bool(value.isnan().any()):
         where = f", from {source_line(node)}" if source_line(node) else ""
         raise CalibrationError(

@@ -2,12 +2,13 @@
 
     y = W_K p_K + W_M p_M + b   ~   W' p_K + b'
 
-With C = Σ p pᵀ over the calibration's rows (centred where a bias can follow), the least-squares fit
-that is pulled towards the old weight with a weight λ is
+With C = Σ w p pᵀ over the calibration's rows (centred where a bias can follow), the least-squares
+fit that is pulled towards the old weight with a weight λ is
 
     W' = W_K + W_M C_MK (C_KK + λ)⁻¹                    b' = b + W_M m_M - (W' - W_K) m_K
 
-for the mean row m. So it is never worse on these rows than W' = W_K, which is plain zeroing.
+for the mean row m. So it is never worse on these rows than W' = W_K, which is plain zeroing. The
+weights w are all 1, or what the program's answer feels of an error in that row (`fisher`).
 What a column costs that leaves, all others refitted, is ‖W_j‖² / (C + λ)⁻¹_jj.
 
 Sources: He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017;
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses.gram import Gram, Product, as_product, few_rows, grams
+from fxopt.analyses.gram import Gram, Product, Weighting, as_product, few_rows, grams
 from fxopt.errors import PassError
 from fxopt.program import Program, label
 
@@ -38,9 +39,9 @@ class Fitted:
 
     `weight` has the shape and dtype of the old one, with zeros for the channels that left; `bias`
     is None where the layer has none. Errors are squares summed over the outputs of a row, mean over
-    the calibration's rows, against the old outputs: `error_before` with the channels zeroed alone,
-    `error_after` with this weight and bias before they are rounded to their dtype. `warning` tells
-    that there were fewer rows than columns.
+    the calibration's rows by their weights, against the old outputs: `error_before` with the
+    channels zeroed alone, `error_after` with this weight and bias before they are rounded to their
+    dtype. `warning` tells that there were fewer rows than columns.
     """
 
     weight: Tensor
@@ -51,7 +52,11 @@ class Fitted:
 
 
 def reconstruct(
-    program: Program, masks: Mapping[str, Tensor], damping: float = DAMPING
+    program: Program,
+    masks: Mapping[str, Tensor],
+    damping: float = DAMPING,
+    weighting: Weighting = "uniform",
+    seed: int = 0,
 ) -> dict[str, Fitted]:
     """Each reader refitted by least squares to what it keeps of its inputs, by its node name.
 
@@ -60,10 +65,13 @@ def reconstruct(
     linear layers in any spelling, and convolutions of one or two axes in one group, of which at
     most 1024 patches an image are taken. The inputs are those of `program.batches()`, streamed in
     as many passes as Gram matrices of 512 MiB take; `damping` is λ as a share of the mean diagonal
-    of C. Readers that share a weight are fitted together and must have the same mask.
+    of C. Readers that share a weight are fitted together and must have the same mask. `weighting`
+    says what a row counts: all the same, or with "fisher" as much as the program's answer feels of
+    an error there, from one backward pass a batch, drawn from `seed`.
 
     Raises `PassError` for a reader that isn't in the program or can't be fitted, with the reason,
-    for a mask that doesn't fit, and for shared weights with different masks.
+    for a mask that doesn't fit, for shared weights with different masks, and for "fisher" where
+    gradients don't reach the readers.
     """
     if not 0.0 <= damping <= _LARGEST_DAMPING:
         raise PassError(f"reconstruct(damping={damping!r}): give a share between 0 and 1")
@@ -74,7 +82,7 @@ def reconstruct(
         _check_mask(product, mask)
         sets.setdefault((str(product.weight.target), product.transposed), []).append(product)
     fitted: dict[str, Fitted] = {}
-    for products, gram in grams(program, list(sets.values())):
+    for products, gram in grams(program, list(sets.values()), weighting, seed):
         kept = masks[products[0].node.name]
         if any(not torch.equal(kept, masks[one.node.name]) for one in products):
             names = " and ".join(label(one.node) for one in products)
@@ -184,7 +192,7 @@ def _fit(
     weight = torch.zeros_like(matrix)
     weight[:, stay] = matrix[:, stay] + shift
     moved = lost @ gram.mean[gone] - shift @ gram.mean[stay] if has_bias else 0.0
-    rows = max(1, gram.rows)
+    rows = gram.weight or 1.0
     fitted: dict[str, Fitted] = {}
     for product in products:
         bias = None if product.bias is None else program.tensor(str(product.bias.target)).detach()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxopt.analyses.arithmetic import Cost, cut_cost
 from fxopt.analyses.channels import Channels, Group, GroupKind, channels
+from fxopt.analyses.gram import WEIGHTINGS, Weighting
 from fxopt.analyses.importance import KINDS, Importance, importance, normalized, ratio_for, select
 from fxopt.analyses.reconstruction import Fitted, reconstruct, refuse_fit
 from fxopt.claim import Claim, Close
@@ -58,7 +59,10 @@ class PruneChannels(Pass):
     `fxopt.analyses.importance` for the formulas and their sources. Magnitudes need no inputs, and
     can ruin a language model that the measures with inputs leave whole. `ranking` compares within a
     group or over all. What is kept is rounded up to a multiple of `round_to` indices. With
-    `reconstruct` the readers are refitted to the calibration inputs by least squares.
+    `reconstruct` the readers are refitted to the calibration inputs by least squares. `weighting`
+    says what a row of these counts in that, and in "obs": "uniform", or "fisher", what the model's
+    answer feels of an error there (`fxopt.analyses.fisher`), which costs a backward pass a batch.
+    Padding, and tokens that a classifier never reads, count for nothing then.
 
     Shares count from the program as it is. A group that the pass has cut once is refused the next
     time, unless `again` is set.
@@ -77,6 +81,7 @@ class PruneChannels(Pass):
     ranking: Literal["local", "global"] = "local"
     round_to: int = 1
     reconstruct: bool = False
+    weighting: Weighting = "uniform"
     seed: int = 0
     again: bool = False
     name: ClassVar[str] = "prune-channels"
@@ -101,6 +106,17 @@ class PruneChannels(Pass):
             raise PassError(
                 f"PruneChannels(importance={self.importance!r}): choose one of {', '.join(KINDS)}"
             )
+        if self.weighting not in WEIGHTINGS:
+            raise PassError(
+                f"PruneChannels(weighting={self.weighting!r}): choose one of "
+                f"{', '.join(WEIGHTINGS)}"
+            )
+        if self.weighting != "uniform" and not self.reconstruct and self.importance != "obs":
+            raise PassError(
+                f"PruneChannels(weighting={self.weighting!r}) weighs the calibration's rows, which "
+                f'importance={self.importance!r} doesn\'t look at: set importance="obs" or '
+                "reconstruct=True"
+            )
         if self.ranking not in ("local", "global"):
             raise PassError(
                 f'PruneChannels(ranking={self.ranking!r}): choose "local" (within each group) or '
@@ -121,7 +137,7 @@ class PruneChannels(Pass):
         groups, refusals = self._in_scope(found.groups, program.pruned)
         if not groups:
             return PrunePlan(repr(self), refusals=refusals, warnings=self._missed(found, refusals))
-        scores = importance(program, groups, self.importance, self.seed)
+        scores = importance(program, groups, self.importance, self.seed, self.weighting)
         if self.ranking == "global":
             scores = normalized(scores, "none" if self.importance in _COMPARABLE else "mean")
         ratio = 0.5 if self.ratio is None else self.ratio
@@ -217,7 +233,7 @@ class PruneChannels(Pass):
                 size = int(reader.operand.node.meta["val"].shape[reader.operand.axis])
                 mask = masks.setdefault(reader.node.name, torch.ones(size, dtype=torch.bool))
                 mask[reader.operand.positions[gone].flatten()] = False
-        fitted = reconstruct(program, masks)
+        fitted = reconstruct(program, masks, weighting=self.weighting, seed=self.seed)
         warnings = dict.fromkeys(one.warning for one in fitted.values() if one.warning)
         return fitted, refusals, tuple(warnings)
 

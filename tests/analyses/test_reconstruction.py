@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from fxopt.analyses import gram as gram_room
@@ -29,6 +30,14 @@ from fxopt.program import Program
 from tests.rewriting.functions import calls, program_of
 
 KINDS = ("linear", "no-bias", "conv1d-of-gpt2", "conv1d", "conv2d", "same", "pointwise")
+BERT = BertConfig(
+    vocab_size=50,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    num_labels=4,
+)
 
 
 def layer(kind: str, inner: int, outer: int) -> nn.Module:
@@ -396,3 +405,102 @@ def test_wrong_arguments_say_what_to_give() -> None:
     with pytest.raises(PassError, match=r"the Gram matrix stays indefinite with its mean diagonal"):
         removal_errors(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), torch.ones(1, 2))
     assert refuse_fit(next(node for node in calls(program))) is None
+
+
+class Windowed(nn.Module):
+    """A layer of which some positions alone reach the output."""
+
+    def __init__(self, module: nn.Module, counts: Tensor) -> None:
+        super().__init__()
+        self.module, self.counts = module, counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) * self.counts
+
+
+@given(layers(), st.integers(0, 2**31))
+def test_rows_that_no_output_feels_count_for_nothing(drawn: Any, seed: int) -> None:
+    module, batches, kept, axis = drawn
+    expected = outputs(module, batches)
+    places = module(batches[0]).movedim(axis, -1).shape[1:-1]
+    torch.manual_seed(seed)
+    counts = (torch.rand(places) < 0.6).double()
+    around = Windowed(module, counts.unsqueeze(-1) if axis == -1 else counts.unsqueeze(0))
+    program = calibrated(around, batches)
+    name = reader_of(program)
+    uniform = reconstruct(program, {name: kept}, 1e-8)[name]
+    fitted = reconstruct(program, {name: kept}, 1e-8, "fisher")[name]
+    before = squared(outputs(around, batches))
+
+    def error(one: Any) -> float:
+        module.load_state_dict({**module.state_dict(), "weight": one.weight})
+        if one.bias is not None:
+            module.load_state_dict({**module.state_dict(), "bias": one.bias})
+        return squared(outputs(around, batches) - felt)
+
+    felt = outputs(around, batches)
+    assert error(fitted) <= error(uniform) * (1 + 1e-6) + 1e-12 * (before + squared(expected))
+
+
+def test_every_row_counts_the_same_where_every_error_does() -> None:
+    module, x = nn.Linear(6, 4).double(), torch.randn(40, 6).double()
+    kept = torch.tensor([True, False, True, True, False, True])
+    program = calibrated(module, [x[:25], x[25:]])
+    uniform = reconstruct(program, {"linear": kept})["linear"]
+    fitted = reconstruct(program, {"linear": kept}, weighting="fisher")["linear"]
+    torch.testing.assert_close(fitted.weight, uniform.weight)
+    torch.testing.assert_close(fitted.bias, uniform.bias)
+    assert fitted.error_after == pytest.approx(uniform.error_after)
+
+
+def test_what_padding_holds_changes_nothing_under_fisher() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BERT).eval()
+    mask = torch.ones(8, 6, dtype=torch.int64)
+    mask[:, 4:] = 0
+    ids = torch.randint(0, 50, (8, 6))
+    others = ids.clone()
+    others[:, 4:] = 7
+    kept = torch.arange(16) % 2 == 0
+    fitted: dict[str, list[Tensor]] = {"uniform": [], "fisher": []}
+    for given_ids in (ids, others):
+        program = capture(model, {"input_ids": given_ids, "attention_mask": mask})
+        (name,) = (
+            node.name
+            for node in calls(program)
+            if isinstance(product := as_product(node), Product)
+            and str(product.weight.target).endswith("encoder.layer.0.output.dense.weight")
+        )
+        for weighting, weights in fitted.items():
+            weights.append(reconstruct(program, {name: kept}, weighting=weighting)[name].weight)
+    assert not torch.allclose(*fitted["uniform"], rtol=1e-3)
+    torch.testing.assert_close(*fitted["fisher"], rtol=1e-4, atol=1e-6)
+
+
+def test_few_effective_rows_warn() -> None:
+    module = nn.Sequential(nn.Linear(6, 2), nn.Softmax(-1))
+    counts = torch.zeros(40, 1)
+    counts[:4] = 1.0
+    program = calibrated(Windowed(module[0], counts), [torch.randn(40, 6)])
+    name = reader_of(program)
+    kept = torch.tensor([True] * 5 + [False])
+    warning = reconstruct(program, {name: kept}, weighting="fisher")[name].warning
+    assert warning is not None
+    assert "was fitted to 40 rows, by their weights worth 4, of 6 columns" in warning
+
+
+def test_an_unknown_weighting_and_a_missing_gradient_say_what_to_give() -> None:
+    kept = torch.tensor([True, False, True])
+    program = calibrated(nn.Linear(3, 2), [torch.randn(8, 3)])
+    with pytest.raises(PassError, match=r"weighting='hessian': give one of uniform, fisher"):
+        reconstruct(program, {"linear": kept}, weighting="hessian")  # type: ignore[arg-type]
+
+    class Index(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1)
+
+    program = calibrated(Index(3, 2), [torch.randn(8, 3)])
+    with pytest.raises(
+        PassError, match=r'no output depends on these layers .* weighting="uniform"'
+    ):
+        reconstruct(program, {reader_of(program): kept}, weighting="fisher")

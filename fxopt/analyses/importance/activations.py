@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Group, Reader
-from fxopt.analyses.gram import Gram, Product, as_product, grams
+from fxopt.analyses.gram import Gram, Product, Weighting, as_product, grams
 from fxopt.analyses.importance.magnitude import along, finite, per_channel
 from fxopt.analyses.observation import observe
 from fxopt.analyses.reconstruction import DAMPING, Removal
@@ -27,7 +27,7 @@ _STEPS = 64
 """Rounds in which all channels leave; within one, they leave by what they cost at its start."""
 
 
-def activation(program: Program, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+def activation(program: Program, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Wanda's importance, summed over the weights of each channel's readers."""
     readers = {group.name: _weighted(group) for group in groups}
     norms: dict[tuple[fx.Node, int], _Energy] = {}
@@ -47,14 +47,16 @@ def activation(program: Program, groups: Sequence[Group], seed: int) -> dict[str
     return scores
 
 
-def obs(program: Program, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+def obs(
+    program: Program, groups: Sequence[Group], seed: int, weighting: Weighting = "uniform"
+) -> dict[str, Tensor]:
     """Each channel's share of the error when all leave, one after the other, the cheapest first.
 
-    A score is never below that of a channel that left before, so that the largest scores are those
-    that the greedy order keeps.
+    `weighting` says what an error counts in each row. A score is never below that of a channel that
+    left before, so that the largest scores are those that the greedy order keeps.
     """
     products = [_fitted(reader) for group in groups for reader in _weighted(group)]
-    found = grams(program, [(product,) for product in products])
+    found = grams(program, [(product,) for product in products], weighting, seed)
     scores = {}
     for group in groups:
         removals = list(_removals(program, group, found))

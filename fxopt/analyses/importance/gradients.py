@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fxopt.analyses.channels import Group
+from fxopt.analyses.fisher import unwritten
 from fxopt.analyses.importance.magnitude import along, finite, parameters, per_channel
 from fxopt.errors import PassError
 from fxopt.evaluate import evaluate, same_draws
@@ -64,14 +65,8 @@ def _traced(program: Program, names: set[str]) -> tuple[Program, dict[str, Tenso
 def _gradients(
     program: Program, leaves: Mapping[str, Tensor], batch: Sequence[Tensor], draw: torch.Generator
 ) -> dict[str, Tensor]:
-    # A write would change what the backward keeps; what is written is a copy, read by nobody.
-    unwritten = {
-        node: lambda state, value: state
-        for node in program.graph.nodes
-        if node.target is torch.ops.aten.copy_.default
-    }
     with same_draws(), torch.enable_grad():
-        outputs = evaluate(program, batch, override=unwritten)
+        outputs = evaluate(program, batch, override=unwritten(program))
         objective = _objective(program, outputs, draw)
     tensors = list(leaves.values())
     found = torch.autograd.grad(objective, tensors, allow_unused=True, materialize_grads=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxopt.analyses.channels import Group
+from fxopt.analyses.gram import Weighting
 from fxopt.analyses.importance.activations import activation, obs
 from fxopt.analyses.importance.gradients import taylor
 from fxopt.analyses.importance.magnitude import magnitude
@@ -19,11 +20,15 @@ from fxopt.program import Program
 Importance = Literal["l1", "l2", "group_l2", "taylor", "activation", "obs", "random"]
 KINDS: tuple[Importance, ...] = get_args(Importance)
 
-_Measure = Callable[[Program, Sequence[Group], int], dict[str, Tensor]]
+_Measure = Callable[[Program, Sequence[Group], int, Weighting], dict[str, Tensor]]
 
 
 def importance(
-    program: Program, groups: Sequence[Group], kind: Importance, seed: int = 0
+    program: Program,
+    groups: Sequence[Group],
+    kind: Importance,
+    seed: int = 0,
+    weighting: Weighting = "uniform",
 ) -> dict[str, Tensor]:
     """How much each channel matters: {group name: float64 [size]}, higher is more important.
 
@@ -39,7 +44,9 @@ def importance(
       1992; in groups: ZipLM, Kurtic et al., NeurIPS 2023)
     - "random": uniform in [0, 1)
 
-    `seed` is that of the random numbers of "taylor" (without a loss) and "random". Without a
+    `weighting` is what a row of the calibration counts in "obs": "uniform", or with "fisher" what
+    the program's answer feels of an error there (`fxopt.analyses.fisher`). `seed` is that of the
+    random numbers of "taylor" (without a loss), "random" and "fisher". Without a
     calibration the example stands in. Scores of two kinds, and of two groups, are in different
     units: see `normalized`.
 
@@ -49,10 +56,12 @@ def importance(
     """
     if kind not in _MEASURES:
         raise PassError(f"importance(kind={kind!r}): give one of {', '.join(KINDS)}")
-    return _MEASURES[kind](program, groups, seed)
+    return _MEASURES[kind](program, groups, seed, weighting)
 
 
-def _random(program: Program, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+def _random(
+    program: Program, groups: Sequence[Group], seed: int, _: Weighting
+) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return {
         group.name: torch.rand(group.size, generator=draw, dtype=torch.float64) for group in groups
@@ -61,11 +70,11 @@ def _random(program: Program, groups: Sequence[Group], seed: int) -> dict[str, T
 
 _MEASURES: Mapping[str, _Measure] = MappingProxyType(
     {
-        "l1": lambda program, groups, seed: magnitude(program, groups, 1, readers_too=False),
-        "l2": lambda program, groups, seed: magnitude(program, groups, 2, readers_too=False),
-        "group_l2": lambda program, groups, seed: magnitude(program, groups, 2, readers_too=True),
-        "taylor": taylor,
-        "activation": activation,
+        "l1": lambda program, groups, *_: magnitude(program, groups, 1, readers_too=False),
+        "l2": lambda program, groups, *_: magnitude(program, groups, 2, readers_too=False),
+        "group_l2": lambda program, groups, *_: magnitude(program, groups, 2, readers_too=True),
+        "taylor": lambda program, groups, seed, _: taylor(program, groups, seed),
+        "activation": lambda program, groups, *_: activation(program, groups),
         "obs": obs,
         "random": _random,
     }
