@@ -6,7 +6,8 @@ all-MiniLM-L6-v2 is fine-tuned to tell which module a docstring is from (`benchm
 recipe); the trained model is kept in the folder and used again. Then half of its feed-forward units
 and half of its heads are cut, by fxopt and by Torch-Pruning, and each result learns for the same
 steps, from the same batches in the same order, with the same optimizer: from the trained model's
-logits and hidden states, and from the labels. Accuracy is on what was held out, for each seed.
+logits and hidden states, and from the labels. All training texts are looked at once to prune, once
+to distill. Accuracy is on what was held out, for each seed.
 
 Each student has the learning rate that suits it: of `RATES`, that of the least loss on a fifth of
 the training set, where the student and the model that it is cut from learned from the rest alone.
@@ -36,6 +37,7 @@ from benchmarks.prunable import parameters
 from benchmarks.pruning_lesson import Lesson, for_tuning, trained
 from benchmarks.systems.torch_pruning_peers import Importance as PeerImportance
 from benchmarks.systems.torch_pruning_peers import pruned
+from fxopt.analyses.gram import Weighting
 from fxopt.analyses.importance import Importance
 from fxopt.errors import FxoptError
 from fxopt.train import Hidden, Logits, Task, distill
@@ -48,14 +50,13 @@ Progress = Callable[[str], None]
 RATES = (3e-5, 1e-4, 3e-4)
 """Learning rates to choose among."""
 
-_CALIBRATION = 32
-"""Batches that importance and reconstruction look at."""
-
 # Every student learns by these, whoever pruned it: its residual stream is as wide as the teacher's.
 _TERMS = (Task(), Logits(temperature=2.0), Hidden())
 
 
-def _ours(importance: Importance, *, reconstruct: bool) -> Student:
+def _ours(
+    importance: Importance, *, reconstruct: bool = True, weighting: Weighting = "uniform"
+) -> Student:
     def prune(lesson: Lesson) -> nn.Module:
         passes = [
             fxopt.PruneChannels(
@@ -63,9 +64,10 @@ def _ours(importance: Importance, *, reconstruct: bool) -> Student:
                 importance=importance,
                 scope=("ffn", "heads"),
                 reconstruct=reconstruct,
+                weighting=weighting,
             )
         ]
-        calibration = lesson.batches()[:_CALIBRATION]
+        calibration = lesson.batches()
         return fxopt.transform(
             lesson.load(),
             passes,
@@ -83,7 +85,7 @@ def _ours(importance: Importance, *, reconstruct: bool) -> Student:
 def _theirs(importance: PeerImportance) -> Student:
     def prune(lesson: Lesson) -> nn.Module:
         def backward(model: nn.Module) -> None:
-            for batch in lesson.batches()[:_CALIBRATION]:
+            for batch in lesson.batches():
                 model(**batch).loss.backward()
 
         looks_at_gradients = backward if importance == "taylor" else None
@@ -101,10 +103,11 @@ def _theirs(importance: PeerImportance) -> Student:
 
 STUDENTS: Mapping[str, Student] = {
     "fxopt l2": _ours("l2", reconstruct=False),
-    "fxopt l2, refitted": _ours("l2", reconstruct=True),
-    "fxopt taylor, refitted": _ours("taylor", reconstruct=True),
-    "fxopt activation, refitted": _ours("activation", reconstruct=True),
-    "fxopt obs, refitted": _ours("obs", reconstruct=True),
+    "fxopt l2, refitted": _ours("l2"),
+    "fxopt taylor, refitted": _ours("taylor"),
+    "fxopt activation, refitted": _ours("activation"),
+    "fxopt obs, refitted": _ours("obs"),
+    "fxopt obs, refitted, fisher": _ours("obs", weighting="fisher"),
     "Torch-Pruning magnitude": _theirs("magnitude"),
     "Torch-Pruning taylor": _theirs("taylor"),
 }

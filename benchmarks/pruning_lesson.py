@@ -33,7 +33,7 @@ class Lesson:
     seed: int = 0
 
     def load(self) -> nn.Module:
-        """The trained model, new each time.
+        """The trained model, new each time, with no dropout: one epoch is too short for its noise.
 
         transformers hangs hooks into a model at the first call that gives hidden states, and what
         is captured shares the parameters that no pass rewrites.
@@ -41,6 +41,9 @@ class Lesson:
         model = AutoModelForSequenceClassification.from_pretrained(
             self.folder, output_hidden_states=True
         )
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         return model.to(self.device).eval()  # type: ignore[no-any-return]
 
     def batches(self) -> list[Batch]:
