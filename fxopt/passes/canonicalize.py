@@ -1,4 +1,5 @@
-"""Canonicalize: constants folded, duplicate and dead nodes and no-op casts and views dropped.
+"""Canonicalize: constants folded, duplicate and dead nodes, no-op casts and views, and what a mask
+holds that is true everywhere, dropped.
 
 Claim: exact. Every rule returns a value that some operator of the original computed anyway, or
 computes the original's operator once, now.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Exact
+from fxopt.passes.known_masks import CountsFromThere, DropTrue
 from fxopt.program import Program, draws_random, is_pure, same_sizes
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -158,8 +160,14 @@ class Canonicalize(RulePass):
     claim: Claim = Exact()
 
     def rules(self, program: Program) -> Sequence[Rule]:
-        """The four equations; folding only where parameters don't move."""
-        rules: list[Rule] = [DropIdentity(), DropDoubleTranspose(), MergeDuplicate()]
+        """The equations; folding only where parameters don't move."""
+        rules: list[Rule] = [
+            DropIdentity(),
+            DropDoubleTranspose(),
+            MergeDuplicate(),
+            CountsFromThere(),
+            DropTrue(),
+        ]
         return [*rules, FoldConstant()] if program.mode == "eval" else rules
 
 

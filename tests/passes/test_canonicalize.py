@@ -108,6 +108,51 @@ def test_a_copy_that_is_an_output_stays_a_copy() -> None:
     assert ["the copy is an output" in str(one) for one in result.changes.refused] == [True]
 
 
+class Positions(nn.Module):
+    """A mask over [batch, queries, keys], put together as models do it."""
+
+    def __init__(self, first: int, least: int, as_output: bool = False) -> None:
+        super().__init__()
+        self.first, self.least, self.as_output = first, least, as_output
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        queries = torch.arange(x.shape[1]).unsqueeze(0).unsqueeze(-1) + self.first
+        mask = (queries >= self.least) & visible.unsqueeze(1)
+        return mask if self.as_output else x.unsqueeze(-1).masked_fill(mask, 1.5)
+
+
+VISIBLE = (torch.randn(3, 4), torch.rand(3, 4) < 0.5)
+
+
+@pytest.mark.parametrize(("first", "least"), [(0, 0), (2, 1), (0, -3)])
+def test_what_a_mask_holds_that_is_true_everywhere_leaves_it(first: int, least: int) -> None:
+    result = check(
+        Canonicalize(), Positions(first, least), VISIBLE, {"CountsFromThere": 1, "DropTrue": 1}
+    )
+    left = {str(node.target) for node in result.graph.nodes}
+    assert not left & {"aten.ge.Scalar", "aten.__and__.Tensor"}
+
+
+@pytest.mark.parametrize(("first", "least"), [(0, 1), (-1, 0)])
+def test_what_may_be_false_somewhere_stays(first: int, least: int) -> None:
+    check(Canonicalize(), Positions(first, least), VISIBLE, 0)
+
+
+def test_a_mask_that_is_an_output_is_computed() -> None:
+    model = Positions(0, 0, as_output=True)
+    result = check(Canonicalize(), model, VISIBLE, {"CountsFromThere": 1})
+    reasons = [refusal.reason for refusal in result.changes.refused]
+    assert reasons == ["it is an output, which must not share memory with another value"]
+
+
+def test_integers_that_are_one_are_not_dropped() -> None:
+    class Bits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones_like(x) & x
+
+    check(Canonicalize(), Bits(), (torch.arange(12).reshape(3, 4),), 0)
+
+
 @pytest.mark.parametrize("size", [1 << 15, 1 << 17])
 def test_large_constants_are_left_to_run_time(size: int) -> None:
     class Big(nn.Module):
