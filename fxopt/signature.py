@@ -95,6 +95,34 @@ class Signature:
         Raises `InputError` when the call doesn't fit what was captured: another structure, another
         constant, or a tensor of another dtype, device, rank or fixed size.
         """
+        if not args and self._is_plain(kwargs):
+            leaves: list[Any] = [kwargs[name] for name in self.names]
+        else:
+            leaves = self._leaves(args, kwargs)
+        tensors = []
+        sizes: dict[str, tuple[int, str]] = {}
+        for leaf, expected in zip(leaves, self.leaves, strict=True):
+            if isinstance(expected, TensorInput):
+                self._check_tensor(leaf, expected, sizes)
+                tensors.append(leaf)
+            elif isinstance(leaf, Tensor) or leaf != expected:
+                raise InputError(
+                    f"{self._path_of(expected)} is {leaf!r} in this call, but the graph was "
+                    f"captured with {expected!r}. Transform the model again with example_inputs "
+                    "that hold the new value."
+                )
+        return tensors
+
+    def _is_plain(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call names each argument, and each is a tensor as it was at capture."""
+        return (
+            len(self.names) == len(self.leaves) == len(self.tensors)
+            and kwargs.keys() == set(self.names)
+            and all(isinstance(value, Tensor) for value in kwargs.values())
+        )
+
+    def _leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call's arguments, nested as they were at capture."""
         given = bind(self.forward, args, kwargs, spelled_out=self.names)
         for name, value in self.constants.items():
             given.setdefault(name, value)
@@ -109,19 +137,7 @@ class Signature:
                 f"the arguments are nested otherwise than at capture: got {spec}, captured "
                 f"{self.in_spec}. Transform the model again with example_inputs of that structure."
             )
-        tensors = []
-        sizes: dict[str, tuple[int, str]] = {}
-        for leaf, expected in zip(leaves, self.leaves, strict=True):
-            if isinstance(expected, TensorInput):
-                self._check_tensor(leaf, expected, sizes)
-                tensors.append(leaf)
-            elif isinstance(leaf, Tensor) or leaf != expected:
-                raise InputError(
-                    f"{self._path_of(expected)} is {leaf!r} in this call, but the graph was "
-                    f"captured with {expected!r}. Transform the model again with example_inputs "
-                    "that hold the new value."
-                )
-        return tensors
+        return leaves
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The model's own output type, made of the graph's output tensors."""

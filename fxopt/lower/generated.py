@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -37,6 +38,8 @@ class InductorBackend:
 
         def keep_code(graph: fx.GraphModule, example: Sequence[Any], **kwargs: Any) -> Any:
             compiled = compile_fx_inner(graph, example, **kwargs)
+            if kwargs.get("is_inference"):
+                _skip_autograd(compiled)
             self.codes.append(str(getattr(compiled, "source_code", "")))
             return compiled
 
@@ -46,6 +49,18 @@ class InductorBackend:
             return compile_fx(
                 module, inputs, inner_compile=keep_code, config_patches=dict(self.options)
             )
+
+
+def _skip_autograd(compiled: Any) -> None:
+    """Let generated code call its kernels past autograd, which asks in Python, 5 microseconds for
+    each, whether there are gradients to record. There are none in inference."""
+    run = compiled.current_callable
+
+    def call(inputs: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(inputs)
+
+    compiled.current_callable = call
 
 
 def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
