@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from fxopt.kernels import native
 from fxopt.measure import Latency, summarize, timings_in
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -48,6 +49,14 @@ def _steady_timings() -> Iterator[None]:
     # What a plan holds must not depend on how busy the machine is that runs the tests.
     with timings_in(None, int8_halves):
         yield
+
+
+@pytest.fixture
+def compiled_kernels() -> None:
+    """Kernels compiled for this CPU run its operators; where there can be none, the test skips."""
+    answer = native.load()
+    if not answer:
+        pytest.skip(answer.reason)
 
 
 @pytest.fixture(autouse=True)

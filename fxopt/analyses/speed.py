@@ -259,10 +259,11 @@ def linear_speeds(
     m = max(m, 1)
     few = [count for count in rows if count * k * n <= _MOST_WORK]
     timings = {}
+    compiled = device.type == "cpu" and bool(kernels.native.load())
     for count in sorted({m, *few}):
         operands = Operands(count, k, n, dtype, device)
         systems = {name: functools.partial(kernel, operands) for name, kernel in table.items()}
-        key = ("linear", count, k, n, str(dtype), str(device), kernels_digest())
+        key = ("linear", count, k, n, str(dtype), str(device), kernels_digest(), compiled)
         timings[count] = compare_kernels(systems, key)
     left = tuple(sorted({*rows} - set(timings)))
     return BreakEven(k, n, dtype, str(device), timings, left)
@@ -277,6 +278,6 @@ def kernels_digest() -> str:
     """A digest of the source of `fxopt.kernels`: with other code, other timings."""
     folder = Path(kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".h")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

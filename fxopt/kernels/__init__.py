@@ -14,20 +14,21 @@ torch.compile, so that Inductor fuses them with their neighbours.
     layer_norm(x, weight, bias, eps)                         in two passes, for the same
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
-numerics-level regions; each call ends up as one call of a library, opaque to the compiler.
+numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
+with AVX-512 four of them, marked *, are compiled for it instead (`native`).
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
-    int8_product(q, weight)                                      that product alone
+    int8_product(q, weight)                                      that product alone *
     int8_linear_fused(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype, post_op)
                                                                  one Triton kernel on CUDA
     float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
     int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns
     linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
-    packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue and requantization
-    packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once
+    packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue, requantization *
+    packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
-    attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped
+    attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
 which each is found in generated code. `SHAPE_RULES` gives, for operators that are slow to trace,
@@ -52,6 +53,7 @@ from fxopt.kernels import (
     int8_fused,
     int8_packed,
     layer_norm,
+    native,
     packed,
     quantization,
     sparse24,
@@ -110,6 +112,7 @@ __all__ = [
     "int8_fused",
     "int8_packed",
     "layer_norm",
+    "native",
     "pack_int4",
     "packed",
     "quantization",

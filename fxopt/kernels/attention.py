@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import has_onednn
 
 # oneDNN's vectorised grouped convolutions take channels of a group by AVX-512's 16 floats; others
@@ -41,9 +42,10 @@ _LEAST_SCORES = 1 << 17
 _MOST_SCORES_A_HEAD = 1 << 20
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor"
 )
+_library.define(_SCHEMA)
 
 
 def check_rank(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -219,6 +221,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library.impl("attention", _reference, "CompositeExplicitAutograd")
-_library.impl("attention", _on_cpu, "CPU")
+on_cpu(_SCHEMA, _on_cpu)
 torch.library.register_fake("fxopt::attention", _fake, lib=_library)
 torch.library.register_autograd("fxopt::attention", _backward, setup_context=_save, lib=_library)

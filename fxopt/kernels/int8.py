@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import dense_linear
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N divisible by 8.
@@ -28,7 +29,8 @@ _FEW_ROWS = 32
 _VECTOR = 32
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define("int8_product(Tensor q, Tensor weight) -> Tensor")
+_PRODUCT = "int8_product(Tensor q, Tensor weight) -> Tensor"
+_library.define(_PRODUCT)
 _library.define(
     "int8_linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "ScalarType dtype, Tensor? zero_point=None, Tensor? weight_sums=None) -> Tensor"
@@ -169,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library.impl("int8_linear", int8_linear, "CompositeImplicitAutograd")
-_library.impl("int8_product", _product_on_cpu, "CPU")
+on_cpu(_PRODUCT, _product_on_cpu)
 _library.impl("int8_product", _product_on_cuda, "CUDA")
 torch.library.register_fake("fxopt::int8_product", _product_fake, lib=_library)
 _library.impl("int8_weight_only_linear", _dequantized_linear, "CompositeExplicitAutograd")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.packed import ONEDNN_POST_OPS, activate
 from fxopt.kernels.packing import PACKED_WEIGHTS
@@ -28,11 +29,12 @@ from fxopt.kernels.packing import PACKED_WEIGHTS
 POST_OPS = frozenset(ONEDNN_POST_OPS) - {"add"}
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "packed_int8_linear(Tensor q, Tensor scale, Tensor zero_point, Tensor weight, "
     "Tensor weight_scale, Tensor? bias, str post_op, Tensor? out_scale, Tensor? out_zero_point, "
     "ScalarType dtype) -> Tensor"
 )
+_library.define(_SCHEMA)
 _library.define("shift_to_unsigned(Tensor q) -> Tensor")
 
 
@@ -184,5 +186,5 @@ def _fake(
 
 _library.impl("shift_to_unsigned", shift_to_unsigned, "CompositeImplicitAutograd")
 _library.impl("packed_int8_linear", _reference, "CompositeExplicitAutograd")
-_library.impl("packed_int8_linear", _on_cpu, "CPU")
+on_cpu(_SCHEMA, _on_cpu)
 torch.library.register_fake("fxopt::packed_int8_linear", _fake, lib=_library)

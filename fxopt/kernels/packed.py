@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.packing import PACKED_WEIGHTS
 
@@ -31,9 +32,10 @@ ONEDNN_POST_OPS: dict[str, tuple[str, str | None]] = {
 POST_OPS: frozenset[str] = frozenset(ONEDNN_POST_OPS)
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "packed_linear(Tensor x, Tensor weight, Tensor? bias, str post_op, Tensor? other) -> Tensor"
 )
+_library.define(_SCHEMA)
 
 
 def activate(z: Tensor, post_op: str, other: Tensor | None) -> Tensor:
@@ -158,7 +160,7 @@ def _activation_gradient(
 
 
 _library.impl("packed_linear", _reference, "CompositeExplicitAutograd")
-_library.impl("packed_linear", _on_cpu, "CPU")
+on_cpu(_SCHEMA, _on_cpu)
 torch.library.register_fake("fxopt::packed_linear", _fake, lib=_library)
 torch.library.register_autograd(
     "fxopt::packed_linear", _backward, setup_context=_save, lib=_library

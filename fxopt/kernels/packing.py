@@ -1,8 +1,9 @@
 """Weights laid out for a library, remembered beside the plain weight that everybody else sees.
 
-A graph holds the ordinary weight; the kernel keeps the packed copy. A copy is found by where the
-weight lies (its storage, offset, sizes and strides), so that an alias made by `detach`, by
-torch.export or by a compiled graph finds the copy of its original, and it dies with that storage.
+A graph holds the ordinary weight; the kernel keeps the packed copy. A copy is found by who packs it
+and where the weight lies (its storage, offset, sizes and strides), so that an alias made by
+`detach`, by torch.export or by a compiled graph finds the copy of its original, and it dies with
+that storage.
 Before a copy is used, the weight must show the version that was packed (autograd counts every
 in-place write) and the same values at 64 places, which catches writes through `.data`, that
 autograd does not count, unless they spare all of these places.
@@ -37,6 +38,7 @@ class _Recent:
     """
 
     weight: weakref.ref[Tensor]
+    pack: Callable[[Tensor], Tensor]
     address: int
     view: Tensor
     entry: _Entry
@@ -70,23 +72,23 @@ class PackedWeights:
         `weight` must not be an inference tensor: those do not count their writes.
         """
         recent = self._recent.get(id(weight))
-        if recent is not None and recent.weight() is weight:
+        if recent is not None and recent.weight() is weight and recent.pack is pack:
             entry = recent.entry
             same_place = recent.address == weight.data_ptr()
             if same_place and _is_current(entry, weight, recent.view):
                 return entry.packed
         entry = self._find(weight, pack)
-        self._remember(weight, entry)
+        self._remember(weight, pack, entry)
         return entry.packed
 
-    def _remember(self, weight: Tensor, entry: _Entry) -> None:
+    def _remember(self, weight: Tensor, pack: Callable[[Tensor], Tensor], entry: _Entry) -> None:
         place = id(weight)
         alive = weakref.ref(weight, lambda _: self._recent.pop(place, None))
         view = _sample(weight)
-        self._recent[place] = _Recent(alive, weight.data_ptr(), view, entry)
+        self._recent[place] = _Recent(alive, pack, weight.data_ptr(), view, entry)
 
     def _find(self, weight: Tensor, pack: Callable[[Tensor], Tensor]) -> _Entry:
-        key = _key(weight)
+        key = (pack, *_key(weight))
         entry = self._entries.get(key)
         view = _sample(weight)
         if entry is not None and _is_current(entry, weight, view):

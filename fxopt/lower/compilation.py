@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import LowerError
-from fxopt.kernels import GENERATED_AS
+from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.allocator import keep_freed_memory
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lower import Lower
@@ -115,6 +115,8 @@ def compile_program(
     with torch.set_grad_enabled(program.mode == "train"):
         try:
             check_toolchain(device, options.mode)
+            if device.type == "cpu":
+                _load_kernels(say)
             compiled = Compiled(module, options)
             say(f"compiling {program.node_count()} operations for {device} with Inductor")
             _run_once(compiled, module, program)
@@ -137,6 +139,12 @@ def compile_program(
         {name: wanted.count(name) for name in sorted(set(wanted))},
         time.perf_counter() - start,
     )
+
+
+def _load_kernels(say: Progress) -> None:
+    if not native.loaded():
+        say("loading the kernels for this CPU, which are compiled once on a machine")
+    native.load()
 
 
 def _eager(module: fx.GraphModule) -> Callable[..., Any]:

@@ -1,19 +1,20 @@
-"""Prepack: linears and attention on this CPU's fastest library (oneDNN), weights laid out once.
+"""Prepack: linears and attention on this CPU's fastest kernels, weights laid out once.
 
     linear(x, W, b)                 =  packed_linear(x, W, b, "none")
     f(linear(x, W, b))              =  packed_linear(x, W, b, f)          f: relu, gelu, silu
     linear(x, W, b) + r             =  packed_linear(x, W, b, "add", r)
-    scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)            float32
-    scaled_dot_product_attention(q, k, v, mask)  =  written_attention(q, k, v, mask)    bfloat16
+    scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)
+    scaled_dot_product_attention(q, k, v, mask)  =  written_attention(q, k, v, mask)
     layer_norm(x, [K], w, b, eps)   =  the same in two passes, for the compiler
 
-Claim: close; the same sums in another order.
+Attention in bfloat16 is one kernel where those of `fxopt.kernels.native` run, and else is written
+out for the compiler. Claim: close; the same sums in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,11 @@ import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.analyses import Linear
 from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
+from fxopt.kernels.native import load as load_native
 from fxopt.passes.linear_rule import LinearRule
 from fxopt.passes.select_kernels import ACTIVATIONS, activation_name
 from fxopt.program import Program, same_sizes, size_at_capture
-from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
+from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -138,8 +140,8 @@ class PackResidual(Rule):
         return edit.call(ops.packed_linear.default, x, weight, bias, "add", match["other"])
 
 
-class PackAttention(Rule):
-    """scaled_dot_product_attention(q, k, v, mask, c, s) = attention(q, k, v, mask, c, s)"""
+class _Attention(Rule):
+    """scaled_dot_product_attention as one of ours."""
 
     def targets(self) -> tuple[Target, ...]:
         return (aten.scaled_dot_product_attention.default,)
@@ -149,68 +151,93 @@ class PackAttention(Rule):
 
     def refuse(self, match: Match) -> str | None:
         q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
-        mask = match["attn_mask"]
         if q.device.type != "cpu":
-            return f"its inputs are on {q.device}; oneDNN is for CPUs"
-        if q.dtype != torch.float32:
-            return f"its inputs are {q.dtype}; oneDNN beats aten in float32 only"
+            return f"its inputs are on {q.device}; our kernels are for CPUs"
         if match["dropout_p"]:
             return "it drops out attention weights"
         if not q.ndim == k.ndim == v.ndim == 4:
             return "its inputs are not of rank 4"
-        if not all(same_sizes(q.shape[:2], other.shape[:2]) for other in (k, v)):
-            return "its queries have other batches or heads than its keys (grouped or broadcast)"
+        if not all(same_sizes(q.shape[:1], other.shape[:1]) for other in (k, v)):
+            return "its queries have another batch than its keys"
+        if match["attn_mask"] is not None and match["is_causal"]:
+            return "it is causal and has a mask too"
+        return None
+
+    def scale(self, match: Match) -> Any:
+        """What the scores are multiplied by."""
+        given = match["scale"]
+        return match["query"].meta["val"].shape[3] ** -0.5 if given is None else given
+
+
+class PackAttention(_Attention):
+    """scaled_dot_product_attention(q, k, v, mask, c, s) = attention(q, k, v, mask, c, s)"""
+
+    def __init__(self, native: bool) -> None:
+        self.native = native
+        self.biases: dict[fx.Node, fx.Node] = {}
+
+    def refuse(self, match: Match) -> str | None:
+        q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
+        reason = super().refuse(match)
+        if reason is not None:
+            return reason
+        if q.dtype not in self._dtypes():
+            return f"its inputs are {q.dtype}; aten's attention is as fast there"
+        if not isinstance(q.shape[3], int) or not isinstance(v.shape[3], int):
+            return "the size of its heads is not fixed"
+        if self.native:
+            odd = q.dtype == torch.bfloat16 and q.shape[3] % 2
+            return (
+                f"its heads are of size {q.shape[3]}; bfloat16 is multiplied in pairs"
+                if odd
+                else None
+            )
+        if not all(same_sizes(q.shape[1:2], other.shape[1:2]) for other in (k, v)):
+            return "its queries have other heads than its keys (grouped or broadcast)"
         if not _fills_lanes(q.shape[3]) or not _fills_lanes(v.shape[3]):
             return f"its heads are of size {q.shape[3]}; oneDNN needs a multiple of {LANES}"
-        if mask is not None and match["is_causal"]:
-            return "it is causal and has a mask too"
-        if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
-            return f"its mask is {mask.meta['val'].dtype}"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        scale = match["scale"]
-        if scale is None:
-            scale = match["query"].meta["val"].shape[3] ** -0.5
-        inputs = (match[name] for name in ("query", "key", "value", "attn_mask", "is_causal"))
-        return edit.call(ops.attention.default, *inputs, scale)
+        mask = _before_expanding(match["attn_mask"])
+        if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
+            if mask not in self.biases:
+                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
+            mask = self.biases[mask]
+        inputs = (match[name] for name in ("query", "key", "value"))
+        scale = self.scale(match)
+        return edit.call(ops.attention.default, *inputs, mask, match["is_causal"], scale)
+
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return (torch.float32, torch.bfloat16) if self.native else (torch.float32,)
 
 
-class WriteOutAttention(Rule):
+class WriteOutAttention(_Attention):
     """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
 
     def __init__(self) -> None:
         self.biases: dict[fx.Node, fx.Node] = {}
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.scaled_dot_product_attention.default,)
-
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        q = given["query"].meta["val"]
-        rounded = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not given["dropout_p"]
-        return Match((node,), given) if rounded else None
+        match = super().match(node)
+        assert match is not None
+        q = match["query"].meta["val"]
+        return match if q.dtype == torch.bfloat16 and q.device.type == "cpu" else None
 
     def refuse(self, match: Match) -> str | None:
-        q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
-        if not q.ndim == k.ndim == v.ndim == 4:
-            return "its inputs are not of rank 4"
-        if not all(same_sizes(q.shape[:1], other.shape[:1]) for other in (k, v)):
-            return "its queries have another batch than its keys"
+        q, k = (match[name].meta["val"] for name in ("query", "key"))
         if size_at_capture(q.shape[2]) * size_at_capture(k.shape[2]) > _MOST_WRITTEN_SCORES:
             return "it is too long to write its scores to memory"
-        return None
+        return super().refuse(match)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        scale = match["scale"]
-        if scale is None:
-            scale = match["query"].meta["val"].shape[3] ** -0.5
-        bias, mask = None, match["attn_mask"]
+        bias, mask = None, _before_expanding(match["attn_mask"])
         if mask is not None:
             if mask not in self.biases:
                 self.biases[mask] = edit.call(ops.attention_bias.default, mask)
             bias = self.biases[mask]
         inputs = (match[name] for name in ("query", "key", "value"))
+        scale = self.scale(match)
         return edit.call(ops.written_attention.default, *inputs, bias, match["is_causal"], scale)
 
 
@@ -239,9 +266,9 @@ class TwoPassNorm(Rule):
 
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
-    """Linears on oneDNN with weights laid out once, activations and residual adds inside the
-    product; float32 attention on oneDNN where that is faster than aten's, bfloat16 attention
-    written out for the compiler.
+    """Linears with weights laid out once, activations and residual adds inside the product, and
+    attention in one kernel: those of `fxopt.kernels.native` on a CPU with AVX-512, compiled at
+    first use; elsewhere oneDNN's, and bfloat16 attention written out for the compiler.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.
@@ -251,17 +278,41 @@ class Prepack(RulePass):
     stage: ClassVar[Stage] = Stage.KERNELS
     claim: Claim = Close()
 
+    def plan(self, program: Program) -> Plan:
+        """What the rules find, and whose kernels will run it."""
+        plan = super().plan(program)
+        return replace(plan, details=(load_native().reason,)) if _on_cpu(program) else plan
+
     def rules(self, program: Program) -> Sequence[Rule]:
         """The product first, then what can run in its epilogue."""
+        native = _on_cpu(program) and bool(load_native())
+        attention: list[Rule] = [PackAttention(native)]
+        if not native:
+            attention.insert(0, WriteOutAttention())
         return (
             PackLinear(),
             PackActivation(),
             RationalGelu(),
             PackResidual(),
-            WriteOutAttention(),
-            PackAttention(),
+            *attention,
             TwoPassNorm(),
         )
+
+
+def _on_cpu(program: Program) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
+
+
+def _before_expanding(mask: fx.Node | None) -> fx.Node | None:
+    """A mask as it was before it got the sizes of the scores, to which it is expanded anyway."""
+    while mask is not None and mask.target is aten.expand.default:
+        source = mask.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].ndim != mask.meta["val"].ndim:
+            break
+        mask = source
+    return mask
 
 
 def _fills_lanes(size: Any) -> bool:

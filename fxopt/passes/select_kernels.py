@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from fxopt.claim import Claim, Close
+from fxopt.kernels import native
 from fxopt.kernels.int8_fused import row_sums
 from fxopt.passes.float8_linear import SelectFloat8Linear
 from fxopt.passes.int4_linear import SelectInt4Linear
@@ -308,6 +309,8 @@ class SelectKernels(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """Activations first: the weight-only rule would match the same linear."""
+        # Before a weight is laid out for one library, and then once more for another.
+        native.load()
         return (
             SelectInt8Linear(),
             SelectAffineInt8Linear(),

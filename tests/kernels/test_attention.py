@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from fxopt.errors import KernelError
 from fxopt.kernels import attention as kernel
+from fxopt.kernels import native
+
+pytestmark = pytest.mark.usefixtures("served_by")
 
 attention = torch.ops.fxopt.attention
 sdpa = nn.functional.scaled_dot_product_attention
@@ -92,14 +95,18 @@ def test_is_attention(drawn: tuple[Tensor, Tensor, Tensor, Tensor | None, bool, 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("scores", [1, 3 * 20 * 20, 2 * 4 * 20 * 20], ids=["1", "3", "8"])
 def test_rows_and_heads_may_go_in_parts(
-    kind: str, scores: int, monkeypatch: pytest.MonkeyPatch, by_convolution: list[int]
+    kind: str,
+    scores: int,
+    monkeypatch: pytest.MonkeyPatch,
+    by_convolution: list[int],
+    served_by: str,
 ) -> None:
     monkeypatch.setattr(kernel, "_SCORES_BYTES", 4 * scores)
     q, k, v = (torch.randn(3, 4, 20, 16) for _ in range(3))
     check(q, k, v, mask_of(kind, 3, 20, 20), kind == "causal", 0.25)
     # A mask that depends on the query is left to aten, which is as fast there.
-    parts = 0 if kind in BY_QUERY else {1: 12, 1200: 6, 3200: 2}[scores]
-    assert len(by_convolution) == parts
+    whole = kind in BY_QUERY or served_by == "native"
+    assert len(by_convolution) == (0 if whole else {1: 12, 1200: 6, 3200: 2}[scores])
 
 
 def test_a_mask_that_hides_all_keys_gives_what_aten_gives(by_convolution: list[int]) -> None:
@@ -130,7 +137,7 @@ def test_what_does_not_fit_is_left_to_aten(dtype: torch.dtype, by_convolution: l
 def test_a_wrong_scale_would_be_caught() -> None:
     q, k, v = (torch.randn(2, 2, 16, 16) for _ in range(3))
     products = kernel._products
-    with pytest.MonkeyPatch.context() as patch:
+    with native.without(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "_products", lambda q, k, v, b, s: products(q, k, v, b, s * 1.01))
         with pytest.raises(AssertionError, match="not close"):
             check(q, k, v, None, False, 0.5)

@@ -7,6 +7,8 @@ from fxopt.claim import sqnr
 from fxopt.errors import KernelError
 from fxopt.kernels import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 ops = torch.ops.fxopt
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(5, 16), (1, 16), (0, 16), (16,), (2, 3, 17), (2, 1, 3, 7), (100, 33), (4, 1), (3, 64)]

@@ -14,6 +14,8 @@ from fxopt.errors import KernelError
 from fxopt.kernels import quantize_weight
 from fxopt.kernels.int8_packed import POST_OPS
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 ops = torch.ops.fxopt
 TINY = torch.finfo(torch.float32).tiny
 EPILOGUES = {

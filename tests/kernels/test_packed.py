@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fxopt.errors import KernelError
 from fxopt.kernels import PACKED_WEIGHTS, POST_OPS
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 packed_linear = torch.ops.fxopt.packed_linear
 F = torch.nn.functional
 ACTIVATIONS = {

@@ -56,7 +56,7 @@ def test_compiles_and_finds_every_kernel(packed):
     assert lowered.kernels == {"fxopt.packed_linear": 2} == lowered.asked
     assert lowered.warnings == ()
     assert lowered.seconds > 0
-    assert len(lines) == 2
+    assert [line.split()[0] for line in lines[-2:]] == ["compiling", "compiled"]
     torch.testing.assert_close(lowered.callable(x), module(x))
 
 

@@ -1,0 +1,298 @@
+// Linear layers: the product of product.h with everything that follows it inside.
+//
+// Whatever does not fit (an odd row, another layout, an empty or an inference tensor) goes to the
+// operator's namesake that the library serves, `..._by_library`.
+
+namespace fxopt {
+
+// A result of so many bytes leaves the caches before it is read again. Written past them, it spares
+// reading what it overwrites, and the weights their place: 7 % of a product that gives 12 MB.
+constexpr int64_t kPastCaches = 8 << 20;
+
+inline std::vector<int64_t> output_shape(const at::Tensor& x, const at::Tensor& weight) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return shape;
+}
+
+inline bool fits(const at::Tensor& x, const at::Tensor& weight) {
+  return x.dim() >= 1 && weight.dim() == 2 && x.size(-1) == weight.size(1) && x.numel() > 0 &&
+         weight.numel() > 0 && steps_of(weight) > 0 && !weight.is_inference() &&
+         weight.device().is_cpu() && weight.layout() == at::kStrided;
+}
+
+template <class T>
+struct FloatEpilogue {
+  T* out;
+  const T* bias;
+  const T* other;
+  int64_t columns;
+  bool past_caches;
+
+  template <PostOp op>
+  void finish(const float* tile, int64_t row, int rows, int64_t column, int64_t wide) const {
+    for (int64_t j = 0; j < wide; j += kLanes) {
+      const __mmask16 lanes = first_lanes(wide - j);
+      const __m512 added = bias ? load(bias + column + j, lanes) : _mm512_setzero_ps();
+      for (int i = 0; i < rows; ++i) {
+        const int64_t at = (row + i) * columns + column + j;
+        __m512 x = _mm512_add_ps(_mm512_load_ps(tile + i * kPanel + j), added);
+        if constexpr (op == PostOp::kAdd) x = _mm512_add_ps(x, load(other + at, lanes));
+        x = activated<op>(x);
+        if constexpr (std::is_same_v<T, float>) {
+          if (past_caches) {
+            _mm512_stream_ps(out + at, x);
+            continue;
+          }
+        }
+        store(out + at, x, lanes);
+      }
+    }
+  }
+};
+
+// The integers of a product become numbers, and integers again where an output scale is given.
+template <class T>
+struct Int8Epilogue {
+  T* out;
+  const int32_t* sums;
+  const float* weight_scale;
+  const float* bias;
+  float scale;
+  int32_t zero_point;
+  float inverse_out_scale;
+  float out_zero_point;
+  int64_t columns;
+
+  template <PostOp op>
+  void finish(const float* tile, int64_t row, int rows, int64_t column, int64_t wide) const {
+    for (int64_t j = 0; j < wide; j += kLanes) {
+      const __mmask16 lanes = first_lanes(wide - j);
+      const __m512i offset =
+          _mm512_mullo_epi32(_mm512_set1_epi32(zero_point), _mm512_loadu_si512(sums + column + j));
+      const __m512 factor =
+          _mm512_mul_ps(_mm512_set1_ps(scale), load(weight_scale + column + j, lanes));
+      const __m512 added = bias ? load(bias + column + j, lanes) : _mm512_setzero_ps();
+      for (int i = 0; i < rows; ++i) {
+        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + i * kPanel + j), offset);
+        const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, added);
+        write(out + (row + i) * columns + column + j, activated<op>(x), lanes);
+      }
+    }
+  }
+
+  void write(T* to, __m512 x, __mmask16 lanes) const {
+    if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<T, int8_t>) {
+      const __m512 low = _mm512_set1_ps(std::numeric_limits<T>::min() - out_zero_point);
+      const __m512 high = _mm512_set1_ps(std::numeric_limits<T>::max() - out_zero_point);
+      // Saturated before the conversion, which knows no integer for what is too large.
+      x = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(inverse_out_scale)), low),
+                        high);
+      const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(x),
+                                         _mm512_set1_epi32(static_cast<int32_t>(out_zero_point)));
+      _mm_mask_storeu_epi8(to, lanes, _mm512_cvtepi32_epi8(q));
+    } else {
+      store(to, x, lanes);
+    }
+  }
+};
+
+// `epilogue` with `op` inside, for all tiles of the product.
+template <class Kind, class Epilogue>
+void multiply_with(const int32_t* a, const int32_t* b, int64_t rows, int64_t columns, int64_t steps,
+                   const Epilogue& epilogue, PostOp op) {
+  const auto run = [&](auto chosen) {
+    constexpr PostOp known = decltype(chosen)::value;
+    multiply_all<Kind>(a, b, rows, columns, steps,
+                       [&](auto... tile) { epilogue.template finish<known>(tile...); });
+  };
+  switch (op) {
+    case PostOp::kRelu:
+      return run(std::integral_constant<PostOp, PostOp::kRelu>());
+    case PostOp::kGelu:
+      return run(std::integral_constant<PostOp, PostOp::kGelu>());
+    case PostOp::kGeluTanh:
+      return run(std::integral_constant<PostOp, PostOp::kGeluTanh>());
+    case PostOp::kSilu:
+      return run(std::integral_constant<PostOp, PostOp::kSilu>());
+    case PostOp::kAdd:
+      if constexpr (std::is_same_v<Epilogue, FloatEpilogue<float>> ||
+                    std::is_same_v<Epilogue, FloatEpilogue<at::BFloat16>>) {
+        return run(std::integral_constant<PostOp, PostOp::kAdd>());
+      }
+    default:
+      return run(std::integral_constant<PostOp, PostOp::kNone>());
+  }
+}
+
+template <class Kind, class T>
+at::Tensor float_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, PostOp op,
+                        const std::optional<at::Tensor>& other) {
+  const at::Tensor rows = x.contiguous(), packed = panels(weight);
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor residual = other ? other->contiguous() : at::Tensor();
+  at::Tensor out = at::empty(output_shape(x, weight), x.options());
+  const int64_t columns = weight.size(0);
+  const FloatEpilogue<T> epilogue{
+      out.mutable_data_ptr<T>(), bias ? added.const_data_ptr<T>() : nullptr,
+      other ? residual.const_data_ptr<T>() : nullptr, columns,
+      // By whole vectors at aligned addresses only.
+      columns % kLanes == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0 &&
+          static_cast<int64_t>(out.nbytes()) >= kPastCaches};
+  multiply_with<Kind>(static_cast<const int32_t*>(rows.const_data_ptr()),
+                      packed.const_data_ptr<int32_t>(), rows.numel() / rows.size(-1), columns,
+                      steps_of(weight), epilogue, op);
+  return out;
+}
+
+inline at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, c10::string_view post_op,
+                                const std::optional<at::Tensor>& other) {
+  const auto alike = [&](const std::optional<at::Tensor>& t) {
+    return !t || t->scalar_type() == x.scalar_type();
+  };
+  const PostOp op = post_op_named(post_op);
+  const bool well_formed =
+      fits(x, weight) && weight.scalar_type() == x.scalar_type() && alike(bias) && alike(other) &&
+      (op == PostOp::kAdd) == other.has_value() && (op != PostOp::kNone || post_op == "none") &&
+      (!bias || bias->numel() == weight.size(0)) &&
+      (!other || other->sizes() == output_shape(x, weight));
+  if (well_formed && x.scalar_type() == at::kFloat) {
+    return float_linear<Float32, float>(x, weight, bias, op, other);
+  }
+  if (well_formed && x.scalar_type() == at::kBFloat16) {
+    return float_linear<BFloat16, at::BFloat16>(x, weight, bias, op, other);
+  }
+  static const auto by_library =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fxopt::packed_linear_by_library", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                            c10::string_view, const std::optional<at::Tensor>&)>();
+  return by_library.call(x, weight, bias, post_op, other);
+}
+
+// Rows of unsigned integers: those of int8 shifted by 128.
+inline at::Tensor unsigned_rows(const at::Tensor& q) {
+  const at::Tensor rows = q.contiguous();
+  if (rows.scalar_type() == at::kByte) return rows;
+  at::Tensor shifted = at::empty(rows.sizes(), rows.options().dtype(at::kByte));
+  const auto* from = rows.const_data_ptr<int8_t>();
+  auto* to = shifted.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, rows.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += 64) {
+      const __mmask64 bytes = end - at >= 64 ? ~0ull : (1ull << (end - at)) - 1;
+      const __m512i q = _mm512_maskz_loadu_epi8(bytes, from + at);
+      _mm512_mask_storeu_epi8(to + at, bytes, _mm512_xor_si512(q, _mm512_set1_epi8(-128)));
+    }
+  });
+  return shifted;
+}
+
+inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
+  if (!fits(q, weight) || q.scalar_type() != at::kChar || weight.scalar_type() != at::kChar) {
+    static const auto by_library = c10::Dispatcher::singleton()
+                                       .findSchemaOrThrow("fxopt::int8_product_by_library", "")
+                                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+    return by_library.call(q, weight);
+  }
+  const at::Tensor rows = unsigned_rows(q), packed = panels(weight);
+  const int64_t columns = weight.size(0), steps = steps_of(weight);
+  at::Tensor product = at::empty(output_shape(q, weight), q.options().dtype(at::kInt));
+  const int32_t* b = packed.const_data_ptr<int32_t>();
+  const int32_t* sums = b + padded(columns) * steps;
+  int32_t* out = product.mutable_data_ptr<int32_t>();
+  multiply_all<Int8>(
+      static_cast<const int32_t*>(rows.const_data_ptr()), b, rows.numel() / rows.size(-1), columns,
+      steps, [&](const float* tile, int64_t row, int high, int64_t column, int64_t wide) {
+        for (int64_t j = 0; j < wide; j += kLanes) {
+          const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(sums + column + j), 7);
+          for (int i = 0; i < high; ++i) {
+            const __m512i sum = _mm512_load_si512(tile + i * kPanel + j);
+            _mm512_mask_storeu_epi32(out + (row + i) * columns + column + j, first_lanes(wide - j),
+                                     _mm512_sub_epi32(sum, offset));
+          }
+        }
+      });
+  return product;
+}
+
+template <class T>
+at::Tensor packed_int8(const at::Tensor& q, const at::Tensor& weight, float scale,
+                       int32_t zero_point, const float* weight_scale, const float* bias, PostOp op,
+                       float out_scale, float out_zero_point, at::ScalarType dtype) {
+  const at::Tensor rows = unsigned_rows(q), packed = panels(weight);
+  const int64_t columns = weight.size(0), steps = steps_of(weight);
+  at::Tensor out = at::empty(output_shape(q, weight), q.options().dtype(dtype));
+  const int32_t* b = packed.const_data_ptr<int32_t>();
+  const Int8Epilogue<T> epilogue{static_cast<T*>(out.mutable_data_ptr()),
+                                 b + padded(columns) * steps,
+                                 weight_scale,
+                                 bias,
+                                 scale,
+                                 zero_point + (q.scalar_type() == at::kChar ? 128 : 0),
+                                 1.0f / out_scale,
+                                 out_zero_point,
+                                 columns};
+  multiply_with<Int8>(static_cast<const int32_t*>(rows.const_data_ptr()), b,
+                      rows.numel() / rows.size(-1), columns, steps, epilogue, op);
+  return out;
+}
+
+inline bool is_float_vector(const at::Tensor& t, int64_t size) {
+  return t.scalar_type() == at::kFloat && t.numel() == size && t.is_contiguous();
+}
+
+inline at::Tensor packed_int8_linear(
+    const at::Tensor& q, const at::Tensor& scale, const at::Tensor& zero_point,
+    const at::Tensor& weight, const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+    c10::string_view post_op, const std::optional<at::Tensor>& out_scale,
+    const std::optional<at::Tensor>& out_zero_point, at::ScalarType dtype) {
+  const PostOp op = post_op_named(post_op);
+  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
+  const bool requantizes = out_scale.has_value();
+  const bool to_integers = dtype == at::kByte || dtype == at::kChar;
+  const bool well_formed =
+      fits(q, weight) && weight.scalar_type() == at::kChar &&
+      (q.scalar_type() == at::kByte || q.scalar_type() == at::kChar) && is_float_vector(scale, 1) &&
+      zero_point.numel() == 1 && is_float_vector(weight_scale, columns) &&
+      (!bias || is_float_vector(*bias, columns)) && op != PostOp::kAdd &&
+      (op != PostOp::kNone || post_op == "none") && requantizes == out_zero_point.has_value() &&
+      (requantizes ? to_integers && is_float_vector(*out_scale, 1) &&
+                         out_zero_point->numel() == 1 && out_zero_point->scalar_type() == dtype
+                   : dtype == at::kFloat || dtype == at::kBFloat16);
+  if (!well_formed) {
+    static const auto by_library =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fxopt::packed_int8_linear_by_library", "")
+            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                              const at::Tensor&, const at::Tensor&,
+                              const std::optional<at::Tensor>&, c10::string_view,
+                              const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                              at::ScalarType)>();
+    return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
+                           out_zero_point, dtype);
+  }
+  const auto integer = [](const at::Tensor& t) -> int32_t {
+    return t.scalar_type() == at::kByte ? *t.const_data_ptr<uint8_t>() : t.item<int32_t>();
+  };
+  const auto run = [&](auto like) {
+    return packed_int8<decltype(like)>(
+        q, weight, *scale.const_data_ptr<float>(), integer(zero_point),
+        weight_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, op,
+        requantizes ? *out_scale->const_data_ptr<float>() : 1.0f,
+        requantizes ? static_cast<float>(integer(*out_zero_point)) : 0.0f, dtype);
+  };
+  switch (dtype) {
+    case at::kByte:
+      return run(uint8_t());
+    case at::kChar:
+      return run(int8_t());
+    case at::kBFloat16:
+      return run(at::BFloat16());
+    default:
+      return run(float());
+  }
+}
+
+}  // namespace fxopt

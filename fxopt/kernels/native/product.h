@@ -1,0 +1,187 @@
+// The matrix product A Bᵀ: a tile of eight rows by three vectors of columns in the registers,
+// summed over all of K without a stop, then handed to an epilogue.
+//
+// Four bytes of a row are one step of K: a float32, two bfloat16 or four 8-bit integers, whose
+// instruction multiplies and adds up all of them. So A stays as it lies, and B is laid out in
+// panels of 48 rows, [panel][step][row], the last one narrower. Eight by three leaves 24 chains of
+// additions, which hide the four cycles of each; with 4 registers for B and A that is what 32 hold.
+// Per step 24 multiplications stand against 11 loads. Source: Goto, van de Geijn, "Anatomy of
+// High-Performance Matrix Multiplication" (2008), without the blocking of K: a panel of B comes
+// from the second-level cache as fast as it is used.
+
+namespace fxopt {
+
+constexpr int kTileRows = 8;
+constexpr int kTileVectors = 3;
+// Steps that a prefetch is ahead.
+constexpr int kAhead = 16;
+constexpr int kPanel = kTileVectors * kLanes;
+// Rows of A that stay in half of a second-level cache while all panels pass by.
+constexpr int64_t kBlockBytes = 512 << 10;
+
+struct Float32 {
+  using Sum = __m512;
+  static constexpr int kStep = 1;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add_product(Sum sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+  static void keep(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
+};
+
+struct BFloat16 {
+  using Sum = __m512;
+  static constexpr int kStep = 2;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add_product(Sum sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static void keep(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
+};
+
+struct Int8 {
+  using Sum = __m512i;
+  static constexpr int kStep = 4;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum add_product(Sum sum, __m512i unsigned_a, __m512i signed_b) {
+    // As an instruction: for the intrinsic, GCC 12 moves each sum to another register and back, and
+    // spills them, at half the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_a), "v"(signed_b));
+    return sum;
+  }
+  static void keep(float* to, Sum sum) { _mm512_storeu_si512(to, sum); }
+};
+
+// Rows of A, `stride` steps apart, against one panel of B, `pitch` steps from one to the next, into
+// `to` [rows, 48].
+template <class Kind, int rows, int vectors>
+inline __attribute__((always_inline)) void multiply_tile(const int32_t* a, int64_t stride,
+                                                         const int32_t* b, int64_t pitch,
+                                                         int64_t steps, float* to) {
+  typename Kind::Sum sum[rows][vectors];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Kind::zero();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    // Panels of float32 are so long that they come from beyond the second cache more often.
+    if constexpr (Kind::kStep == 1) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) {
+        _mm_prefetch(reinterpret_cast<const char*>(b + (step + kAhead) * pitch + j * kLanes),
+                     _MM_HINT_T0);
+      }
+    }
+    __m512i column[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) column[j] = _mm512_loadu_si512(b + step * pitch + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const __m512i row = _mm512_set1_epi32(a[i * stride + step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[i][j] = Kind::add_product(sum[i][j], row, column[j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) Kind::keep(to + i * kPanel + j * kLanes, sum[i][j]);
+  }
+}
+
+template <class Kind, int vectors>
+void multiply_rows(int rows, const int32_t* a, int64_t stride, const int32_t* b, int64_t pitch,
+                   int64_t steps, float* to) {
+  switch (rows) {
+    case 8:
+      return multiply_tile<Kind, 8, vectors>(a, stride, b, pitch, steps, to);
+    case 7:
+      return multiply_tile<Kind, 7, vectors>(a, stride, b, pitch, steps, to);
+    case 6:
+      return multiply_tile<Kind, 6, vectors>(a, stride, b, pitch, steps, to);
+    case 5:
+      return multiply_tile<Kind, 5, vectors>(a, stride, b, pitch, steps, to);
+    case 4:
+      return multiply_tile<Kind, 4, vectors>(a, stride, b, pitch, steps, to);
+    case 3:
+      return multiply_tile<Kind, 3, vectors>(a, stride, b, pitch, steps, to);
+    case 2:
+      return multiply_tile<Kind, 2, vectors>(a, stride, b, pitch, steps, to);
+    default:
+      return multiply_tile<Kind, 1, vectors>(a, stride, b, pitch, steps, to);
+  }
+}
+
+template <class Kind>
+void multiply(int rows, int vectors, const int32_t* a, int64_t stride, const int32_t* b,
+              int64_t pitch, int64_t steps, float* to) {
+  switch (vectors) {
+    case 3:
+      return multiply_rows<Kind, 3>(rows, a, stride, b, pitch, steps, to);
+    case 2:
+      return multiply_rows<Kind, 2>(rows, a, stride, b, pitch, steps, to);
+    default:
+      return multiply_rows<Kind, 1>(rows, a, stride, b, pitch, steps, to);
+  }
+}
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+inline int64_t vectors_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
+
+// A thread with so many tiles of rows has laid B's panels out in its cache for enough of them.
+constexpr int64_t kManyTiles = 8;
+
+// How many threads share the rows; the others of `threads` share the panels. Of the grids whose
+// largest part is least, the one with the most parts of many rows, since what comes before and
+// after is shared by rows too, and stays in the cache of its thread; else the one that reads least.
+inline int64_t threads_for_rows(int64_t threads, int64_t rows, int64_t columns) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, panels = panels_of(columns);
+  int64_t best = 1, least_work = INT64_MAX, least_read = INT64_MAX;
+  for (int64_t down = 1; down <= threads; ++down) {
+    if (threads % down) continue;
+    const int64_t across = threads / down;
+    const int64_t work = ((tiles + down - 1) / down) * ((panels + across - 1) / across);
+    const int64_t read = tiles >= kManyTiles * down ? -down : rows * across + columns * down;
+    if (work < least_work || (work == least_work && read < least_read)) {
+      best = down, least_work = work, least_read = read;
+    }
+  }
+  return best;
+}
+
+// `finish(tile [rows, 48], first row, rows, first column, columns)` for each tile of A Bᵀ, A [rows,
+// steps] and B [columns, steps] in panels.
+template <class Kind, class Finish>
+void multiply_all(const int32_t* a, const int32_t* b, int64_t rows, int64_t columns, int64_t steps,
+                  const Finish& finish) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t down = threads_for_rows(threads, rows, columns), across = threads / down;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, panels = panels_of(columns);
+  const int64_t block =
+      std::max<int64_t>(4 * kTileRows, kBlockBytes / (4 * steps) / kTileRows * kTileRows);
+  const auto part = [&](int64_t thread) {
+    const int64_t d = thread / across, c = thread % across;
+    const int64_t first_row = tiles * d / down * kTileRows;
+    const int64_t last_row = std::min(rows, tiles * (d + 1) / down * kTileRows);
+    const int64_t first_panel = panels * c / across, last_panel = panels * (c + 1) / across;
+    alignas(64) float tile[kTileRows * kPanel];
+    for (int64_t start = first_row; start < last_row; start += block) {
+      const int64_t end = std::min(last_row, start + block);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t column = panel * kPanel, wide = std::min<int64_t>(kPanel, columns - column);
+        const int64_t pitch = vectors_of(wide) * kLanes;
+        for (int64_t row = start; row < end; row += kTileRows) {
+          const int high = static_cast<int>(std::min<int64_t>(kTileRows, end - row));
+          multiply<Kind>(high, static_cast<int>(vectors_of(wide)), a + row * steps, steps,
+                         b + column * steps, pitch, steps, tile);
+          finish(tile, row, high, column, wide);
+        }
+      }
+    }
+    // What was written past the caches must be there before another thread is told.
+    _mm_sfence();
+  };
+  if (threads == 1) return part(0);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) part(thread);
+  });
+}
+
+}  // namespace fxopt
