@@ -66,6 +66,7 @@ _MODES = {
     "autocast": st.sampled_from(["mixed", "full", "half"]),
     "int8-linear": st.sampled_from(["dynamic", "static", "weight_only"]),
     "lower": st.sampled_from([None, "default", "reduce-overhead", "max-autotune"]),
+    "smooth-quant": st.sampled_from(["dynamic", "static"]),
 }
 
 

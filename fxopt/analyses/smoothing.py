@@ -26,6 +26,7 @@ _WIDEST = 2.0**10
 # A smaller gain than this is noise of the sample.
 _GAIN = 0.99
 _SMALLEST = torch.finfo(torch.float32).tiny
+_STEPS = 127
 
 
 def smoothing_scale(activations: Tensor, weights: Tensor, ties: Tensor, alpha: float) -> Tensor:
@@ -45,20 +46,27 @@ def smoothing_scale(activations: Tensor, weights: Tensor, ties: Tensor, alpha: f
 
 
 def choose_alpha(
-    rows: Tensor, weights: Sequence[Tensor], activations: Tensor, largest: Tensor, ties: Tensor
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    activations: Tensor,
+    largest: Tensor,
+    ties: Tensor,
+    static: bool = False,
 ) -> float | None:
     """The alpha of least error of the int8 products on a sample; None where none gains by it.
 
     `rows` [R, K] and `weights` [N, K] each are samples; the error is the squared difference to the
-    float products, with a scale per token and per output channel.
+    float products, with a scale per output channel and per token or, if `static`, one for all rows,
+    which holds `activations`.
     """
-    errors = {
-        alpha: _int8_error(rows, weights, smoothing_scale(activations, largest, ties, alpha))
-        for alpha in ALPHAS
-    }
+
+    def error(scale: Tensor) -> float:
+        step = (activations / scale).amax() / _STEPS if static else None
+        return _int8_error(rows, weights, scale, step)
+
+    errors = {alpha: error(smoothing_scale(activations, largest, ties, alpha)) for alpha in ALPHAS}
     best = min(errors, key=errors.__getitem__)
-    unsmoothed = _int8_error(rows, weights, torch.ones_like(activations))
-    return best if errors[best] < _GAIN * unsmoothed else None
+    return best if errors[best] < _GAIN * error(torch.ones_like(activations)) else None
 
 
 def largest_per_channel(weight: Tensor) -> Tensor:
@@ -71,12 +79,24 @@ def _tied_largest(values: Tensor, ties: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter_reduce(0, ties, values, "amax")[ties]
 
 
-def _int8_error(rows: Tensor, weights: Sequence[Tensor], scale: Tensor) -> float:
+def _int8_error(
+    rows: Tensor, weights: Sequence[Tensor], scale: Tensor, step: Tensor | None
+) -> float:
+    """The squared error of the products, `rows` rounded in units of `step`, else per token."""
     factor = scale.to(rows)
-    quantized, step = torch.ops.fxopt.quantize_per_token(rows / factor)
-    x = torch.ops.fxopt.dequantize(quantized, step, rows.dtype)
+    x = _rounded(rows / factor, step)
     error = 0.0
     for weight in weights:
         w = torch.ops.fxopt.dequantize(*kernels.quantize_weight(weight * factor), rows.dtype)
         error += (x @ w.t() - rows @ weight.t()).square().sum().item()
     return error
+
+
+def _rounded(rows: Tensor, step: Tensor | None) -> Tensor:
+    if step is None:
+        quantized, step = torch.ops.fxopt.quantize_per_token(rows)
+    else:
+        step = step.to(rows).clamp_min(_SMALLEST)
+        quantized = torch.ops.fxopt.quantize(rows, step, torch.zeros((), dtype=torch.int8))
+    x: Tensor = torch.ops.fxopt.dequantize(quantized, step, rows.dtype)
+    return x

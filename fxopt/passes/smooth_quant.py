@@ -47,17 +47,19 @@ class SmoothQuant(Pass):
 
     `alpha` in [0, 1] says how far: 0 leaves the activations' outliers, 1 moves them whole;
     `"auto"` tries several on a sample of each input and takes the one of least int8 error, or
-    none. `include` and `exclude` are globs over module paths. Scales come from the calibration
-    inputs, or from the example where none were given, with a warning. A smoothed weight ends in
-    `_smoothed`, which a second run leaves alone.
+    none, as `Int8Linear` of this `mode` rounds the input: `"static"` has one scale for all tokens
+    and gains by more smoothing. `include` and `exclude` are globs over module paths. Scales come
+    from the calibration inputs, or from the example where none were given, with a warning. A
+    smoothed weight ends in `_smoothed`, which a second run leaves alone.
 
-    Claim: close. Raises `PassError` for another alpha, and when it comes after a pass that
+    Claim: close. Raises `PassError` for another alpha or mode, and when it comes after a pass that
     quantized linears.
     """
 
     alpha: float | Literal["auto"] = 0.5
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    mode: Literal["dynamic", "static"] = "dynamic"
     name: ClassVar[str] = "smooth-quant"
     stage: ClassVar[Stage] = Stage.NUMERICS
     claim: Claim = Close()
@@ -68,6 +70,8 @@ class SmoothQuant(Pass):
             raise PassError(
                 f'SmoothQuant(alpha={self.alpha!r}): alpha must be a number from 0 to 1, or "auto"'
             )
+        if self.mode not in ("dynamic", "static"):
+            raise PassError(f'SmoothQuant(mode={self.mode!r}): mode must be "dynamic" or "static"')
         for option in ("include", "exclude"):
             globs = checked_globs("SmoothQuant", option, getattr(self, option))
             object.__setattr__(self, option, globs)
@@ -207,7 +211,8 @@ class _Planning:
         alpha = self.options.alpha
         if alpha == "auto":
             rows = torch.cat([self.observers[x][1].rows.float().cpu() for x in group.inputs])
-            chosen = choose_alpha(rows, samples, activations, largest, ties)
+            static = self.options.mode == "static"
+            chosen = choose_alpha(rows, samples, activations, largest, ties, static)
             if chosen is None:
                 return self._leave(group, "no alpha makes its int8 product truer on calibration")
             alpha = chosen
