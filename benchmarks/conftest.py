@@ -40,7 +40,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def effort(quick: bool) -> Effort:
     """How long `compare` measures systems that take tens of milliseconds and more."""
-    return {"repeats": 3, "seconds": 0.2} if quick else {"repeats": 15, "seconds": 6.0}
+    return {"repeats": 3, "seconds": 0.2} if quick else {"repeats": 25, "seconds": 10.0}
 
 
 @pytest.fixture
