@@ -57,54 +57,6 @@ inline bool hides_alike(const Mask& mask, int64_t row, int64_t queries, int64_t 
   return true;
 }
 
-// 16 rows of 16 steps, `stride` apart, to 16 columns `pitch` apart.
-inline void transpose(const int32_t* from, int64_t stride, int32_t* to, int64_t pitch) {
-  __m512i r[kLanes], t[kLanes];
-  for (int i = 0; i < kLanes; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < kLanes; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < kLanes; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    const __m512i even = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    const __m512i odd = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    _mm512_storeu_si512(to + i * pitch, even);
-    _mm512_storeu_si512(to + (i + 8) * pitch, odd);
-  }
-}
-
-// `lay_out` of panels.h by whole squares, for rows that are laid out at each call.
-inline void lay_out_fast(const int32_t* from, int64_t stride, int64_t columns, int64_t steps,
-                         int32_t* to) {
-  for (int64_t column = 0; column < columns; column += kPanel) {
-    const int64_t wide = std::min<int64_t>(kPanel, columns - column), pitch = padded(wide);
-    const int64_t whole = wide / kLanes * kLanes, even = steps / kLanes * kLanes;
-    int32_t* panel = to + column * steps;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      for (int64_t step = 0; step < even; step += kLanes) {
-        transpose(from + (column + j) * stride + step, stride, panel + step * pitch + j, pitch);
-      }
-    }
-    for (int64_t j = 0; j < pitch; ++j) {
-      for (int64_t step = j < whole ? even : 0; step < steps; ++step) {
-        panel[step * pitch + j] = j < wide ? from[(column + j) * stride + step] : 0;
-      }
-    }
-  }
-}
-
 // Values [keys, size] as steps of keys: [step][column], the columns filled up to whole vectors.
 inline void lay_out_values(const float* from, int64_t stride, int64_t keys, int64_t size,
                            int32_t* to) {
@@ -316,8 +268,8 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
   };
   const auto lay_out_head = [&](Workspace<T>& work, int64_t batch, int64_t key_head) {
     const T* keys = k.const_data_ptr<T>() + batch * k.stride(0) + key_head * k.stride(1);
-    lay_out_fast(reinterpret_cast<const int32_t*>(keys), k.stride(2) / Kind::kStep, shape.keys,
-                 shape.size / Kind::kStep, work.keys.data());
+    lay_out(reinterpret_cast<const int32_t*>(keys), k.stride(2) / Kind::kStep, shape.keys,
+            shape.size / Kind::kStep, work.keys.data());
     const T* values = v.const_data_ptr<T>() + batch * v.stride(0) + key_head * v.stride(1);
     lay_out_values(values, v.stride(2), shape.keys, shape.value_size, work.values.data());
   };
