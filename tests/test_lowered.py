@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,8 +118,37 @@ def test_a_lowered_program_is_held_to_all_claims_that_round() -> None:
 
 
 def test_lowering_a_program_without_kernels_counts_its_operations() -> None:
-    opt = fxopt.transform(_model(), "canonicalize, lower", example_inputs=(X,), measure_cost=False)
+    passes = "canonicalize, lower{prepack=false}"
+    opt = fxopt.transform(_model(), passes, example_inputs=(X,), measure_cost=False)
+    assert [step.record.name for step in opt.steps] == ["capture", "canonicalize", "lower"]
     assert opt.steps[-1].record.fired == {"operations": 3}
+
+
+def test_lowering_packs_what_no_pass_has_packed() -> None:
+    opt = fxopt.transform(_model(), "lower", example_inputs=(X,), measure_cost=False)
+    assert [step.record.name for step in opt.steps] == ["capture", "prepack", "lower"]
+    assert opt.steps[-1].record.fired == {"fxopt.packed_linear": 2}
+    again = fxopt.transform(opt, "lower", measure_cost=False)
+    assert [step.record.name for step in again.steps] == ["capture", "lower"]
+    assert torch.equal(again(X), opt(X))
+
+
+def test_lowering_what_trains_packs_nothing() -> None:
+    opt = fxopt.transform(_model(), "lower", example_inputs=(X,), mode="train")
+    assert [step.record.name for step in opt.steps] == ["capture", "lower"]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_saved_module_has_this_cpus_kernels_in_a_fresh_process(tmp_path: Path) -> None:
+    opt = fxopt.transform(_model(), "int8-linear{mode=static}, prepack", example_inputs=(X,))
+    opt.save(tmp_path / "saved")
+    code = (
+        "import sys, fxopt; from fxopt.kernels import native\n"
+        "assert not native.loaded()\n"
+        "fxopt.load(sys.argv[1] + '/saved')\n"
+        "assert native.loaded()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def test_the_original_is_let_go() -> None:

@@ -45,6 +45,7 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "ranking": st.sampled_from(["local", "global"]),
     "round_to": st.integers(1, 64),
     "reconstruct": st.booleans(),
+    "prepack": st.booleans(),
     "weighting": st.just("uniform"),
     "seed": st.integers(0, 9),
     "again": st.booleans(),

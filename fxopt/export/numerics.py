@@ -94,7 +94,7 @@ def _before_kernels(opt: Optimized, present: Program, known: Collection[object])
     if lost:
         raise ExportError(
             f"a kernel-level pass laid {lost[0]} out anew, and the original is not kept. "
-            "Export a module transformed without Prepack."
+            "Export a module transformed without Prepack, or with Lower(prepack=False)."
         )
     state = {name: present.state[name] for name in found.state}
     return replace(found, state=state, example=present.example)

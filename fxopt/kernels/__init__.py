@@ -15,7 +15,7 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 four of them, marked *, are compiled for it instead (`native`).
+with AVX-512 five of them, marked *, are compiled for it instead (`native`).
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
@@ -29,6 +29,7 @@ with AVX-512 four of them, marked *, are compiled for it instead (`native`).
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
+    quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
 which each is found in generated code. `SHAPE_RULES` gives, for operators that are slow to trace,
@@ -91,6 +92,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
+    torch.ops.fxopt.quantized_attention.default: "fxopt.quantized_attention",
     torch.ops.fxopt.attention_bias.default: "fxopt.attention_bias",
 }
 

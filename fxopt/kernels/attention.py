@@ -1,6 +1,7 @@
 """Attention in float32 on oneDNN, its two products each one grouped 1×1 convolution.
 
     attention(q, k, v, mask, is_causal, s)  =  softmax(s · q kᵀ + mask) v
+    quantized_attention(..., t, z)          =  quantize(attention(...), t, z)
 
 aten's fused attention calls MKL for its products, which is slow on some CPUs (AMD's), and torch has
 no float32 batched product on oneDNN. A 1×1 convolution with G groups is one: G products side by
@@ -45,7 +46,12 @@ _library = torch.library.Library("fxopt", "FRAGMENT")
 _SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor"
 )
+_QUANTIZED_SCHEMA = (
+    "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, "
+    "Tensor out_scale, Tensor out_zero_point) -> Tensor"
+)
 _library.define(_SCHEMA)
+_library.define(_QUANTIZED_SCHEMA)
 
 
 def check_rank(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -220,7 +226,40 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*filled, None, None)
 
 
+def _quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+) -> Tensor:
+    ops = torch.ops.fxopt
+    output = ops.attention(q.detach(), k.detach(), v.detach(), mask, is_causal, scale)
+    # Laid out as the attention is, whose rows the next product reads.
+    rows: Tensor = ops.quantize(output.transpose(1, 2), out_scale, out_zero_point)
+    return rows.transpose(1, 2)
+
+
+def _quantized_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+) -> Tensor:
+    return _fake(q, k, v, mask, is_causal, scale).to(out_zero_point.dtype)
+
+
 _library.impl("attention", _reference, "CompositeExplicitAutograd")
+_library.impl("quantized_attention", _quantized, "CompositeExplicitAutograd")
 on_cpu(_SCHEMA, _on_cpu)
+on_cpu(_QUANTIZED_SCHEMA, _quantized)
 torch.library.register_fake("fxopt::attention", _fake, lib=_library)
+torch.library.register_fake("fxopt::quantized_attention", _quantized_fake, lib=_library)
 torch.library.register_autograd("fxopt::attention", _backward, setup_context=_save, lib=_library)

@@ -30,7 +30,9 @@ class Lower(Pass):
     first shapes as they are and, when others come, once more for any; True starts with any shape,
     False compiles each shape anew. With `fallback="eager"` a program that can't be compiled here
     runs uncompiled, and the report says so. With `strict=True` a kernel-level operator whose kernel
-    is not in the generated code is an error, not a warning.
+    is not in the generated code is an error, not a warning. A program on a CPU that doesn't train
+    goes through `Prepack` first, if the list hasn't it: its kernels are faster than Inductor's own
+    and keep a packed copy of each weight; `prepack=False` leaves linears and attention to Inductor.
 
     Raises `PassError` for an unknown value of an option.
     """
@@ -43,6 +45,7 @@ class Lower(Pass):
     dynamic: bool | None = None
     fallback: str | None = None
     strict: bool = False
+    prepack: bool = True
 
     def __post_init__(self) -> None:
         for option, known in (("backend", BACKENDS), ("mode", MODES), ("fallback", FALLBACKS)):
@@ -51,8 +54,10 @@ class Lower(Pass):
                 raise PassError(_unknown(option, value, known))
         if self.dynamic not in (None, True, False):
             raise PassError(f"Lower(dynamic={self.dynamic!r}): must be None, True or False")
-        if self.strict not in (True, False):
-            raise PassError(f"Lower(strict={self.strict!r}): must be True or False")
+        for option in ("strict", "prepack"):
+            value = getattr(self, option)
+            if value not in (True, False):
+                raise PassError(f"Lower({option}={value!r}): must be True or False")
 
     def plan(self, program: Program) -> Plan:
         """The kernel-level nodes whose kernels the generated code must contain."""

@@ -230,6 +230,7 @@ _KERNELS: Mapping[str, Callable[[fx.Node], int]] = MappingProxyType(
         ),
         "fxopt.linear_sparse24.default": _sparse_linear,
         "fxopt.attention.default": _attention,
+        "fxopt.quantized_attention.default": _attention,
         "fxopt.written_attention.default": _attention,
     }
 )

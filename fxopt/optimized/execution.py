@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.evaluation_mode import evaluation_mode
+from fxopt.kernels import native
 from fxopt.lower import Lower
 from fxopt.optimized.graph_modules import graph_over
 from fxopt.program import Mode, Program
@@ -21,6 +22,9 @@ class Execution:
     A program captured in eval mode runs without gradients; one captured in train mode records them
     where they are enabled, in evaluation mode too. Each of these ways is compiled by itself, since
     what the backward needs is part of what is compiled.
+
+    The kernels for this CPU are loaded where the program calls them: one that was saved comes to
+    life in a process in which no pass has done so.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class Execution:
         self.lowering = lowering
         self.modules: dict[Mode, fx.GraphModule] = {program.mode: module}
         self.compiled: dict[tuple[Mode, bool], Callable[..., Any]] = {}
+        if any(native.serves(node.target) for node in program.graph.nodes):
+            native.load()
         if compiled is not None:
             self.compiled[program.mode, program.mode == "train"] = compiled
 

@@ -5,6 +5,7 @@
     linear(x, W, b) + r             =  packed_linear(x, W, b, "add", r)
     scaled_dot_product_attention(q, k, v, mask)  =  attention(q, k, v, mask)
     scaled_dot_product_attention(q, k, v, mask)  =  written_attention(q, k, v, mask)
+    quantize(attention(q, k, v, mask), s, z)     =  quantized_attention(q, k, v, mask, s, z)
     layer_norm(x, [K], w, b, eps)   =  the same in two passes, for the compiler
 
 Attention in bfloat16 is one kernel where those of `fxopt.kernels.native` run, and else is written
@@ -33,6 +34,8 @@ from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
+_MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
+_CASTS = (aten.to.dtype,)
 # Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
 _MOST_WRITTEN_SCORES = 1 << 20
 
@@ -212,6 +215,31 @@ class PackAttention(_Attention):
         return (torch.float32, torch.bfloat16) if self.native else (torch.float32,)
 
 
+class QuantizeAttention(Rule):
+    """quantize(rows(attention(...)), s, z) = rows(quantized_attention(..., s, z))"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.quantize.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        _, scale, zero_point = node.args
+        if scale.meta["val"].ndim or zero_point.meta["val"].ndim:  # type: ignore[union-attr]
+            return None
+        attention, moves = _before_moving(node.args[0])
+        if attention is None or attention.target is not ops.attention.default:
+            return None
+        return Match((node,), {"attention": attention, "moves": moves}, (*moves, attention))
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        _, scale, zero_point = match.root.args
+        inputs = match["attention"].args
+        result = edit.call(ops.quantized_attention.default, *inputs, scale, zero_point)
+        for move in reversed(match["moves"]):
+            if move.target not in _CASTS:
+                result = edit.call(move.target, result, *move.args[1:])
+        return result
+
+
 class WriteOutAttention(_Attention):
     """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
 
@@ -286,9 +314,10 @@ class Prepack(RulePass):
     def rules(self, program: Program) -> Sequence[Rule]:
         """The product first, then what can run in its epilogue."""
         native = _on_cpu(program) and bool(load_native())
-        attention: list[Rule] = [PackAttention(native)]
-        if not native:
-            attention.insert(0, WriteOutAttention())
+        attention: tuple[Rule, ...] = (WriteOutAttention(), PackAttention(native))
+        if native:
+            # Elsewhere the compiler fuses the rounding with what comes before the next product.
+            attention = (PackAttention(native), QuantizeAttention())
         return (
             PackLinear(),
             PackActivation(),
@@ -313,6 +342,20 @@ def _before_expanding(mask: fx.Node | None) -> fx.Node | None:
             break
         mask = source
     return mask
+
+
+def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+    """What `node` holds before its elements were moved or cast to float32, and those steps, the
+    last one first."""
+    moves: list[fx.Node] = []
+    while isinstance(node, fx.Node) and (node.target in _MOVES or _widens(node)):
+        moves.append(node)
+        node = node.args[0]
+    return (node if isinstance(node, fx.Node) else None), tuple(moves)
+
+
+def _widens(node: fx.Node) -> bool:
+    return node.target in _CASTS and tuple(node.args[1:]) == (torch.float32,) and not node.kwargs
 
 
 def _fills_lanes(size: Any) -> bool:

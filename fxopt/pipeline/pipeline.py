@@ -18,7 +18,7 @@ from fxopt.errors import EquivalenceError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module
-from fxopt.passes import Autocast, Int8Linear, SelectKernels
+from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
 from fxopt.pipeline.recording import Taken, since, violation_text
@@ -135,12 +135,17 @@ class Pipeline:
         if pass_.stage >= Stage.KERNELS and not self.kernels_selected:
             # First of the kernel level: what it fuses must not be taken apart by another pass.
             self.kernels_selected = True
-            if not any(isinstance(other, SelectKernels) for other in self.passes):
+            if not self._lists(SelectKernels):
                 self._rewrite(SelectKernels(), quiet=True)
         if isinstance(pass_, Lower):
+            if pass_.prepack and self.program.mode == "eval" and not self._lists(Prepack):
+                self._rewrite(Prepack(), quiet=True)
             self._lower(pass_)
         else:
             self._rewrite(pass_)
+
+    def _lists(self, kind: type[Pass]) -> bool:
+        return any(isinstance(pass_, kind) for pass_ in self.passes)
 
     def _rewrite(self, pass_: Pass, quiet: bool = False) -> None:
         self.progress(f"running {pass_!r}")

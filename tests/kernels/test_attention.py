@@ -17,6 +17,7 @@ from fxopt.kernels import native
 pytestmark = pytest.mark.usefixtures("served_by")
 
 attention = torch.ops.fxopt.attention
+quantized_attention = torch.ops.fxopt.quantized_attention
 sdpa = nn.functional.scaled_dot_product_attention
 MASKS = [
     "none",
@@ -90,6 +91,22 @@ def drawn(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool,
 @given(drawn())
 def test_is_attention(drawn: tuple[Tensor, Tensor, Tensor, Tensor | None, bool, float]) -> None:
     check(*drawn)
+
+
+@given(drawn(), st.booleans(), st.booleans())
+def test_quantized_attention_is_the_quantized_result(
+    drawn: tuple[Tensor, Tensor, Tensor, Tensor | None, bool, float], half: bool, signed: bool
+) -> None:
+    q, k, v = (t.to(torch.bfloat16) if half else t for t in drawn[:3])
+    scale = torch.tensor(0.013)
+    zero_point = (
+        torch.tensor(-5, dtype=torch.int8) if signed else torch.tensor(9, dtype=torch.uint8)
+    )
+    got = quantized_attention(q, k, v, *drawn[3:], scale, zero_point)
+    expected = torch.ops.fxopt.quantize(attention(q, k, v, *drawn[3:]), scale, zero_point)
+    assert torch.equal(got, expected)
+    assert got.dtype == zero_point.dtype
+    assert got.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -188,6 +205,9 @@ def test_survives_compile_and_export_with_any_length() -> None:
 def test_operator_passes_the_schema_checks_of_torch() -> None:
     q, k, v = (torch.randn(2, 2, 8, 16, requires_grad=True) for _ in range(3))
     torch.library.opcheck(attention.default, (q, k, v, None, True, 0.25))
+    codes = torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8)
+    inputs = (q.detach(), k.detach(), v.detach(), None, True, 0.25)
+    torch.library.opcheck(quantized_attention.default, (*inputs, *codes))
 
 
 def test_wrong_ranks_say_what_is_needed() -> None:

@@ -56,7 +56,9 @@ class Case:
         y, slack = product * scales, TINY * (product.abs() + 1.0)
         reach = y.abs() + (0.0 if self.bias is None else self.bias.double().abs())
         y = y if self.bias is None else y + self.bias.double()
-        return EPILOGUES[self.post_op](y), 2e-6 * reach + slack
+        # For 8 bits the compiled kernels compute these to 16.
+        coarse = self.dtype in LIMITS and self.post_op in ("gelu", "gelu_tanh", "silu")
+        return EPILOGUES[self.post_op](y), (2e-5 if coarse else 2e-6) * reach + slack
 
 
 def _filled(kind: str, shape: tuple[int, ...], low: int, high: int, seed: int) -> Tensor:
@@ -128,7 +130,8 @@ def test_integers_out_are_those_of_the_exact_sum_but_for_ties(
     dtype = torch.int8 if signed else torch.uint8
     low, high = LIMITS[dtype]
     scale, zero_point = torch.tensor(out_scale), torch.tensor(zero + low, dtype=dtype)
-    y = replace(case, out_scale=scale, out_zero_point=zero_point, dtype=dtype).run()
+    case = replace(case, out_scale=scale, out_zero_point=zero_point, dtype=dtype)
+    y = case.run()
     assert y.dtype == dtype
     expected, slack = case.exact()
     steps = expected / scale.double()

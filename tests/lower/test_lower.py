@@ -216,6 +216,7 @@ def test_cuda_graphs_on_the_cpu(packed):
         ({"fallback": "Eager"}, "nearest is 'eager'"),
         ({"dynamic": "yes"}, "Lower(dynamic='yes'): must be None, True or False"),
         ({"strict": "no"}, "Lower(strict='no'): must be True or False"),
+        ({"prepack": "no"}, "Lower(prepack='no'): must be True or False"),
     ],
 )
 def test_wrong_options_name_the_nearest(options, text):

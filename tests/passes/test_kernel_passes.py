@@ -229,6 +229,45 @@ def test_a_mask_is_taken_before_it_is_expanded() -> None:
     assert call.args[3].meta["val"].shape[2] == 1
 
 
+class Projected(nn.Module):
+    """Attention over [batch, length, 32] in `dtype`, and a linear of its rows."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention, self.dense, self.dtype = Attention(), nn.Linear(32, 8), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.attention(x.to(self.dtype)).transpose(1, 2)
+        return self.dense(output.reshape(*x.shape[:2], -1).to(x.dtype))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_rounds_for_the_product_after_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 32)
+    passes = "int8-linear{mode=static, where=always}, prepack"
+    opt = fxopt.transform(Projected(dtype), passes, example_inputs=(x,))
+    assert opt.report.steps[-1].fired == {"PackAttention": 1, "QuantizeAttention": 1}
+    before = opt.steps[-2].graph.program
+    counts = [n.target for n in before.graph.nodes].count(torch.ops.fxopt.quantize.default)
+    assert counts == 1
+    assert torch.ops.fxopt.quantize.default not in [n.target for n in opt.program.graph.nodes]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_attention_that_is_read_twice_stays_in_float() -> None:
+    class Twice(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.attention(x).transpose(1, 2).reshape(*x.shape[:2], -1)
+            return self.dense(output) + output.sum(-1, keepdim=True)  # type: ignore[no-any-return]
+
+    passes = "int8-linear{mode=static, where=always}, prepack"
+    x = torch.randn(3, 5, 32)
+    opt = fxopt.transform(Twice(torch.float32), passes, example_inputs=(x,))
+    assert opt.report.steps[-1].fired == {"PackAttention": 1}
+
+
 def test_a_gelu_that_no_product_takes_in_becomes_rational() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
     check(Prepack(), model, (torch.randn(3, 8),), {"TwoPassNorm": 1, "RationalGelu": 1})

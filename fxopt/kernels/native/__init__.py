@@ -7,6 +7,6 @@ The sources beside this file are one product of registers for float32, bfloat16 
 """
 
 from fxopt.kernels.native.building import load, loaded, without
-from fxopt.kernels.native.registration import on_cpu
+from fxopt.kernels.native.registration import on_cpu, serves
 
-__all__ = ["load", "loaded", "on_cpu", "without"]
+__all__ = ["load", "loaded", "on_cpu", "serves", "without"]

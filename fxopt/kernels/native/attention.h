@@ -111,13 +111,31 @@ struct Workspace {
         output(kTileRows * padded(shape.value_size)) {}
 };
 
+// Where the output goes: in the inputs' dtype, or as codes of what it would be in that.
+template <class T, class Out>
+struct Output {
+  Out* data;
+  Quantizer codes;
+
+  void store(int64_t at, __m512 x, __mmask16 lanes) const {
+    if constexpr (!kIsCode<Out>) {
+      fxopt::store(data + at, x, lanes);
+    } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+      const __m512i wide = _mm512_cvtepu16_epi32(round_to_bfloat16(x));
+      codes.store(data + at, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), lanes);
+    } else {
+      codes.store(data + at, x, lanes);
+    }
+  }
+};
+
 // A head as one thread works on it: its queries and its output, rows apart, and its place in the
 // mask.
 template <class T>
 struct Head {
   const T* queries;
   int64_t query_row;
-  T* output;
+  int64_t output;
   int64_t output_row;
   const Mask& mask;
   int64_t mask_row;
@@ -206,9 +224,9 @@ inline void gather(Workspace<T>& work, int rows, int64_t block, int64_t keys, in
 }
 
 // One head's queries from `begin` to `end`.
-template <class Kind, class T>
-void attend(const Shape& shape, const Head<T>& head, int64_t begin, int64_t end,
-            Workspace<T>& work) {
+template <class Kind, class T, class Out>
+void attend(const Shape& shape, const Head<T>& head, int64_t begin, int64_t end, Workspace<T>& work,
+            const Output<T, Out>& output) {
   const int64_t steps = shape.size / Kind::kStep, value_pitch = padded(shape.value_size);
   for (int64_t query = begin; query < end; query += kTileRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - query));
@@ -235,21 +253,22 @@ void attend(const Shape& shape, const Head<T>& head, int64_t begin, int64_t end,
       const __m512 share = _mm512_set1_ps(total == 0.0f ? 0.0f : 1.0f / total);
       for (int64_t j = 0; j < shape.value_size; j += kLanes) {
         const __m512 sum = _mm512_loadu_ps(work.output.data() + i * value_pitch + j);
-        store(head.output + (query + i) * head.output_row + j, _mm512_mul_ps(sum, share),
-              first_lanes(shape.value_size - j));
+        output.store(head.output + (query + i) * head.output_row + j, _mm512_mul_ps(sum, share),
+                     first_lanes(shape.value_size - j));
       }
     }
   }
 }
 
-template <class Kind, class T>
+template <class Kind, class T, class Out>
 at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const Mask& mask, bool is_causal, float scale) {
+                        const Mask& mask, bool is_causal, float scale, const Quantizer& codes) {
   const Shape shape{
       q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3), q.size(1) / k.size(1),
       is_causal, scale};
-  at::Tensor out =
-      at::empty({shape.batch, shape.queries, shape.heads, shape.value_size}, q.options());
+  at::Tensor out = at::empty({shape.batch, shape.queries, shape.heads, shape.value_size},
+                             q.options().dtype(c10::CppTypeToScalarType<Out>::value));
+  const Output<T, Out> output{out.mutable_data_ptr<Out>(), codes};
   const int64_t out_row = shape.heads * shape.value_size;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t all = shape.batch * shape.heads;
@@ -261,7 +280,7 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
     return Head<T>{
         q.const_data_ptr<T>() + batch * q.stride(0) + head * q.stride(1),
         q.stride(2),
-        out.mutable_data_ptr<T>() + batch * shape.queries * out_row + head * shape.value_size,
+        batch * shape.queries * out_row + head * shape.value_size,
         out_row,
         mask,
         batch * mask.batch + head * mask.head};
@@ -297,7 +316,7 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
       }
       const int64_t first = tiles * part / parts * kTileRows;
       const int64_t last = std::min(shape.queries, tiles * (part + 1) / parts * kTileRows);
-      attend<Kind, T>(shape, head, first, last, *work);
+      attend<Kind>(shape, head, first, last, *work, output);
     }
   });
   return out.transpose(1, 2);
@@ -316,8 +335,11 @@ inline Mask mask_of(const at::Tensor& expanded) {
           expanded.stride(2),        expanded.stride(3)};
 }
 
-inline at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const std::optional<at::Tensor>& given, bool is_causal, double scale) {
+// Nothing where the inputs are not what the kernels take.
+template <class Out>
+std::optional<at::Tensor> attention_to(const at::Tensor& q, const at::Tensor& k,
+                                       const at::Tensor& v, const std::optional<at::Tensor>& given,
+                                       bool is_causal, double scale, const Quantizer& codes) {
   const bool same = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 &&
                     q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type() &&
                     q.numel() > 0 && k.numel() > 0 && v.numel() > 0 && q.size(0) == k.size(0) &&
@@ -327,26 +349,57 @@ inline at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::
       !given ||
       (!is_causal && (given->scalar_type() == at::kBool || given->scalar_type() == at::kFloat) &&
        given->dim() <= 4);
-  if (same && masks) {
-    const at::Tensor expanded =
-        given ? given->expand({q.size(0), q.size(1), q.size(2), k.size(2)}) : at::Tensor();
-    const Mask mask = given ? mask_of(expanded) : Mask();
-    const auto factor = static_cast<float>(scale);
-    if (q.scalar_type() == at::kFloat) {
-      return attention_of<Float32, float>(by_steps(q, 1), by_steps(k, 1), by_steps(v, 1), mask,
-                                          is_causal, factor);
-    }
-    if (q.scalar_type() == at::kBFloat16 && q.size(3) % 2 == 0) {
-      return attention_of<BFloat16, at::BFloat16>(by_steps(q, 2), by_steps(k, 2), by_steps(v, 1),
-                                                  mask, is_causal, factor);
-    }
+  if (!same || !masks) return std::nullopt;
+  const at::Tensor expanded =
+      given ? given->expand({q.size(0), q.size(1), q.size(2), k.size(2)}) : at::Tensor();
+  const Mask mask = given ? mask_of(expanded) : Mask();
+  const auto factor = static_cast<float>(scale);
+  if (q.scalar_type() == at::kFloat) {
+    using To = std::conditional_t<kIsCode<Out>, Out, float>;
+    return attention_of<Float32, float, To>(by_steps(q, 1), by_steps(k, 1), by_steps(v, 1), mask,
+                                            is_causal, factor, codes);
   }
+  if (q.scalar_type() == at::kBFloat16 && q.size(3) % 2 == 0) {
+    using To = std::conditional_t<kIsCode<Out>, Out, at::BFloat16>;
+    return attention_of<BFloat16, at::BFloat16, To>(by_steps(q, 2), by_steps(k, 2), by_steps(v, 1),
+                                                    mask, is_causal, factor, codes);
+  }
+  return std::nullopt;
+}
+
+inline at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const std::optional<at::Tensor>& mask, bool is_causal, double scale) {
+  const auto out = attention_to<float>(q, k, v, mask, is_causal, scale, Quantizer());
+  if (out) return *out;
   static const auto by_library =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fxopt::attention_by_library", "")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                             const std::optional<at::Tensor>&, bool, double)>();
-  return by_library.call(q, k, v, given, is_causal, scale);
+  return by_library.call(q, k, v, mask, is_causal, scale);
+}
+
+inline at::Tensor quantized_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                      const std::optional<at::Tensor>& mask, bool is_causal,
+                                      double scale, const at::Tensor& out_scale,
+                                      const at::Tensor& out_zero_point) {
+  std::optional<at::Tensor> out;
+  if (is_number(out_scale, at::kFloat) && out_zero_point.numel() == 1) {
+    const auto to = [&](auto like) {
+      return attention_to<decltype(like)>(q, k, v, mask, is_causal, scale,
+                                          quantizer(out_scale, out_zero_point));
+    };
+    if (out_zero_point.scalar_type() == at::kByte) out = to(uint8_t());
+    if (out_zero_point.scalar_type() == at::kChar) out = to(int8_t());
+  }
+  if (out) return *out;
+  static const auto by_library =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fxopt::quantized_attention_by_library", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const std::optional<at::Tensor>&, bool, double, const at::Tensor&,
+                            const at::Tensor&)>();
+  return by_library.call(q, k, v, mask, is_causal, scale, out_scale, out_zero_point);
 }
 
 }  // namespace fxopt

@@ -60,8 +60,7 @@ struct Int8Epilogue {
   const float* bias;
   float scale;
   int32_t zero_point;
-  float inverse_out_scale;
-  float out_zero_point;
+  Quantizer codes;
   int64_t columns;
 
   template <PostOp op>
@@ -76,23 +75,13 @@ struct Int8Epilogue {
       for (int i = 0; i < rows; ++i) {
         const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + i * kPanel + j), offset);
         const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, added);
-        write(out + (row + i) * columns + column + j, activated<op>(x), lanes);
+        T* to = out + (row + i) * columns + column + j;
+        if constexpr (kIsCode<T>) {
+          codes.store(to, activated<op, true>(x), lanes);
+        } else {
+          store(to, activated<op>(x), lanes);
+        }
       }
-    }
-  }
-
-  void write(T* to, __m512 x, __mmask16 lanes) const {
-    if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<T, int8_t>) {
-      const __m512 low = _mm512_set1_ps(std::numeric_limits<T>::min() - out_zero_point);
-      const __m512 high = _mm512_set1_ps(std::numeric_limits<T>::max() - out_zero_point);
-      // Saturated before the conversion, which knows no integer for what is too large.
-      x = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(inverse_out_scale)), low),
-                        high);
-      const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(x),
-                                         _mm512_set1_epi32(static_cast<int32_t>(out_zero_point)));
-      _mm_mask_storeu_epi8(to, lanes, _mm512_cvtepi32_epi8(q));
-    } else {
-      store(to, x, lanes);
     }
   }
 };
@@ -220,7 +209,7 @@ inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
 template <class T>
 at::Tensor packed_int8(const at::Tensor& q, const at::Tensor& weight, float scale,
                        int32_t zero_point, const float* weight_scale, const float* bias, PostOp op,
-                       float out_scale, float out_zero_point, at::ScalarType dtype) {
+                       const Quantizer& codes, at::ScalarType dtype) {
   const at::Tensor rows = unsigned_rows(q), packed = panels(weight);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
   at::Tensor out = at::empty(output_shape(q, weight), q.options().dtype(dtype));
@@ -231,8 +220,7 @@ at::Tensor packed_int8(const at::Tensor& q, const at::Tensor& weight, float scal
                                  bias,
                                  scale,
                                  zero_point + (q.scalar_type() == at::kChar ? 128 : 0),
-                                 1.0f / out_scale,
-                                 out_zero_point,
+                                 codes,
                                  columns};
   multiply_with<Int8>(static_cast<const int32_t*>(rows.const_data_ptr()), b,
                       rows.numel() / rows.size(-1), columns, steps, epilogue, op);
@@ -258,8 +246,8 @@ inline at::Tensor packed_int8_linear(
       zero_point.numel() == 1 && is_float_vector(weight_scale, columns) &&
       (!bias || is_float_vector(*bias, columns)) && op != PostOp::kAdd &&
       (op != PostOp::kNone || post_op == "none") && requantizes == out_zero_point.has_value() &&
-      (requantizes ? to_integers && is_float_vector(*out_scale, 1) &&
-                         out_zero_point->numel() == 1 && out_zero_point->scalar_type() == dtype
+      (requantizes ? to_integers && is_number(*out_scale, at::kFloat) &&
+                         is_number(*out_zero_point, dtype)
                    : dtype == at::kFloat || dtype == at::kBFloat16);
   if (!well_formed) {
     static const auto by_library =
@@ -273,15 +261,11 @@ inline at::Tensor packed_int8_linear(
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
-  const auto integer = [](const at::Tensor& t) -> int32_t {
-    return t.scalar_type() == at::kByte ? *t.const_data_ptr<uint8_t>() : t.item<int32_t>();
-  };
   const auto run = [&](auto like) {
     return packed_int8<decltype(like)>(
         q, weight, *scale.const_data_ptr<float>(), integer(zero_point),
         weight_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, op,
-        requantizes ? *out_scale->const_data_ptr<float>() : 1.0f,
-        requantizes ? static_cast<float>(integer(*out_zero_point)) : 0.0f, dtype);
+        requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer(), dtype);
   };
   switch (dtype) {
     case at::kByte:

@@ -12,6 +12,7 @@ extern "C" void register_kernels() {
                                                 c10::DispatchKey::CPU, __FILE__, __LINE__);
   registered->impl("packed_linear", fxopt::packed_linear);
   registered->impl("attention", fxopt::attention);
+  registered->impl("quantized_attention", fxopt::quantized_attention);
   registered->impl("int8_product", fxopt::int8_product);
   registered->impl("packed_int8_linear", fxopt::packed_int8_linear);
 }

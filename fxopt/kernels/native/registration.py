@@ -27,6 +27,13 @@ def on_cpu(schema: str, implementation: Callable[..., Any]) -> None:
     _register(name)
 
 
+def serves(operator: Any) -> bool:
+    """Whether compiled kernels can take the place of a library for this operator overload."""
+    return getattr(operator, "namespace", "") == _NAMESPACE and (
+        operator._schema.name.removeprefix(f"{_NAMESPACE}::") in _implementations
+    )
+
+
 def give_way() -> None:
     """Take back what `on_cpu` registered, but for the operators by their longer names."""
     while _registered:
