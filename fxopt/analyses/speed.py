@@ -112,14 +112,21 @@ def _float(given: Operands) -> Tensor:
 
 
 def _int8(given: Operands) -> Tensor:
-    """The int32 product, and the memory traffic of what a compiler makes of the rest: one pass over
-    x for the scales, one that rounds it, and one over y that scales, adds and converts.
+    """One pass over x for the scales and one that rounds it, then everything in the product's
+    epilogue; where no kernel does that, the memory traffic of what a compiler makes of it: one pass
+    over the int32 product that scales, adds and converts.
 
     The rounding itself is left out, since eager operators would take six passes for it. Where a
     norm or an activation before it is fused with it, the graph is faster than this.
     """
     given.x.amax(-1, keepdim=True)
     given.x.to(torch.int8)
+    if given.device.type == "cuda" or kernels.native.load():
+        fused: Tensor = ops.int8_linear_fused(
+            given.x_int8, given.x_scale, None, given.weight_int8, given.weight_scale, None,
+            given.bias, given.dtype, "none",
+        )  # fmt: skip
+        return fused
     product = ops.int8_product(given.x_int8, given.weight_int8)
     y = torch.empty(product.shape, dtype=given.dtype, device=given.device)
     return torch.mul(product, given.x_scale, out=y)

@@ -15,12 +15,12 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 five of them, marked *, are compiled for it instead (`native`).
+with AVX-512 six of them, marked *, are compiled for it instead (`native`).
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
     int8_linear_fused(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype, post_op)
-                                                                 one Triton kernel on CUDA
+                                                                 one Triton kernel on CUDA *
     float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
     int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns

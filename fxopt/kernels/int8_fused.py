@@ -5,7 +5,8 @@
 for q int8 `[..., K]` that stands for (q - z) * s, and W int8 `[N, K]` for W * t. The zero point
 leaves the sum as u, the row sums of W, known beforehand; all before the scales is exact in int32 up
 to K = 65 000 (133 000 without zero points). On CUDA it is one Triton kernel
-(`fxopt.kernels.triton_int8`); without Triton, and elsewhere, this equation in aten.
+(`fxopt.kernels.triton_int8`), on a CPU one of the compiled kernels (`fxopt.kernels.native`); without
+them this equation in aten.
 Source for the zero point: Jacob et al., "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.packed import POST_OPS, activate
 
 aten = torch.ops.aten
@@ -35,11 +37,12 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _TRITON_WRITES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "int8_linear_fused(Tensor q, Tensor scale, Tensor? zero_point, Tensor weight, "
     "Tensor weight_scale, Tensor? weight_sums, Tensor? bias, ScalarType dtype, str post_op) "
     "-> Tensor"
 )
+_library.define(_SCHEMA)
 
 
 class Call(NamedTuple):
@@ -196,6 +199,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("int8_linear_fused", reference, "CompositeExplicitAutograd")
 _library.impl("int8_linear_fused", _on_cuda, "CUDA")
+on_cpu(_SCHEMA, reference)
 torch.library.register_fake("fxopt::int8_linear_fused", _fake, lib=_library)
 torch.library.register_autograd(
     "fxopt::int8_linear_fused", _backward, setup_context=_save, lib=_library

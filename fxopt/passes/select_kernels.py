@@ -5,7 +5,9 @@
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
     linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
-    f(int8_linear(...))                        =  int8_linear_fused(..., f)                on CUDA
+    int8_linear(...)                           =  int8_linear_fused(...)     where one kernel does it
+    f(int8_linear_fused(..., "none"))          =  int8_linear_fused(..., f)      relu, gelu, silu
+    bf16(int8_linear_fused(...))               =  int8_linear_fused(..., bf16)
     f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
     quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
     bf16(packed_int8_linear(...))              =  packed_int8_linear(..., bf16)
@@ -126,19 +128,27 @@ class SelectPackedInt8Linear(_AffineLinear):
 
 
 class FuseInt8Linear(Rule):
-    """int8_linear(q, s, W, t, b, z, ΣW) = int8_linear_fused(q, s, z, W, t, ΣW, b) on CUDA"""
+    """int8_linear(q, s, W, t, b, z, ΣW) = int8_linear_fused(q, s, z, W, t, ΣW, b)
+
+    On CUDA, and on a CPU that the kernels are compiled for.
+    """
+
+    def __init__(self, compiled: bool) -> None:
+        self.dtypes = {"cuda": (torch.float32, torch.float16, torch.bfloat16)}
+        if compiled:
+            self.dtypes["cpu"] = (torch.float32, torch.bfloat16)
 
     def targets(self) -> tuple[Target, ...]:
         return (ops.int8_linear.default,)
 
     def match(self, node: fx.Node) -> Match | None:
         given = arguments(node)
-        on_cuda = given["q"].meta["val"].device.type == "cuda"
-        return Match((node,), given) if on_cuda else None
+        known = given["q"].meta["val"].device.type in self.dtypes
+        return Match((node,), given) if known else None
 
     def refuse(self, match: Match) -> str | None:
-        if match["dtype"] == torch.float64:
-            return "it computes in torch.float64, which the fused kernel doesn't"
+        if match["dtype"] not in self.dtypes[match["q"].meta["val"].device.type]:
+            return f"it computes in {match['dtype']}, which the fused kernel doesn't"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
@@ -147,21 +157,47 @@ class FuseInt8Linear(Rule):
         return edit.call(ops.int8_linear_fused.default, *inputs, match["dtype"], "none")
 
 
-class FuseActivation(Rule):
-    """f(int8_linear_fused(..., "none")) = int8_linear_fused(..., f)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(ACTIVATIONS)
+class _FusedEpilogue(Rule):
+    """What follows a fused int8 product and can be done in it."""
 
     def match(self, node: fx.Node) -> Match | None:
         product = node.args[0]
         if not isinstance(product, fx.Node) or product.target is not ops.int8_linear_fused.default:
             return None
-        return Match((node,), {}, (product,)) if product.args[-1] == "none" else None
+        *_, dtype, post_op = product.args
+        return Match((node,), {}, (product,)) if self.fits(node, dtype, post_op) else None
+
+    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
+        """Whether a product in `dtype` with `post_op` can do this call at its end."""
+        raise NotImplementedError
+
+
+class FuseActivation(_FusedEpilogue):
+    """f(int8_linear_fused(..., "none")) = int8_linear_fused(..., f)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(ACTIVATIONS)
+
+    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
+        return bool(post_op == "none")
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         *inputs, _ = match.inner[0].args
         return edit.call(ops.int8_linear_fused.default, *inputs, activation_name(match.root))
+
+
+class FuseCast(_FusedEpilogue):
+    """bf16(int8_linear_fused(...)) = int8_linear_fused(..., bf16)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.to.dtype,)
+
+    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
+        return _is_to_bfloat16(node) and dtype == torch.float32
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        *inputs, _, post_op = match.inner[0].args
+        return edit.call(ops.int8_linear_fused.default, *inputs, torch.bfloat16, post_op)
 
 
 class UnsignedActivations(Rule):
@@ -290,7 +326,7 @@ class CastInside(_Epilogue):
         return (aten.to.dtype,)
 
     def fits(self, node: fx.Node) -> bool:
-        return tuple(node.args[1:]) == (torch.bfloat16,) and not node.kwargs
+        return _is_to_bfloat16(node)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         return self.inside(match, edit, _DTYPE, torch.bfloat16)
@@ -310,7 +346,7 @@ class SelectKernels(RulePass):
     def rules(self, program: Program) -> Sequence[Rule]:
         """Activations first: the weight-only rule would match the same linear."""
         # Before a weight is laid out for one library, and then once more for another.
-        native.load()
+        compiled = bool(native.load())
         return (
             SelectInt8Linear(),
             SelectAffineInt8Linear(),
@@ -319,8 +355,9 @@ class SelectKernels(RulePass):
             SelectInt4Linear(),
             SelectFloat8Linear(),
             SelectSparse24Linear(program),
-            FuseInt8Linear(),
+            FuseInt8Linear(compiled),
             FuseActivation(),
+            FuseCast(),
             UnsignedActivations(),
             UnsignedOutput(),
             ActivationInside(),
@@ -334,6 +371,10 @@ def activation_name(node: fx.Node) -> str:
     name = ACTIVATIONS[node.target]
     tanh = name == "gelu" and arguments(node)["approximate"] == "tanh"
     return "gelu_tanh" if tanh else name
+
+
+def _is_to_bfloat16(node: fx.Node) -> bool:
+    return tuple(node.args[1:]) == (torch.bfloat16,) and not node.kwargs
 
 
 def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:

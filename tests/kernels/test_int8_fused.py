@@ -14,6 +14,8 @@ from fxopt.errors import KernelError
 from fxopt.kernels import quantize_weight
 from fxopt.kernels.int8_fused import EPILOGUES, row_sums
 
+pytestmark = pytest.mark.usefixtures("served_by")
+
 ops = torch.ops.fxopt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ACTIVATIONS = {

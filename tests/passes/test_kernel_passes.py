@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -52,7 +52,8 @@ def _after(pass_: Int8Linear, model: nn.Module, x: Tensor) -> Program:
 def test_quantized_regions_become_one_operator(mode: str, rule: str, target: str) -> None:
     x = torch.randn(5, 8)
     program = _after(Int8Linear(mode=mode), Residual(), x)  # type: ignore[arg-type]
-    result = SelectKernels().apply(program, SelectKernels().plan(program))
+    with native.without():
+        result = SelectKernels().apply(program, SelectKernels().plan(program))
     assert result.changes.fired == {rule: 2}
     assert sum(str(node.target) == target for node in result.graph.nodes) == 2
     assert not any(node.target is torch.ops.aten.linear.default for node in result.graph.nodes)
@@ -342,13 +343,45 @@ def test_a_signed_input_that_two_share_is_shifted_once() -> None:
 
 
 def test_affine_tokens_are_one_operator_with_the_sums_of_the_weight() -> None:
-    program, result = _selected(Int8Linear(activations="affine"), Residual(), X)
+    with native.without():
+        program, result = _selected(Int8Linear(activations="affine"), Residual(), X)
     assert result.changes.fired == {"SelectAffineInt8Linear": 2}
     (sums,) = [name for name in result.state if name == "first.weight_int8_sums"]
     weight = result.tensor("first.weight_int8")
     assert torch.equal(result.tensor(sums).long(), weight.long().sum(-1))
     (before,), (after,) = evaluate(program, (X,)), evaluate(result, (X,))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activations", ["symmetric", "affine"])
+def test_a_linear_of_tokens_is_one_kernel_with_its_activation_and_cast(
+    activations: Literal["symmetric", "affine"], activation: nn.Module
+) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), activation)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).to(torch.bfloat16)  # type: ignore[no-any-return]
+
+    program, result = _selected(Int8Linear(activations=activations), Cast(), X)
+    select = "SelectInt8Linear" if activations == "symmetric" else "SelectAffineInt8Linear"
+    once = dict.fromkeys((select, "FuseInt8Linear", "FuseActivation", "FuseCast"), 1)
+    assert result.changes.fired == once
+    (before,), (after,) = evaluate(program, (X,)), evaluate(result, (X,))
+    assert after.dtype == torch.bfloat16
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_float64_keeps_the_product_apart() -> None:
+    model, x = nn.Linear(8, 8).double(), X.double()
+    _, result = _selected(Int8Linear(), model, x)
+    assert result.changes.fired == {"SelectInt8Linear": 1}
+    assert "it computes in torch.float64, which the fused kernel" in str(result.changes.refused)
 
 
 def test_an_output_that_two_read_stays_float() -> None:

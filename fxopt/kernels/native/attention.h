@@ -277,13 +277,12 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const int64_t parts = std::min(most, std::max<int64_t>(1, 4 * threads / all));
   const int64_t tiles = (shape.queries + kTileRows - 1) / kTileRows;
   const auto head_of = [&](int64_t batch, int64_t head) {
-    return Head<T>{
-        q.const_data_ptr<T>() + batch * q.stride(0) + head * q.stride(1),
-        q.stride(2),
-        batch * shape.queries * out_row + head * shape.value_size,
-        out_row,
-        mask,
-        batch * mask.batch + head * mask.head};
+    return Head<T>{q.const_data_ptr<T>() + batch * q.stride(0) + head * q.stride(1),
+                   q.stride(2),
+                   batch * shape.queries * out_row + head * shape.value_size,
+                   out_row,
+                   mask,
+                   batch * mask.batch + head * mask.head};
   };
   const auto lay_out_head = [&](Workspace<T>& work, int64_t batch, int64_t key_head) {
     const T* keys = k.const_data_ptr<T>() + batch * k.stride(0) + key_head * k.stride(1);

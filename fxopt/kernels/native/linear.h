@@ -51,28 +51,40 @@ struct FloatEpilogue {
   }
 };
 
-// The integers of a product become numbers, and integers again where an output scale is given.
+// What rounded activations stand for: (q - zero point) * scale, q shifted to unsigned, one scale
+// and zero point for all rows, or one each, `next` being 1.
+struct Scales {
+  const float* scale;
+  const int32_t* zero_point;
+  int64_t next;
+};
+
+// The integers of a product become numbers, and integers again where those are asked for.
 template <class T>
 struct Int8Epilogue {
   T* out;
+  Scales rows;
   const int32_t* sums;
   const float* weight_scale;
   const float* bias;
-  float scale;
-  int32_t zero_point;
   Quantizer codes;
   int64_t columns;
 
   template <PostOp op>
-  void finish(const float* tile, int64_t row, int rows, int64_t column, int64_t wide) const {
+  void finish(const float* tile, int64_t row, int high, int64_t column, int64_t wide) const {
     for (int64_t j = 0; j < wide; j += kLanes) {
       const __mmask16 lanes = first_lanes(wide - j);
-      const __m512i offset =
-          _mm512_mullo_epi32(_mm512_set1_epi32(zero_point), _mm512_loadu_si512(sums + column + j));
-      const __m512 factor =
-          _mm512_mul_ps(_mm512_set1_ps(scale), load(weight_scale + column + j, lanes));
+      const __m512i total = _mm512_loadu_si512(sums + column + j);
+      const __m512 by_column = load(weight_scale + column + j, lanes);
       const __m512 added = bias ? load(bias + column + j, lanes) : _mm512_setzero_ps();
-      for (int i = 0; i < rows; ++i) {
+      __m512i offset;
+      __m512 factor;
+      for (int i = 0; i < high; ++i) {
+        if (i == 0 || rows.next) {
+          const int64_t at = (row + i) * rows.next;
+          offset = _mm512_mullo_epi32(_mm512_set1_epi32(rows.zero_point[at]), total);
+          factor = _mm512_mul_ps(_mm512_set1_ps(rows.scale[at]), by_column);
+        }
         const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + i * kPanel + j), offset);
         const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, added);
         T* to = out + (row + i) * columns + column + j;
@@ -206,24 +218,25 @@ inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
   return product;
 }
 
+// `q` 8-bit; `rows` as for unsigned rows.
 template <class T>
-at::Tensor packed_int8(const at::Tensor& q, const at::Tensor& weight, float scale,
-                       int32_t zero_point, const float* weight_scale, const float* bias, PostOp op,
-                       const Quantizer& codes, at::ScalarType dtype) {
-  const at::Tensor rows = unsigned_rows(q), packed = panels(weight);
+at::Tensor int8_linear(const at::Tensor& q, const Scales& rows, const at::Tensor& weight,
+                       const float* weight_scale, const float* bias, PostOp op,
+                       const Quantizer& codes) {
+  const at::Tensor a = unsigned_rows(q), packed = panels(weight);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
-  at::Tensor out = at::empty(output_shape(q, weight), q.options().dtype(dtype));
+  const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
+  at::Tensor out = at::empty(output_shape(q, weight), options);
   const int32_t* b = packed.const_data_ptr<int32_t>();
-  const Int8Epilogue<T> epilogue{static_cast<T*>(out.mutable_data_ptr()),
+  const Int8Epilogue<T> epilogue{out.mutable_data_ptr<T>(),
+                                 rows,
                                  b + padded(columns) * steps,
                                  weight_scale,
                                  bias,
-                                 scale,
-                                 zero_point + (q.scalar_type() == at::kChar ? 128 : 0),
                                  codes,
                                  columns};
-  multiply_with<Int8>(static_cast<const int32_t*>(rows.const_data_ptr()), b,
-                      rows.numel() / rows.size(-1), columns, steps, epilogue, op);
+  multiply_with<Int8>(static_cast<const int32_t*>(a.const_data_ptr()), b, a.numel() / a.size(-1),
+                      columns, steps, epilogue, op);
   return out;
 }
 
@@ -246,9 +259,9 @@ inline at::Tensor packed_int8_linear(
       zero_point.numel() == 1 && is_float_vector(weight_scale, columns) &&
       (!bias || is_float_vector(*bias, columns)) && op != PostOp::kAdd &&
       (op != PostOp::kNone || post_op == "none") && requantizes == out_zero_point.has_value() &&
-      (requantizes ? to_integers && is_number(*out_scale, at::kFloat) &&
-                         is_number(*out_zero_point, dtype)
-                   : dtype == at::kFloat || dtype == at::kBFloat16);
+      (requantizes
+           ? to_integers && is_number(*out_scale, at::kFloat) && is_number(*out_zero_point, dtype)
+           : dtype == at::kFloat || dtype == at::kBFloat16);
   if (!well_formed) {
     static const auto by_library =
         c10::Dispatcher::singleton()
@@ -261,11 +274,12 @@ inline at::Tensor packed_int8_linear(
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
+  const int32_t zero = integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
   const auto run = [&](auto like) {
-    return packed_int8<decltype(like)>(
-        q, weight, *scale.const_data_ptr<float>(), integer(zero_point),
-        weight_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, op,
-        requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer(), dtype);
+    return int8_linear<decltype(like)>(
+        q, {scale.const_data_ptr<float>(), &zero, 0}, weight, weight_scale.const_data_ptr<float>(),
+        bias ? bias->const_data_ptr<float>() : nullptr, op,
+        requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer());
   };
   switch (dtype) {
     case at::kByte:
@@ -277,6 +291,50 @@ inline at::Tensor packed_int8_linear(
     default:
       return run(float());
   }
+}
+
+// One number for each row of `q`, in its shape but for the last axis of 1.
+inline bool is_by_row(const at::Tensor& t, const at::Tensor& q, at::ScalarType dtype) {
+  return t.scalar_type() == dtype && t.dim() == q.dim() && t.is_contiguous() && t.size(-1) == 1 &&
+         std::equal(t.sizes().begin(), t.sizes().end() - 1, q.sizes().begin());
+}
+
+inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale,
+                                    const std::optional<at::Tensor>& zero_point,
+                                    const at::Tensor& weight, const at::Tensor& weight_scale,
+                                    const std::optional<at::Tensor>& weight_sums,
+                                    const std::optional<at::Tensor>& bias, at::ScalarType dtype,
+                                    c10::string_view post_op) {
+  const PostOp op = post_op_named(post_op);
+  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
+  const bool well_formed =
+      fits(q, weight) && weight.scalar_type() == at::kChar && q.scalar_type() == at::kChar &&
+      is_by_row(scale, q, at::kFloat) && (!zero_point || is_by_row(*zero_point, q, at::kChar)) &&
+      is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
+      op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none") &&
+      (dtype == at::kFloat || dtype == at::kBFloat16);
+  if (!well_formed) {
+    static const auto by_library =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fxopt::int8_linear_fused_by_library", "")
+            .typed<at::Tensor(
+                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, at::ScalarType, c10::string_view)>();
+    return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype,
+                           post_op);
+  }
+  std::vector<int32_t> zeros(scale.numel(), 128);
+  for (size_t row = 0; zero_point && row < zeros.size(); ++row) {
+    zeros[row] += zero_point->const_data_ptr<int8_t>()[row];
+  }
+  const auto run = [&](auto like) {
+    return int8_linear<decltype(like)>(q, {scale.const_data_ptr<float>(), zeros.data(), 1}, weight,
+                                       weight_scale.const_data_ptr<float>(),
+                                       bias ? bias->const_data_ptr<float>() : nullptr, op,
+                                       Quantizer());
+  };
+  return dtype == at::kFloat ? run(float()) : run(at::BFloat16());
 }
 
 }  // namespace fxopt

@@ -15,6 +15,7 @@ extern "C" void register_kernels() {
   registered->impl("quantized_attention", fxopt::quantized_attention);
   registered->impl("int8_product", fxopt::int8_product);
   registered->impl("packed_int8_linear", fxopt::packed_int8_linear);
+  registered->impl("int8_linear_fused", fxopt::int8_linear_fused);
 }
 
 extern "C" void unregister_kernels() { registered.reset(); }

@@ -13,16 +13,15 @@ namespace fxopt {
 
 constexpr int kTileRows = 8;
 constexpr int kTileVectors = 3;
-// Steps by which B is fetched ahead; at the end of each page of memory the processor's own
-// prefetching stops.
-constexpr int kAhead = 16;
 constexpr int kPanel = kTileVectors * kLanes;
 // Rows of A that stay in half of a second-level cache while all panels pass by.
 constexpr int64_t kBlockBytes = 512 << 10;
 
+// How the elements of a step multiply. `kAhead` steps of B are fetched before they are needed: at
+// the end of each page of memory the processor's own prefetching stops.
 struct Float32 {
   using Sum = __m512;
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1, kAhead = 16;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add_product(Sum sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
@@ -32,7 +31,7 @@ struct Float32 {
 
 struct BFloat16 {
   using Sum = __m512;
-  static constexpr int kStep = 2;
+  static constexpr int kStep = 2, kAhead = 16;
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add_product(Sum sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -42,7 +41,7 @@ struct BFloat16 {
 
 struct Int8 {
   using Sum = __m512i;
-  static constexpr int kStep = 4;
+  static constexpr int kStep = 4, kAhead = 64;
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum add_product(Sum sum, __m512i unsigned_a, __m512i signed_b) {
     // As an instruction: for the intrinsic, GCC 12 moves each sum to another register and back, and
@@ -66,7 +65,7 @@ inline __attribute__((always_inline)) void multiply_tile(const int32_t* a, int64
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      const int32_t* ahead = b + (step + kAhead) * pitch + j * kLanes;
+      const int32_t* ahead = b + (step + Kind::kAhead) * pitch + j * kLanes;
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     }
     __m512i column[vectors];

@@ -76,9 +76,9 @@ inline __m512 gelu(__m512 x) {
   return _mm512_fmadd_ps(half, erf(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f))), half);
 }
 
-// x (1/2 + z p(z^2)), z = x within +-4.25, where the sum reaches 0 and 1: within 1.5e-5 |x|, which is
-// a two-hundredth of a step of 8 bits. The division of the rational form costs as much as all this.
-// The coefficients are the minimax ones, under that condition on the ends.
+// x (1/2 + z p(z^2)), z = x within +-4.25, where the sum reaches 0 and 1: within 1.5e-5 |x|, which
+// is a two-hundredth of a step of 8 bits. The division of the rational form costs as much as all
+// this. The coefficients are the minimax ones, under that condition on the ends.
 inline __m512 gelu_for_codes(__m512 x) {
   const __m512 edge = _mm512_set1_ps(4.25f), half = _mm512_set1_ps(0.5f);
   const __m512 z = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), edge), _mm512_min_ps(edge, x));
