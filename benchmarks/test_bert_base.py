@@ -18,7 +18,6 @@ from benchmarks.systems import (
     COMPILE_BF16,
     COMPILE_FP32,
     FXOPT_AUTOCAST,
-    FXOPT_AUTOCAST_NO_PREPACK,
     FXOPT_DYNAMIC,
     FXOPT_FP32,
     FXOPT_HALF,
@@ -53,7 +52,7 @@ def test_fp32(bert, effort: Effort, benchmark, record: Record) -> None:  # type:
 
 def test_bf16(bert, effort: Effort, benchmark, record: Record) -> None:  # type: ignore[no-untyped-def]
     """Beside whole models in bfloat16 and torch.autocast, whose error is the measure of ours."""
-    ours = (FXOPT_AUTOCAST, FXOPT_AUTOCAST_NO_PREPACK, FXOPT_HALF, FXOPT_HALF_LINEAR)
+    ours = (FXOPT_AUTOCAST, FXOPT_HALF, FXOPT_HALF_LINEAR)
     peers = (OPENVINO_BF16, COMPILE_BF16, AUTOCAST_BF16_COMPILE, AUTOCAST_BF16)
     compared = _timed(benchmark, bert, (*ours, *peers), floor_db=30.0, **effort)
     figures = _figures(compared, ours, peers)

@@ -29,6 +29,7 @@ from fxopt.passes import (
     Prepack,
     PruneChannels,
     SelectKernels,
+    ShiftChannels,
     SmoothQuant,
     Sparsify24,
     SplitOutliers,
@@ -53,6 +54,7 @@ PASSES: dict[str, type[Pass]] = {
         Float8Linear,
         Autocast,
         SelectKernels,
+        ShiftChannels,
         Prepack,
         Lower,
     )

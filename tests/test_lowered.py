@@ -135,6 +135,25 @@ def test_lowering_packs_what_no_pass_has_packed() -> None:
     assert torch.equal(again(X), opt(X))
 
 
+@pytest.mark.parametrize("spec", ["int8-linear{mode=static}", "int8-linear", "autocast", "prepack"])
+def test_calls_generated_in_cpp_are_the_same(spec: str) -> None:
+    x = torch.randn(2, 6, 16)
+    passes = f"{spec}, lower{{mode=reduce-overhead, strict=true}}"
+    opt = fxopt.transform(_layers(2), passes, example_inputs=(x,), measure_cost=False)
+    plain = fxopt.transform(_layers(2), f"{spec}, lower", example_inputs=(x,), measure_cost=False)
+    assert opt.steps[-1].record.fired == plain.steps[-1].record.fired
+    for size in ((2, 6), (3, 9), (1, 4)):
+        other = torch.randn(*size, 16)
+        torch.testing.assert_close(opt(other), plain(other), rtol=1e-4, atol=1e-4)
+
+
+def test_what_trains_is_called_from_python() -> None:
+    passes = [fxopt.Lower(mode="reduce-overhead")]
+    opt = fxopt.transform(_model(), passes, example_inputs=(X,), mode="train", measure_cost=False)
+    opt(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in opt.parameters())
+
+
 def test_lowering_what_trains_packs_nothing() -> None:
     opt = fxopt.transform(_model(), "lower", example_inputs=(X,), mode="train")
     assert [step.record.name for step in opt.steps] == ["capture", "lower"]

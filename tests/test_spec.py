@@ -48,6 +48,7 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "prepack": st.booleans(),
     "weighting": st.just("uniform"),
     "seed": st.integers(0, 9),
+    "gain": st.floats(0.01, 0.99),
     "again": st.booleans(),
     "alpha": st.just("auto") | st.floats(0.0, 1.0),
     "activations": st.sampled_from(["symmetric", "affine"]),

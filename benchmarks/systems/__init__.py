@@ -8,7 +8,6 @@ from benchmarks.systems.onnxruntime_peers import ONNXRUNTIME_FP32, ONNXRUNTIME_I
 from benchmarks.systems.openvino_peers import OPENVINO_BF16, OPENVINO_FP32, OPENVINO_INT8
 from benchmarks.systems.ours import (
     FXOPT_AUTOCAST,
-    FXOPT_AUTOCAST_NO_PREPACK,
     FXOPT_CAREFUL,
     FXOPT_DYNAMIC,
     FXOPT_FP32,
@@ -48,7 +47,6 @@ __all__ = [
     "EAGER",
     "EAGER_BF16",
     "FXOPT_AUTOCAST",
-    "FXOPT_AUTOCAST_NO_PREPACK",
     "FXOPT_CAREFUL",
     "FXOPT_DYNAMIC",
     "FXOPT_FP32",

@@ -60,13 +60,23 @@ def _quantized(model: Any, workload: Workload, names: list[str]) -> Any:
 
     nncf.set_log_level(logging.ERROR)
     batches = workload.calibration or (workload.inputs,)
-    arrays = [tuple(batch[name].numpy() for name in names) for batch in batches]
+    like = workload.inputs
+    arrays = [
+        tuple(_padded(batch[name], like[name]).numpy() for name in names) for batch in batches
+    ]
     return nncf.quantize(
         model,
         nncf.Dataset(arrays),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(arrays),
     )
+
+
+def _padded(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` [batch, length] padded with zeros to the length of `like`: the traced model takes
+    that one alone, and padding is id 0 under mask 0."""
+    missing = like.shape[-1] - tensor.shape[-1] if tensor.dim() == 2 else 0
+    return torch.nn.functional.pad(tensor, (0, max(0, missing)))
 
 
 OPENVINO_FP32 = System("OpenVINO fp32", openvino(float32=True), ("openvino",))

@@ -21,6 +21,7 @@ from fxopt.analyses.linears import (
 from fxopt.analyses.observation import Observation, calibration_warnings, observe
 from fxopt.analyses.observers import (
     ChannelMagnitude,
+    ChannelRange,
     Histogram,
     MinMax,
     Observer,
@@ -46,6 +47,7 @@ __all__ = [
     "CastGraph",
     "Casts",
     "ChannelMagnitude",
+    "ChannelRange",
     "Extremes",
     "Histogram",
     "Linear",

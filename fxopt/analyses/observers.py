@@ -15,7 +15,15 @@ from torch import Tensor
 from fxopt.analyses.histogram import Histogram
 from fxopt.errors import PassError
 
-__all__ = ["ChannelMagnitude", "Histogram", "MinMax", "Observer", "Rows", "SecondMoment"]
+__all__ = [
+    "ChannelMagnitude",
+    "ChannelRange",
+    "Histogram",
+    "MinMax",
+    "Observer",
+    "Rows",
+    "SecondMoment",
+]
 
 # 2³² / golden ratio: no other number's multiples spread more evenly modulo 2³².
 # Knuth, "The Art of Computer Programming" 3, section 6.4.
@@ -76,6 +84,32 @@ class ChannelMagnitude:
             rows = rows.masked_fill(~rows.isfinite(), 0.0)
         largest = rows.amax(0)
         self.largest = torch.maximum(self.largest, largest) if self.count else largest
+        self.count += rows.numel()
+
+
+class ChannelRange:
+    """`low` and `high`: the least and largest finite value of each channel, float32 [K]; empty
+    before any, 0.0 for a channel without."""
+
+    def __init__(self) -> None:
+        self.low = self.high = torch.empty(0)
+        self.count = 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no channel has seen two values."""
+        return self.count > 0 and bool((self.low == self.high).all())
+
+    def update(self, value: Tensor) -> None:
+        """Take in `value` [..., K]."""
+        rows = _rows(value)
+        if not rows.numel():
+            return
+        if not bool(rows.isfinite().all()):
+            rows = rows.masked_fill(~rows.isfinite(), 0.0)
+        low, high = rows.aminmax(dim=0)
+        self.low = torch.minimum(self.low, low) if self.count else low
+        self.high = torch.maximum(self.high, high) if self.count else high
         self.count += rows.numel()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxopt import kernels
 
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """What `choose_alpha` tries, from weights that carry the outliers to activations that do."""
 
 # Channels that calibration hardly saw get scales far from the others'; real inputs may reach them.

@@ -5,8 +5,8 @@
 for q int8 `[..., K]` that stands for (q - z) * s, and W int8 `[N, K]` for W * t. The zero point
 leaves the sum as u, the row sums of W, known beforehand; all before the scales is exact in int32 up
 to K = 65 000 (133 000 without zero points). On CUDA it is one Triton kernel
-(`fxopt.kernels.triton_int8`), on a CPU one of the compiled kernels (`fxopt.kernels.native`); without
-them this equation in aten.
+(`fxopt.kernels.triton_int8`), on a CPU one of the compiled kernels (`fxopt.kernels.native`);
+without them this equation in aten.
 Source for the zero point: Jacob et al., "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3.
 """
@@ -48,9 +48,10 @@ _library.define(_SCHEMA)
 class Call(NamedTuple):
     """The arguments of one call, in the operator's order.
 
-    `q` int8 `[..., K]`; `scale` and `zero_point` (int8) `[..., 1]` or one number; `weight` int8
-    `[N, K]`; `weight_scale` `[N, 1]`, `weight_sums` (int32, computed where it is left out) and
-    `bias` `[N]`; the result's `dtype`; `post_op`, one of `EPILOGUES`.
+    `q` int8 `[..., K]`, or the same plus 128 as uint8; `scale` and `zero_point` (int8, of q as
+    int8) `[..., 1]` or one number; `weight` int8 `[N, K]`; `weight_scale` `[N, 1]`, `weight_sums`
+    (int32, computed where it is left out) and `bias` `[N]`; the result's `dtype`; `post_op`, one of
+    `EPILOGUES`.
     """
 
     q: Tensor
@@ -98,15 +99,23 @@ class Call(NamedTuple):
 
     def _check_dtypes(self) -> None:
         integers = [t.dtype for t in (self.q, self.weight, self.zero_point) if t is not None]
-        if any(dtype != torch.int8 for dtype in integers) or not self.dtype.is_floating_point:
+        wrong = self.q.dtype not in (torch.int8, torch.uint8)
+        wrong |= any(dtype != torch.int8 for dtype in integers[1:])
+        if wrong or not self.dtype.is_floating_point:
             raise KernelError(
-                "int8_linear_fused needs int8 q, weight and zero point and a floating-point "
-                f"result, not {', '.join(map(str, integers))} and {self.dtype}"
+                "int8_linear_fused needs 8-bit q, int8 weight and zero point and a "
+                f"floating-point result, not {', '.join(map(str, integers))} and {self.dtype}"
             )
         if self.post_op not in EPILOGUES:
             raise KernelError(
                 f"int8_linear_fused has no post_op {self.post_op!r}; one of {sorted(EPILOGUES)}"
             )
+
+    def signed(self) -> Tensor:
+        """`q` as int8."""
+        if self.q.dtype == torch.int8:
+            return self.q
+        return (self.q.to(torch.int16) - 128).to(torch.int8)
 
     def sums(self) -> Tensor | None:
         """`weight_sums`, made where a zero point needs them and they weren't given."""
@@ -117,7 +126,7 @@ class Call(NamedTuple):
     def before_activation(self) -> Tensor:
         """The layer without `post_op`, in float32, or float64 if that is the dtype asked for."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        total: Tensor = torch.ops.fxopt.int8_product(self.q, self.weight)
+        total: Tensor = torch.ops.fxopt.int8_product(self.signed(), self.weight)
         sums = self.sums()
         if self.zero_point is not None and sums is not None:
             total = total - self.zero_point.to(torch.int32) * sums.reshape(-1)
@@ -151,7 +160,7 @@ def in_triton(call: Call, **options: Any) -> Tensor:
 
     count, inner = call.q.shape[:-1].numel(), call.q.shape[-1]
     y = triton_int8.int8_linear(
-        _by_rows(call.q.reshape(count, inner)),
+        _by_rows(call.signed().reshape(count, inner)),
         _flat(call.scale, torch.float32),
         None if call.zero_point is None else _flat(call.zero_point, torch.int8),
         _by_rows(call.weight),

@@ -46,7 +46,7 @@ class Compiled:
         self.module = module
         self.options = options
         self._grad = torch.is_grad_enabled()
-        self.backend = InductorBackend(_inductor_options(options, self._grad and _on_cpu(module)))
+        self.backend = InductorBackend(_inductor_options(options, _on_cpu(module), self._grad))
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
         self._run = self._compile(options.dynamic)
         self._widened = options.dynamic is True
@@ -114,7 +114,7 @@ def compile_program(
         keep_freed_memory()
     with torch.set_grad_enabled(program.mode == "train"):
         try:
-            check_toolchain(device, options.mode)
+            check_toolchain(device)
             if device.type == "cpu":
                 _load_kernels(say)
             compiled = Compiled(module, options)
@@ -176,16 +176,19 @@ def _device(module: fx.GraphModule, example: Sequence[Tensor]) -> torch.device:
     return kinds.get("cuda") or next(iter(kinds.values()), torch.device("cpu"))
 
 
-def _inductor_options(options: Lower, trains_on_cpu: bool) -> dict[str, Any]:
+def _inductor_options(options: Lower, on_cpu: bool, trains: bool) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     chosen = dict(list_mode_options(options.mode, options.dynamic)) if options.mode else {}
+    if on_cpu and chosen.pop("triton.cudagraphs", False):
+        # What a CUDA graph spares on a GPU, Python between the kernels, C++ spares on a CPU.
+        chosen["cpp_wrapper"] = not trains
     # Dynamo's guards check the inputs, and the state has the strides it was compiled for.
     chosen["size_asserts"] = False
     # Multiply and add in one instruction, rounded once: a sixth off softmax, a quarter off GELU.
     chosen["cpp.enable_floating_point_contract_flag"] = "fast"
     # Its own generator draws a number for each entry anew, in scalar code: a third of a step.
-    chosen["fallback_random"] = trains_on_cpu
+    chosen["fallback_random"] = on_cpu and trains
     if chosen.get("triton.cudagraphs"):
         chosen["triton.cudagraph_skip_dynamic_graphs"] = True
     return chosen

@@ -18,6 +18,8 @@ from fxopt.program import label
 _NAMED = 4
 _KERNELS = "|".join(re.escape(name) for name in sorted(set(GENERATED_AS.values())))
 _CALL = re.compile(rf"torch\.ops\.({_KERNELS})\.\w+\(")
+_NAMES_IN_CPP = _KERNELS.replace(re.escape("."), "::")
+_CALL_IN_CPP = re.compile(rf'(?:OrThrow|call_dispatcher)\("({_NAMES_IN_CPP})", "')
 
 
 class InductorBackend:
@@ -73,9 +75,14 @@ def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def count_calls(code: str) -> Counter[str]:
-    """How often the code calls each kernel (a name of `GENERATED_AS`), outside comments."""
-    lines = (line for line in code.splitlines() if not line.lstrip().startswith("#"))
-    return Counter(match[1] for line in lines for match in _CALL.finditer(line))
+    """How often the code calls each kernel (a name of `GENERATED_AS`), outside comments.
+
+    From Python, or, where the calls are generated in C++, through torch's dispatcher.
+    """
+    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("#", "//"))]
+    calls = (match[1] for line in lines for match in _CALL.finditer(line))
+    in_cpp = (match[1] for line in lines for match in _CALL_IN_CPP.finditer(line))
+    return Counter((*calls, *(name.replace("::", ".") for name in in_cpp)))
 
 
 def missing_kernels(asked: Sequence[fx.Node], code: str) -> tuple[str, ...]:

@@ -25,8 +25,9 @@ FALLBACKS = (None, "eager")
 class Lower(Pass):
     """Compile the program for the device its tensors are on.
 
-    `mode` is torch.compile's: "reduce-overhead" records CUDA graphs where shapes are static (CUDA
-    only), "max-autotune" times several kernels for each product. `dynamic` left out compiles the
+    `mode` is torch.compile's: "reduce-overhead" records CUDA graphs where shapes are static, and on
+    a CPU calls the kernels from C++, unless it trains, which takes twice as long to compile;
+    "max-autotune" times several kernels for each product. `dynamic` left out compiles the
     first shapes as they are and, when others come, once more for any; True starts with any shape,
     False compiles each shape anew. With `fallback="eager"` a program that can't be compiled here
     runs uncompiled, and the report says so. With `strict=True` a kernel-level operator whose kernel

@@ -23,8 +23,8 @@ _NO_TRITON = (
 )
 
 
-def check_toolchain(device: torch.device, mode: str | None) -> None:
-    """Raise `LowerError` where Inductor can't compile for `device` in `mode` on this machine."""
+def check_toolchain(device: torch.device) -> None:
+    """Raise `LowerError` where Inductor can't compile for `device` on this machine."""
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise LowerError(
@@ -34,11 +34,6 @@ def check_toolchain(device: torch.device, mode: str | None) -> None:
         if importlib.util.find_spec("triton") is None:
             raise LowerError(_NO_TRITON)
         return
-    if mode == "reduce-overhead":
-        raise LowerError(
-            "mode='reduce-overhead' records CUDA graphs, and the program is on "
-            f"{device}; move the model to CUDA first, or leave mode out"
-        )
     if device.type == "cpu" and not has_cpp_compiler():
         raise LowerError(_NO_COMPILER)
 

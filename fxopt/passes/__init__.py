@@ -13,6 +13,7 @@ from fxopt.passes.int8_linear import Int8Linear
 from fxopt.passes.prepack import Prepack
 from fxopt.passes.prune_channels import PruneChannels
 from fxopt.passes.select_kernels import SelectKernels
+from fxopt.passes.shift_channels import ShiftChannels
 from fxopt.passes.smooth_quant import SmoothQuant
 from fxopt.passes.sparsify24 import Sparsify24
 from fxopt.passes.split_outliers import SplitOutliers
@@ -31,6 +32,7 @@ __all__ = [
     "Prepack",
     "PruneChannels",
     "SelectKernels",
+    "ShiftChannels",
     "SmoothQuant",
     "Sparsify24",
     "SplitOutliers",

@@ -5,8 +5,9 @@
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
     linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
-    int8_linear(...)                           =  int8_linear_fused(...)     where one kernel does it
-    f(int8_linear_fused(..., "none"))          =  int8_linear_fused(..., f)      relu, gelu, silu
+    int8_linear(...)                           =  int8_linear_fused(...)       if one kernel can
+    quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
+    f(int8_linear_fused(..., "none"))          =  int8_linear_fused(..., f)    relu, gelu, silu
     bf16(int8_linear_fused(...))               =  int8_linear_fused(..., bf16)
     f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
     quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
@@ -18,6 +19,7 @@ Claim: close to the quantized reference: the int8 product is exact, the order of
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -61,6 +63,7 @@ _WEIGHT = op(
     constant("weight_scale", has_rank(2)),
     hole("weight_dtype"),
 )
+_BY_TOKEN = (ops.quantize_per_token.default, ops.quantize_per_token_affine.default)
 _POST_OP, _OUT_SCALE, _OUT_ZERO, _DTYPE = 6, 7, 8, 9
 
 
@@ -130,11 +133,14 @@ class SelectPackedInt8Linear(_AffineLinear):
 class FuseInt8Linear(Rule):
     """int8_linear(q, s, W, t, b, z, ΣW) = int8_linear_fused(q, s, z, W, t, ΣW, b)
 
-    On CUDA, and on a CPU that the kernels are compiled for.
+    On CUDA, and on a CPU that the kernels are compiled for, where they quantize the tokens as well.
     """
 
     def __init__(self, compiled: bool) -> None:
-        self.dtypes = {"cuda": (torch.float32, torch.float16, torch.bfloat16)}
+        self.tokens: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.dtypes: dict[str, tuple[torch.dtype, ...]] = {
+            "cuda": (torch.float32, torch.float16, torch.bfloat16)
+        }
         if compiled:
             self.dtypes["cpu"] = (torch.float32, torch.bfloat16)
 
@@ -152,9 +158,28 @@ class FuseInt8Linear(Rule):
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        names = ("q", "scale", "zero_point", "weight", "weight_scale", "weight_sums", "bias")
-        inputs = [match[name] for name in names]
-        return edit.call(ops.int8_linear_fused.default, *inputs, match["dtype"], "none")
+        tokens = self._tokens(match["q"], edit) or (match["q"], match["scale"], match["zero_point"])
+        names = ("weight", "weight_scale", "weight_sums", "bias")
+        weights = (match[name] for name in names)
+        return edit.call(ops.int8_linear_fused.default, *tokens, *weights, match["dtype"], "none")
+
+    def _tokens(self, q: fx.Node, edit: Edit) -> tuple[fx.Node | None, ...] | None:
+        """Codes, scales and zero points out of one kernel, where `q` is quantized by token."""
+        quantize = q.args[0] if q.target is operator.getitem else None
+        if not isinstance(quantize, fx.Node) or quantize.target not in _BY_TOKEN:
+            return None
+        x: Any = quantize.args[0]
+        value = x.meta["val"]
+        if value.device.type != "cpu" or value.dtype not in self.dtypes["cpu"]:
+            return None
+        affine = quantize.target is ops.quantize_per_token_affine.default
+        if quantize not in self.tokens:
+            x, shift = of_columns(aten.sub.Tensor, x)
+            x, factor = of_columns(aten.mul.Tensor, x)
+            made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
+            results = range(3 if affine else 2)
+            self.tokens[quantize] = tuple(edit.call(operator.getitem, made, i) for i in results)
+        return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
 
 
 class _FusedEpilogue(Rule):
@@ -371,6 +396,19 @@ def activation_name(node: fx.Node) -> str:
     name = ACTIVATIONS[node.target]
     tanh = name == "gelu" and arguments(node)["approximate"] == "tanh"
     return "gelu_tanh" if tanh else name
+
+
+def of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What `target` makes `x` of with a float32 constant of the last axis, and that; else `x`."""
+    if x.target is not target or x.kwargs or x.meta["val"].dtype != torch.float32:
+        return x, None
+    source, constant = x.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(constant, fx.Node):
+        return x, None
+    value, last = constant.meta["val"], x.meta["val"].shape[-1]
+    fits = constant.op == "get_attr" and value.dtype == torch.float32 and value.shape == (last,)
+    of_same_kind = source.meta["val"].dtype == torch.float32
+    return (source, constant) if fits and of_same_kind else (x, None)
 
 
 def _is_to_bfloat16(node: fx.Node) -> bool:

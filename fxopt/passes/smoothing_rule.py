@@ -85,7 +85,7 @@ class SmoothLinear(LinearRule):
         x = self._input(linear, group, moved, edit)
         weight = self._weight(linear, group, edit)
         edit.start(linear.node)
-        new = _rebuilt(edit, linear.node, {linear.x: x, _weight_operand(linear): weight})
+        new = rebuilt(edit, linear.node, {linear.x: x, weight_operand(linear): weight})
         return new, *(moved[sibling] for sibling in match.roots[1:])
 
     def _home(self, group: Smoothing, linear: Linear) -> Absorption | None:
@@ -102,7 +102,7 @@ class SmoothLinear(LinearRule):
         moved[home.producer] = _scaled_producer(edit, home.producer, group.factors(home.channels))
         for node in (*home.path, *home.siblings):
             edit.start(node)
-            moved[node] = _rebuilt(edit, node, moved)
+            moved[node] = rebuilt(edit, node, moved)
 
     def _input(
         self, linear: Linear, group: Smoothing, moved: dict[fx.Node, fx.Node], edit: Edit
@@ -112,7 +112,7 @@ class SmoothLinear(LinearRule):
             for view in views:
                 if view not in moved:
                     edit.start(view)
-                    moved[view] = _rebuilt(edit, view, moved)
+                    moved[view] = rebuilt(edit, view, moved)
             return moved[linear.x]
         if linear.x not in self.products:
             edit.start(linear.node)
@@ -126,7 +126,7 @@ class SmoothLinear(LinearRule):
 
     def _weight(self, linear: Linear, group: Smoothing, edit: Edit) -> fx.Node:
         """The scaled weight as the linear's own operand: under the transposition it had."""
-        weight, operand = linear.weight, _weight_operand(linear)
+        weight, operand = linear.weight, weight_operand(linear)
         edit.start(linear.node)
         if weight not in self.weights:
             scale = _widened(group.inverse).reciprocal()
@@ -135,7 +135,7 @@ class SmoothLinear(LinearRule):
             self.weights[weight] = edit.constant(f"{weight.target}{SMOOTHED}", scaled)
         if operand is weight:
             return self.weights[weight]
-        return _rebuilt(edit, operand, {weight: self.weights[weight]})
+        return rebuilt(edit, operand, {weight: self.weights[weight]})
 
 
 def readers(linears: Sequence[Linear]) -> set[fx.Node]:
@@ -158,7 +158,7 @@ def _scaled_producer(edit: Edit, producer: fx.Node, factors: Tensor) -> fx.Node:
         constant = constant_factor(producer)
         assert constant is not None
         shaped = factors.reshape(constant.meta["val"].shape)
-        return _rebuilt(edit, producer, {constant: _scaled_constant(edit, constant, shaped)})
+        return rebuilt(edit, producer, {constant: _scaled_constant(edit, constant, shaped)})
     x, shape, *rest = producer.args
     constants, options = (
         rest[: SCALED_NORMS[producer.target]],
@@ -177,13 +177,13 @@ def _scaled_producer(edit: Edit, producer: fx.Node, factors: Tensor) -> fx.Node:
 
 def _scaled_linear(edit: Edit, linear: Linear, factors: Tensor) -> fx.Node:
     rows = factors[None, :] if linear.transposed else factors[:, None]
-    weight, operand = _scaled_constant(edit, linear.weight, rows), _weight_operand(linear)
+    weight, operand = _scaled_constant(edit, linear.weight, rows), weight_operand(linear)
     if operand is not linear.weight:
-        weight = _rebuilt(edit, operand, {linear.weight: weight})
+        weight = rebuilt(edit, operand, {linear.weight: weight})
     replaced = {operand: weight}
     if linear.bias is not None:
         replaced[linear.bias] = _scaled_constant(edit, linear.bias, factors)
-    return _rebuilt(edit, linear.node, replaced)
+    return rebuilt(edit, linear.node, replaced)
 
 
 def _scaled_constant(edit: Edit, constant: fx.Node, factor: Tensor) -> fx.Node:
@@ -205,7 +205,7 @@ def _scaled(edit: Edit, constant: fx.Node, factor: Tensor) -> Recipe:
     return Recipe(scale_channels, (tensor, factor), tensor.shape, tensor.dtype, tensor.device, grad)
 
 
-def _weight_operand(linear: Linear) -> fx.Node:
+def weight_operand(linear: Linear) -> fx.Node:
     """What the linear reads: the weight or its transposition."""
     if linear.weight in linear.node.all_input_nodes:
         return linear.weight
@@ -214,7 +214,8 @@ def _weight_operand(linear: Linear) -> fx.Node:
     )
 
 
-def _rebuilt(edit: Edit, node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def rebuilt(edit: Edit, node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """`node` called once more, on what its arguments were replaced by."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: replaced.get(used, used))
     return edit.call(node.target, *args, **kwargs)
 

@@ -83,6 +83,13 @@ def test_it_is_the_dequantized_linear(
     torch.testing.assert_close(y, ACTIVATIONS[post_op](truth).to(dtype), check_stride=True)
 
 
+def test_codes_may_come_plus_128() -> None:
+    q = _int8(2, 3, 8)
+    for zero_point in (None, _int8(2, 3, 1)):
+        shifted = _call(q=ops.shift_to_unsigned(q), zero_point=zero_point)
+        assert torch.equal(shifted, _call(q=q, zero_point=zero_point))
+
+
 def test_one_scale_serves_all_rows() -> None:
     scale, zero_point = torch.tensor(0.01), torch.tensor(3, dtype=torch.int8)
     torch.testing.assert_close(

@@ -377,6 +377,28 @@ def test_a_linear_of_tokens_is_one_kernel_with_its_activation_and_cast(
 
 
 @pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("activations", ["symmetric", "affine"])
+def test_scale_and_shift_of_channels_are_part_of_quantizing_tokens(
+    activations: Literal["symmetric", "affine"],
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("m", torch.rand(8))
+            self.register_buffer("z", torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x * self.m - self.z)  # type: ignore[no-any-return,operator]
+
+    program, result = _selected(Int8Linear(activations=activations), Scaled(), X)
+    (call,) = [n for n in result.graph.nodes if n.target is ops.quantize_tokens.default]
+    assert [one.op for one in call.args[:3]] == ["placeholder", "get_attr", "get_attr"]
+    (before,), (after,) = evaluate(program, (X,)), evaluate(result, (X,))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
 def test_float64_keeps_the_product_apart() -> None:
     model, x = nn.Linear(8, 8).double(), X.double()
     _, result = _selected(Int8Linear(), model, x)
@@ -565,3 +587,62 @@ def test_a_fault_in_any_rule_is_caught(before: list[Pass], inner: RulePass, guil
     with pytest.raises(EquivalenceError, match="broke its claim") as caught:
         fxopt.transform(Layer(), [*before, OneFault(inner, guilty)], example_inputs=(x,))
     assert "OneFault" in str(caught.value)
+
+
+class PostNorm(nn.Module):
+    """A norm of a sum, which a linear and the next sum read."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x) + x)
+        return self.second(y) + y  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("mode", ["static", "dynamic", "affine"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("before", ["", "smooth-quant{include=second}, shift-channels, "])
+def test_a_norm_and_its_codes_are_one_kernel(mode: str, affine: bool, before: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1)) * 2 + torch.arange(8)
+    options = {"static": "mode=static", "dynamic": "mode=dynamic", "affine": "activations=affine"}
+    passes = f"{before}int8-linear{{{options[mode]}, where=always}}, prepack"
+    opt = fxopt.transform(PostNorm(affine), passes, example_inputs=(x,))
+    assert opt.report.steps[-1].fired["QuantizeNorm"] == 1
+    targets = [node.target for node in opt.program.graph.nodes]
+    assert targets.count(ops.quantized_layer_norm.default) == 1
+    # The first sum went into the kernel, the last is the output.
+    assert targets.count(torch.ops.aten.add.Tensor) == 1
+    assert ops.layer_norm.default not in targets
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_norm_of_a_sum_that_is_read_again_leaves_the_sum() -> None:
+    class PreNorm(PostNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x) + x
+            return self.second(self.norm(y)) + y  # type: ignore[no-any-return]
+
+    opt = fxopt.transform(PreNorm(), "int8-linear{where=always}, prepack", example_inputs=(X,))
+    (call,) = [n for n in opt.program.graph.nodes if n.target is ops.quantized_layer_norm.default]
+    assert call.args[1] is None
+    assert [n.target for n in opt.program.graph.nodes].count(torch.ops.aten.add.Tensor) == 2
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_norm_over_two_axes_is_no_kernel() -> None:
+    class TwoAxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm((5, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 5, 8)
+    opt = fxopt.transform(TwoAxes(), "int8-linear{where=always}, prepack", example_inputs=(x,))
+    assert "it normalises several axes at once" in str(opt.report)

@@ -29,6 +29,8 @@ _SOURCES = (
     "product.h",
     "panels.h",
     "linear.h",
+    "quantize.h",
+    "norm.h",
     "attention.h",
     "operators.h",
 )

@@ -308,7 +308,8 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
   const PostOp op = post_op_named(post_op);
   const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
   const bool well_formed =
-      fits(q, weight) && weight.scalar_type() == at::kChar && q.scalar_type() == at::kChar &&
+      fits(q, weight) && weight.scalar_type() == at::kChar &&
+      (q.scalar_type() == at::kChar || q.scalar_type() == at::kByte) &&
       is_by_row(scale, q, at::kFloat) && (!zero_point || is_by_row(*zero_point, q, at::kChar)) &&
       is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
       op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none") &&

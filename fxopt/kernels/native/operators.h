@@ -16,6 +16,8 @@ extern "C" void register_kernels() {
   registered->impl("int8_product", fxopt::int8_product);
   registered->impl("packed_int8_linear", fxopt::packed_int8_linear);
   registered->impl("int8_linear_fused", fxopt::int8_linear_fused);
+  registered->impl("quantize_tokens", fxopt::quantize_tokens);
+  registered->impl("quantized_layer_norm", fxopt::quantized_layer_norm);
 }
 
 extern "C" void unregister_kernels() { registered.reset(); }
