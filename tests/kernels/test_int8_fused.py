@@ -124,11 +124,11 @@ def test_its_bias_trains(post_op: str) -> None:
     ("changed", "message"),
     [
         (
-            {"q": torch.zeros(2, 3, 8, dtype=torch.uint8)},
-            "int8_linear_fused needs int8 q, weight and zero point and a floating-point result, "
-            "not torch.uint8, torch.int8, torch.int8 and torch.float32",
+            {"q": torch.zeros(2, 3, 8, dtype=torch.int16)},
+            "int8_linear_fused needs 8-bit q, int8 weight and zero point and a floating-point "
+            "result, not torch.int16, torch.int8, torch.int8 and torch.float32",
         ),
-        ({"dtype": torch.int32}, "int8_linear_fused needs int8 q, weight and zero point and a"),
+        ({"dtype": torch.int32}, "int8_linear_fused needs 8-bit q, int8 weight and zero point"),
         (
             {"weight": _int8(5, 7)},
             "int8_linear_fused needs [..., K] and a weight [N, K], not (2, 3, 8) and (5, 7)",
