@@ -19,7 +19,6 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("products", ("qlinear", "int8_linear", "int8_product", "packed_linear", "mkldnn::_linear")),
     ("products", ("aten::addmm", "aten::mm", "aten::_int_mm", "int8pack_mm")),
     ("attention", ("attention", "softmax", "bmm")),
-    ("norms, with what is fused into them", ("quantized_layer_norm",)),
     ("quantize elsewhere", ("quantize_tokens",)),
 )
 """A kernel of a library is of the first kind that has a part of its name."""

@@ -40,8 +40,6 @@ from fxopt.measure import latency, peak_memory, ratio
 
 _HALF = "prune-channels{ratio=0.5, importance=l2, scope=ffn|heads}"
 _STUDENTS = (
-    "fxopt taylor, refitted",
-    "fxopt obs, refitted",
     "fxopt obs, refitted, fisher",
     "Torch-Pruning magnitude",
     "Torch-Pruning taylor",

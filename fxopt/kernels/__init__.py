@@ -15,7 +15,7 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 eight of them, marked *, are compiled for it instead (`native`).
+with AVX-512 seven of them, marked *, are compiled for it instead (`native`).
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
@@ -26,7 +26,6 @@ with AVX-512 eight of them, marked *, are compiled for it instead (`native`).
     int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns
     linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
     quantize_tokens(x, factor, shift, affine)                    int8 rows of x * factor - shift *
-    quantized_layer_norm(x, other, weight, bias, eps, ...)       a norm and its codes *
     packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue, requantization *
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
@@ -93,7 +92,6 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.int4_weight_only_linear.default: "fxopt.int4_weight_only_linear",
     torch.ops.fxopt.linear_sparse24.default: "fxopt.linear_sparse24",
     torch.ops.fxopt.quantize_tokens.default: "fxopt.quantize_tokens",
-    torch.ops.fxopt.quantized_layer_norm.default: "fxopt.quantized_layer_norm",
     torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",

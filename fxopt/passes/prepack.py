@@ -7,7 +7,6 @@
     scaled_dot_product_attention(q, k, v, mask)  =  written_attention(q, k, v, mask)
     quantize(attention(q, k, v, mask), s, z)     =  quantized_attention(q, k, v, mask, s, z)
     layer_norm(x, [K], w, b, eps)   =  the same in two passes, for the compiler
-    quantize(layer_norm(x + r, [K], w, b, eps) · m - z, ...)  =  quantized_layer_norm(x, r, ...)
 
 Attention in bfloat16 is one kernel where those of `fxopt.kernels.native` run, and else is written
 out for the compiler. Claim: close; the same sums in another order.
@@ -15,7 +14,7 @@ out for the compiler. Claim: close; the same sums in another order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,14 +27,13 @@ from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
 from fxopt.kernels.native import load as load_native
 from fxopt.passes.linear_rule import LinearRule
-from fxopt.passes.select_kernels import ACTIVATIONS, activation_name, of_columns
+from fxopt.passes.select_kernels import ACTIVATIONS, activation_name
 from fxopt.program import Program, same_sizes, size_at_capture
 from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
-_NORMS = (aten.layer_norm.default, ops.layer_norm.default)
 _MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
 _CASTS = (aten.to.dtype,)
 # Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
@@ -281,47 +279,17 @@ class TwoPassNorm(Rule):
         return Match((node,), arguments(node))
 
     def refuse(self, match: Match) -> str | None:
-        return refuse_norm(match.bound)
+        tensors = [match[name] for name in ("input", "weight", "bias") if match[name] is not None]
+        x = match["input"].meta["val"]
+        if x.device.type != "cpu" or {t.meta["val"].dtype for t in tensors} != {torch.float32}:
+            return f"it is in {x.dtype} on {x.device}; two passes are for float32 on CPUs"
+        if len(match["normalized_shape"]) != 1:
+            return "it normalises several axes at once"
+        return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         inputs = (match[name] for name in ("input", "weight", "bias", "eps"))
         return edit.call(ops.layer_norm.default, *inputs)
-
-
-class QuantizeNorm(Rule):
-    """quantize(layer_norm(x + r, [K], w, b, eps) · m - z, ...) and the norm, in one kernel"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.quantize_tokens.default, ops.quantize.default)
-
-    def match(self, node: fx.Node) -> Match | None:
-        x: Any = node.args[0]
-        if node.target is ops.quantize_tokens.default:
-            norm, factor, shift, affine = node.args
-            scale = zero_point = None
-        else:
-            _, scale, zero_point = node.args
-            affine = False
-            if scale.meta["val"].ndim or zero_point.meta["val"].ndim:  # type: ignore[union-attr]
-                return None
-            norm, shift = of_columns(aten.sub.Tensor, x)
-            norm, factor = of_columns(aten.mul.Tensor, norm)
-        if not isinstance(norm, fx.Node) or norm.target not in _NORMS:
-            return None
-        rounding = (factor, shift, scale, zero_point, affine)
-        return Match((node, norm), {"norm": arguments(norm), "rounding": rounding})
-
-    def refuse(self, match: Match) -> str | None:
-        return refuse_norm(match["norm"])
-
-    def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:
-        norm = match["norm"]
-        x = norm.get("input", norm.get("x"))
-        terms = _terms(x, match.roots[1])
-        names = (norm[name] for name in ("weight", "bias", "eps"))
-        made = edit.call(ops.quantized_layer_norm.default, *terms, *names, *match["rounding"])
-        codes = made if match.root.target is ops.quantize_tokens.default else edit.item(made, 0)
-        return codes, edit.item(made, 3)
 
 
 @dataclass(frozen=True, repr=False)
@@ -356,37 +324,8 @@ class Prepack(RulePass):
             RationalGelu(),
             PackResidual(),
             *attention,
-            *((QuantizeNorm(),) if native else ()),
             TwoPassNorm(),
         )
-
-
-def refuse_norm(given: Mapping[str, Any]) -> str | None:
-    """Why our kernels don't take the norm of these arguments."""
-    x = given.get("input", given.get("x"))
-    tensors = [t for t in (x, given["weight"], given["bias"]) if t is not None]
-    value = x.meta["val"]
-    if value.device.type != "cpu" or {t.meta["val"].dtype for t in tensors} != {torch.float32}:
-        return f"it is in {value.dtype} on {value.device}; two passes are for float32 on CPUs"
-    if len(given.get("normalized_shape", (0,))) != 1:
-        return "it normalises several axes at once"
-    return None
-
-
-def _terms(x: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The two tensors whose sum `x` is, where nothing else reads it; else `x` alone."""
-    if x.target is not aten.add.Tensor or set(x.users) != {reader}:
-        return x, None
-    a: Any
-    b: Any
-    a, b = x.args[:2]
-    plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and arguments(x)["alpha"] == 1
-    return (a, b) if plain and _is_term(a, x) and _is_term(b, x) else (x, None)
-
-
-def _is_term(term: Any, total: fx.Node) -> bool:
-    value = term.meta["val"]
-    return value.dtype == torch.float32 and same_sizes(value.shape, total.meta["val"].shape)
 
 
 def _on_cpu(program: Program) -> bool:

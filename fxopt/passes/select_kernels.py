@@ -174,8 +174,8 @@ class FuseInt8Linear(Rule):
             return None
         affine = quantize.target is ops.quantize_per_token_affine.default
         if quantize not in self.tokens:
-            x, shift = of_columns(aten.sub.Tensor, x)
-            x, factor = of_columns(aten.mul.Tensor, x)
+            x, shift = _of_columns(aten.sub.Tensor, x)
+            x, factor = _of_columns(aten.mul.Tensor, x)
             made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
             results = range(3 if affine else 2)
             self.tokens[quantize] = tuple(edit.call(operator.getitem, made, i) for i in results)
@@ -398,7 +398,7 @@ def activation_name(node: fx.Node) -> str:
     return "gelu_tanh" if tanh else name
 
 
-def of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+def _of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """What `target` makes `x` of with a float32 constant of the last axis, and that; else `x`."""
     if x.target is not target or x.kwargs or x.meta["val"].dtype != torch.float32:
         return x, None

@@ -30,7 +30,6 @@ _SOURCES = (
     "panels.h",
     "linear.h",
     "quantize.h",
-    "norm.h",
     "attention.h",
     "operators.h",
 )

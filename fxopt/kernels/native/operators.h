@@ -17,7 +17,6 @@ extern "C" void register_kernels() {
   registered->impl("packed_int8_linear", fxopt::packed_int8_linear);
   registered->impl("int8_linear_fused", fxopt::int8_linear_fused);
   registered->impl("quantize_tokens", fxopt::quantize_tokens);
-  registered->impl("quantized_layer_norm", fxopt::quantized_layer_norm);
 }
 
 extern "C" void unregister_kernels() { registered.reset(); }
