@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxopt.analyses import ChannelMagnitude, MinMax, Rows, SecondMoment
+from fxopt.analyses import ChannelMagnitude, ChannelRange, MinMax, Rows, SecondMoment
 from fxopt.errors import PassError
 
 
@@ -38,6 +38,9 @@ def test_summaries_are_those_of_all_values_at_once(drawn: tuple[int, int, int]) 
     assert (extremes.low, extremes.high) == (whole.min().item(), whole.max().item())
     assert extremes.count == whole.numel()
     assert torch.equal(fed(ChannelMagnitude(), *parts).largest, whole.abs().amax(0))
+    seen = fed(ChannelRange(), *parts)
+    assert torch.equal(seen.low, whole.amin(0))
+    assert torch.equal(seen.high, whole.amax(0))
     moment = fed(SecondMoment(), *parts)
     assert moment.rows == count
     torch.testing.assert_close(moment.matrix, whole.t() @ whole, rtol=1e-5, atol=1e-5)
