@@ -77,12 +77,10 @@ class ChannelMagnitude:
 
     def update(self, value: Tensor) -> None:
         """Take in `value` [..., K]."""
-        rows = _rows(value).abs()
+        rows = _finite_or_zero(_rows(value))
         if not rows.numel():
             return
-        if not bool(rows.isfinite().all()):
-            rows = rows.masked_fill(~rows.isfinite(), 0.0)
-        largest = rows.amax(0)
+        largest = rows.abs().amax(0)
         self.largest = torch.maximum(self.largest, largest) if self.count else largest
         self.count += rows.numel()
 
@@ -102,11 +100,9 @@ class ChannelRange:
 
     def update(self, value: Tensor) -> None:
         """Take in `value` [..., K]."""
-        rows = _rows(value)
+        rows = _finite_or_zero(_rows(value))
         if not rows.numel():
             return
-        if not bool(rows.isfinite().all()):
-            rows = rows.masked_fill(~rows.isfinite(), 0.0)
         low, high = rows.aminmax(dim=0)
         self.low = torch.minimum(self.low, low) if self.count else low
         self.high = torch.maximum(self.high, high) if self.count else high
@@ -185,6 +181,11 @@ class Rows:
         self.rows = torch.cat([self.rows[old], new]) if self.seen else new
         self._ranks = ranks[kept]
         self.seen += rows.shape[0]
+
+
+def _finite_or_zero(rows: Tensor) -> Tensor:
+    finite = rows.isfinite()
+    return rows if bool(finite.all()) else rows.masked_fill(~finite, 0.0)
 
 
 def _rows(value: Tensor) -> Tensor:

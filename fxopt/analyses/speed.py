@@ -92,6 +92,11 @@ class Operands:
         """The activations' scales [M, 1]."""
         return torch.full((self.m, 1), 1 / 127, device=self.device)
 
+    @cached_property
+    def has_fused_int8(self) -> bool:
+        """Whether one kernel does an int8 linear with scales per token here."""
+        return self.device.type == "cuda" or bool(kernels.native.load())
+
     def _spread(self, rows: int, columns: int) -> Tensor:
         # Numbers between -1 and 1 that draw nothing from the caller's generator.
         steps = torch.arange(rows * columns, device=self.device) % 255
@@ -121,7 +126,7 @@ def _int8(given: Operands) -> Tensor:
     """
     given.x.amax(-1, keepdim=True)
     given.x.to(torch.int8)
-    if given.device.type == "cuda" or kernels.native.load():
+    if given.has_fused_int8:
         fused: Tensor = ops.int8_linear_fused(
             given.x_int8, given.x_scale, None, given.weight_int8, given.weight_scale, None,
             given.bias, given.dtype, "none",

@@ -226,34 +226,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*filled, None, None)
 
 
-def _quantized(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-) -> Tensor:
-    ops = torch.ops.fxopt
-    output = ops.attention(q.detach(), k.detach(), v.detach(), mask, is_causal, scale)
+def _quantized(*given: Any) -> Tensor:
+    *inputs, out_scale, out_zero_point = given
+    output = torch.ops.fxopt.attention(*inputs)
     # Laid out as the attention is, whose rows the next product reads.
-    rows: Tensor = ops.quantize(output.transpose(1, 2), out_scale, out_zero_point)
-    return rows.transpose(1, 2)
+    rows = torch.ops.fxopt.quantize(output.transpose(1, 2), out_scale, out_zero_point)
+    return rows.transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def _quantized_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-) -> Tensor:
-    return _fake(q, k, v, mask, is_causal, scale).to(out_zero_point.dtype)
+def _quantized_fake(*given: Any) -> Tensor:
+    *inputs, _, out_zero_point = given
+    return _fake(*inputs).to(out_zero_point.dtype)
 
 
 _library.impl("attention", _reference, "CompositeExplicitAutograd")

@@ -1,12 +1,25 @@
-"""LinearRule: the match that every rule about linear layers shares."""
+"""What passes about linear layers share: the match of their rules, and a look at their inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import fx
 
-from fxopt.analyses import LINEAR_TARGETS, as_linear
-from fxopt.rewriting import Match, Rule
+from fxopt.analyses import (
+    LINEAR_TARGETS,
+    Linear,
+    Observer,
+    as_linear,
+    calibration_warnings,
+    observe,
+)
+from fxopt.program import Program, module_path
+from fxopt.rewriting import Match, Rule, plan_rules
 from fxopt.rewriting.pattern import Target
+
+Seen = TypeVar("Seen", bound=Observer)
 
 
 class LinearRule(Rule):
@@ -20,3 +33,24 @@ class LinearRule(Rule):
         """The linear layer that `node` computes, or None."""
         linear = as_linear(node)
         return None if linear is None else Match((node,), {"linear": linear})
+
+
+def path_of(linear: Linear) -> str:
+    """How a plan calls a linear: by its module, or by its node where it has none."""
+    return module_path(linear.node) or linear.node.name
+
+
+def observe_inputs(
+    program: Program, rule: Rule, observer: Callable[[], Seen]
+) -> tuple[list[tuple[Linear, Seen]], tuple[str, ...]]:
+    """Each linear that `rule` would rewrite with what an `observer` has seen of its input, one for
+    each input, and what makes that doubtful. Reads the program's calibration."""
+    chosen = {site.node for site in plan_rules(program, (rule,), "").sites}
+    found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
+    linears = [linear for linear in found if linear is not None]
+    watched = {linear.x: (observer(),) for linear in linears}
+    if not watched:
+        return [], ()
+    layers = {path_of(linear): watched[linear.x] for linear in linears}
+    warnings = calibration_warnings(observe(program, watched), layers)
+    return [(linear, watched[linear.x][0]) for linear in linears], warnings

@@ -19,13 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses import ChannelRange, Linear, as_linear, calibration_warnings, observe
+from fxopt.analyses import ChannelRange, Linear
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_rule import LinearRule, observe_inputs, path_of
 from fxopt.passes.selection import checked_globs, has_mark, refuse_by_path, refuse_weight
 from fxopt.passes.smoothing_rule import rebuilt, weight_operand
-from fxopt.program import Program, Recipe, module_path
+from fxopt.program import Program, Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 
 aten = torch.ops.aten
@@ -125,24 +125,16 @@ class ShiftChannels(Pass):
                 "more: move it before Int8Linear"
             )
         trains = program.mode == "train"
-        sites = plan_rules(program, (ShiftLinear(self, trains, {}, {}),), "").sites
-        chosen = {site.node for site in sites}
-        found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
-        linears = [linear for linear in found if linear is not None]
-        watched = {linear.x: (ChannelRange(),) for linear in linears}
-        warnings: tuple[str, ...] = ()
-        if watched:
-            seen = observe(program, watched)
-            layers = {_path(one): watched[one.x] for one in linears}
-            warnings = calibration_warnings(seen, layers)
+        rule = ShiftLinear(self, trains, {}, {})
+        seen, warnings = observe_inputs(program, rule, ChannelRange)
         middles, reasons, details = {}, {}, []
-        for linear in linears:
-            middle, text = self._middle(watched[linear.x][0])
+        for linear, channels in seen:
+            middle, text = self._middle(channels)
             if middle is None:
                 reasons[linear.node.name] = text
                 continue
             middles[linear.node.name] = middle
-            details.append(f"{_path(linear)}: {text}")
+            details.append(f"{path_of(linear)}: {text}")
         base = plan_rules(program, (ShiftLinear(self, trains, middles, reasons),), repr(self))
         return ShiftPlan(
             base.spec,
@@ -181,10 +173,6 @@ def _is_shifted(x: fx.Node) -> bool:
         return False
     shift = x.args[1]
     return isinstance(shift, fx.Node) and has_mark(str(shift.target), SHIFT)
-
-
-def _path(linear: Linear) -> str:
-    return module_path(linear.node) or linear.node.name
 
 
 @dataclass(frozen=True)

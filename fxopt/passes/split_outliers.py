@@ -25,15 +25,13 @@ from fxopt.analyses import (
     ChannelMagnitude,
     Linear,
     as_linear,
-    calibration_warnings,
-    observe,
     refuse_shared_weight,
 )
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_rule import LinearRule, observe_inputs, path_of
 from fxopt.passes.selection import checked_globs, has_mark, refuse_by_path
-from fxopt.program import Program, Recipe, module_path
+from fxopt.program import Program, Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 
 aten = torch.ops.aten
@@ -139,24 +137,15 @@ class SplitOutliers(Pass):
 
     def plan(self, program: Program) -> SplitPlan:
         """The linears whose inputs have outliers, with their channels."""
-        sites = plan_rules(program, (SplitLinear(self, {}, {}),), "").sites
-        chosen = {site.node for site in sites}
-        found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
-        linears = [linear for linear in found if linear is not None]
-        watched = {linear.x: (ChannelMagnitude(),) for linear in linears}
-        warnings: tuple[str, ...] = ()
-        if watched:
-            seen = observe(program, watched)
-            layers = {module_path(one.node) or one.node.name: watched[one.x] for one in linears}
-            warnings = calibration_warnings(seen, layers)
+        seen, warnings = observe_inputs(program, SplitLinear(self, {}, {}), ChannelMagnitude)
         channels, reasons, details = {}, {}, []
-        for linear in linears:
-            largest, reason = _outliers(watched[linear.x][0].largest, self.channels, self.ratio)
+        for linear, magnitude in seen:
+            largest, reason = _outliers(magnitude.largest, self.channels, self.ratio)
             if not largest:
                 reasons[linear.node.name] = reason
                 continue
             channels[linear.node.name] = largest
-            details.append(f"{module_path(linear.node) or linear.node.name}: {reason}")
+            details.append(f"{path_of(linear)}: {reason}")
         base = plan_rules(program, (SplitLinear(self, channels, reasons),), repr(self))
         return SplitPlan(
             base.spec,
