@@ -28,7 +28,7 @@ from fxopt.errors import FxoptError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _HALF = "prune-channels{ratio=0.5, importance=obs, scope=ffn|heads, reconstruct=true}"
-_BF16, _INT8 = str(LISTS["autocast bf16"]), str(LISTS["int8 split"])
+_BF16, _INT8 = str(LISTS["autocast bf16"]), str(LISTS["int8 mixed"])
 _FP32 = str(LISTS["fp32"])
 
 PASSES: dict[str, str] = {

@@ -15,7 +15,7 @@ from benchmarks.systems import (
     EAGER,
     FXOPT_CAREFUL,
     FXOPT_DYNAMIC,
-    FXOPT_SPLIT,
+    FXOPT_MIXED,
     ONNXRUNTIME_INT8,
     OPENVINO_BF16,
     OPENVINO_FP32,
@@ -25,7 +25,7 @@ from benchmarks.systems import (
     TORCHAO_WEIGHT_ONLY,
 )
 
-_OURS = (FXOPT_SPLIT, FXOPT_DYNAMIC, FXOPT_CAREFUL)
+_OURS = (FXOPT_MIXED, FXOPT_DYNAMIC, FXOPT_CAREFUL)
 _PEERS = (
     EAGER,
     OPENVINO_FP32,

@@ -15,7 +15,7 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 seven of them, marked *, are compiled for it instead (`native`).
+with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
@@ -27,6 +27,8 @@ with AVX-512 seven of them, marked *, are compiled for it instead (`native`).
     linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
     quantize_tokens(x, factor, shift, affine)                    int8 rows of x * factor - shift *
     packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue, requantization *
+    packed_int8_linear_tokens(..., post_op, affine)              int8 rows of its float32 result *
+    int8_linear_fused_tokens(..., post_op, affine)               int8 rows of its float32 result *
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
@@ -93,6 +95,8 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.linear_sparse24.default: "fxopt.linear_sparse24",
     torch.ops.fxopt.quantize_tokens.default: "fxopt.quantize_tokens",
     torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
+    torch.ops.fxopt.packed_int8_linear_tokens.default: "fxopt.packed_int8_linear_tokens",
+    torch.ops.fxopt.int8_linear_fused_tokens.default: "fxopt.int8_linear_fused_tokens",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
     torch.ops.fxopt.quantized_attention.default: "fxopt.quantized_attention",

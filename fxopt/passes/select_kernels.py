@@ -9,9 +9,11 @@
     quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
     f(int8_linear_fused(..., "none"))          =  int8_linear_fused(..., f)    relu, gelu, silu
     bf16(int8_linear_fused(...))               =  int8_linear_fused(..., bf16)
+    quantize_tokens(int8_linear_fused(...))    =  int8_linear_fused_tokens(...)
     f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
     quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
     bf16(packed_int8_linear(...))              =  packed_int8_linear(..., bf16)
+    quantize_tokens(packed_int8_linear(...))   =  packed_int8_linear_tokens(...)
     packed_int8_linear(q, s, z, ...)           =  packed_int8_linear(q + 128, s, z + 128, ...)  CPU
 
 Claim: close to the quantized reference: the int8 product is exact, the order of scaling isn't.
@@ -176,6 +178,8 @@ class FuseInt8Linear(Rule):
         if quantize not in self.tokens:
             x, shift = _of_columns(aten.sub.Tensor, x)
             x, factor = _of_columns(aten.mul.Tensor, x)
+            if shift is None and factor is None:
+                x = _before_widening(x)
             made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
             results = range(3 if affine else 2)
             self.tokens[quantize] = tuple(edit.call(operator.getitem, made, i) for i in results)
@@ -223,6 +227,21 @@ class FuseCast(_FusedEpilogue):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         *inputs, _, post_op = match.inner[0].args
         return edit.call(ops.int8_linear_fused.default, *inputs, torch.bfloat16, post_op)
+
+
+class FuseTokens(_FusedEpilogue):
+    """quantize_tokens(int8_linear_fused(...)) = int8_linear_fused_tokens(...)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.quantize_tokens.default,)
+
+    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
+        return _of_no_columns(node) and dtype == torch.float32
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        *inputs, _, post_op = match.inner[0].args
+        affine = match.root.args[3]
+        return edit.call(ops.int8_linear_fused_tokens.default, *inputs, post_op, affine)
 
 
 class UnsignedActivations(Rule):
@@ -357,6 +376,21 @@ class CastInside(_Epilogue):
         return self.inside(match, edit, _DTYPE, torch.bfloat16)
 
 
+class TokensInside(_Epilogue):
+    """quantize_tokens(packed_int8_linear(...)) = packed_int8_linear_tokens(...)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.quantize_tokens.default,)
+
+    def fits(self, node: fx.Node) -> bool:
+        return _of_no_columns(node)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        inputs = match["product"].args[: _POST_OP + 1]
+        affine = match.root.args[3]
+        return edit.call(ops.packed_int8_linear_tokens.default, *inputs, affine)
+
+
 @dataclass(frozen=True, repr=False)
 class SelectKernels(RulePass):
     """Quantized regions become fused int8 operators. Claim: close to the quantized reference.
@@ -383,11 +417,13 @@ class SelectKernels(RulePass):
             FuseInt8Linear(compiled),
             FuseActivation(),
             FuseCast(),
+            FuseTokens(),
             UnsignedActivations(),
             UnsignedOutput(),
             ActivationInside(),
             QuantizeInside(),
             CastInside(),
+            TokensInside(),
         )
 
 
@@ -409,6 +445,19 @@ def _of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     fits = constant.op == "get_attr" and value.dtype == torch.float32 and value.shape == (last,)
     of_same_kind = source.meta["val"].dtype == torch.float32
     return (source, constant) if fits and of_same_kind else (x, None)
+
+
+def _before_widening(x: fx.Node) -> fx.Node:
+    """A bfloat16 value that `x` is in float32, where it is; the kernel reads either."""
+    source = x.args[0] if x.target is aten.to.dtype and not x.kwargs else None
+    if not isinstance(source, fx.Node) or x.args[1:] != (torch.float32,):
+        return x
+    return source if source.meta["val"].dtype == torch.bfloat16 else x
+
+
+def _of_no_columns(tokens: fx.Node) -> bool:
+    """Whether quantize_tokens changes no column before it rounds."""
+    return tokens.args[1] is None and tokens.args[2] is None
 
 
 def _is_to_bfloat16(node: fx.Node) -> bool:

@@ -79,7 +79,7 @@ SEEDS = st.integers(0, 2**31)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    leading = draw(st.sampled_from([(), (0,), (1,), (5,), (17,), (2, 3), (2, 1, 3), (2, 0)]))
+    leading = draw(st.sampled_from([(), (0,), (1,), (5,), (77,), (2, 3), (2, 1, 3), (2, 0)]))
     k = draw(st.sampled_from([0, 1, 2, 3, 7, 16, 33, 64, 129]))
     n = draw(st.sampled_from([1, 2, 5, 16, 33]))
     dtype = draw(st.sampled_from([torch.uint8, torch.uint8, torch.int8]))
@@ -196,6 +196,46 @@ OUTPUTS: list[dict[str, object]] = [
         "dtype": torch.uint8,
     },
 ]
+
+
+@settings(max_examples=150)
+@given(cases(), st.booleans())
+def test_rows_out_stand_for_the_exact_sum_to_half_a_step(case: Case, affine: bool) -> None:
+    q, scale, zero_point = ops.packed_int8_linear_tokens(*_before_output(case), affine)
+    by_row = (*case.q.shape[:-1], 1)
+    assert (q.dtype, q.shape) == (torch.uint8, (*case.q.shape[:-1], case.weight.shape[0]))
+    assert (scale.dtype, scale.shape) == (torch.float32, by_row)
+    assert (zero_point.dtype, zero_point.shape) == (torch.int8, by_row if affine else (0,))
+    exact, slack = replace(case, dtype=torch.uint8).exact()
+    low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
+    span = (high.clamp_min(0) - low.clamp_max(0)) / 255
+    step = span if affine else exact.abs().amax(-1, keepdim=True) / 127
+    most = slack.amax(-1, keepdim=True) if slack.numel() else slack[..., :1]
+    assert bool(((scale.double() - step).abs() <= 1e-6 * step + most + TINY).all())
+    zero = zero_point.double() if affine else torch.zeros(())
+    meant = (q.double() - 128 - zero) * scale.double()
+    # A zero point is whole: the ends of a row may be cut by half a step besides.
+    steps = 1.0 if affine else 0.5
+    assert bool(((meant - exact).abs() <= (steps + 1e-4) * step + 2 * slack + 2 * TINY).all())
+
+
+def _before_output(case: Case) -> tuple[object, ...]:
+    """The arguments up to the post-operation."""
+    return case.args[:7]
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_operator_with_rows_out_passes_the_schema_checks_of_torch(affine: bool) -> None:
+    arguments = (*_before_output(_case()), affine)
+    torch.library.opcheck(ops.packed_int8_linear_tokens.default, arguments)
+
+
+def test_the_operator_with_rows_out_says_what_it_cannot_take() -> None:
+    wrong = _before_output(_case(weight=torch.ones(16, 32)))
+    with pytest.raises(KernelError) as caught:
+        ops.packed_int8_linear_tokens(*wrong, True)
+    message = "packed_int8_linear needs 8-bit q and int8 weight, not torch.uint8, torch.float32"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("options", OUTPUTS, ids=["float32", "bfloat16", "uint8"])

@@ -399,6 +399,48 @@ def test_scale_and_shift_of_channels_are_part_of_quantizing_tokens(
 
 
 @pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("activations", ["symmetric", "affine"])
+@pytest.mark.parametrize("first", ["static", "dynamic"])
+def test_tokens_are_rounded_in_the_product_that_gives_them(
+    first: Literal["static", "dynamic"], activations: Literal["symmetric", "affine"]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    by_token = Int8Linear(include="2", activations=activations, where="always")
+    before, program = Int8Linear(mode=first, where="always"), _after(by_token, model, X)
+    program = replace(before.apply(program, before.plan(program)), changes=Changes())
+    result = SelectKernels().apply(program, SelectKernels().plan(program))
+    assert result.changes.fired["TokensInside" if first == "static" else "FuseTokens"] == 1
+    called = [n.target for n in result.graph.nodes if n.op == "call_function"]
+    fused = {
+        "static": ops.packed_int8_linear_tokens.default,
+        "dynamic": ops.int8_linear_fused_tokens.default,
+    }
+    assert called.count(fused[first]) == 1
+    assert ops.packed_int8_linear.default not in called
+    assert called.count(ops.quantize_tokens.default) == (0 if first == "static" else 1)
+    _assert_same_codes(program, result, X)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_tokens_of_bfloat16_are_read_as_they_are() -> None:
+    class Widened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.to(torch.float32))  # type: ignore[no-any-return]
+
+    x = X.to(torch.bfloat16)
+    program, result = _selected(Int8Linear(), Widened(), x)
+    (call,) = [n for n in result.graph.nodes if n.target is ops.quantize_tokens.default]
+    assert call.args[0].op == "placeholder"
+    (before,), (after,) = evaluate(program, (x,)), evaluate(result, (x,))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
 def test_float64_keeps_the_product_apart() -> None:
     model, x = nn.Linear(8, 8).double(), X.double()
     _, result = _selected(Int8Linear(), model, x)

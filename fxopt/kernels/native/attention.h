@@ -223,15 +223,36 @@ inline void gather(Workspace<T>& work, int rows, int64_t block, int64_t keys, in
   }
 }
 
+// Rows of the head that a thread works on next, too far apart for the processor to fetch them ahead
+// by itself: without this, attention waits for the third-level cache a fifth of its time.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row = 0, size = 0, count = 0;
+
+  void fetch(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < std::min(end, count); ++i) {
+      for (int64_t at = 0; at < size; at += 64) _mm_prefetch(data + i * row + at, _MM_HINT_T0);
+    }
+  }
+};
+
+template <class T>
+Ahead rows_of_head(const at::Tensor& t, int64_t batch, int64_t head) {
+  const T* data = t.const_data_ptr<T>() + batch * t.stride(0) + head * t.stride(1);
+  constexpr int64_t bytes = sizeof(T);
+  return {reinterpret_cast<const char*>(data), t.stride(2) * bytes, t.size(3) * bytes, t.size(2)};
+}
+
 // One head's queries from `begin` to `end`.
 template <class Kind, class T, class Out>
 void attend(const Shape& shape, const Head<T>& head, int64_t begin, int64_t end, Workspace<T>& work,
-            const Output<T, Out>& output) {
+            const Output<T, Out>& output, const std::array<Ahead, 3>& ahead) {
   const int64_t steps = shape.size / Kind::kStep, value_pitch = padded(shape.value_size);
   for (int64_t query = begin; query < end; query += kTileRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - query));
     const auto* a = reinterpret_cast<const int32_t*>(head.queries + query * head.query_row);
     const int64_t seen = shape.is_causal ? std::min(shape.keys, query + rows) : shape.keys;
+    for (const Ahead& next : ahead) next.fetch(query, query + rows);
     for (int64_t block = 0; block < seen; block += kKeys) {
       const int64_t keys = std::min(kKeys, seen - block);
       for (int i = 0; i < rows; ++i) {
@@ -291,6 +312,12 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
     const T* values = v.const_data_ptr<T>() + batch * v.stride(0) + key_head * v.stride(1);
     lay_out_values(values, v.stride(2), shape.keys, shape.value_size, work.values.data());
   };
+  const auto rows_of = [&](int64_t task) -> std::array<Ahead, 3> {
+    const int64_t batch = task / shape.heads, head = task % shape.heads;
+    const int64_t key_head = head / shape.heads_a_key;
+    return {rows_of_head<T>(q, batch, head), rows_of_head<T>(k, batch, key_head),
+            rows_of_head<T>(v, batch, key_head)};
+  };
   const auto spread_mask = [&](Workspace<T>& work, int64_t row) {
     work.alike = hides_alike(mask, row, shape.queries, shape.keys);
     for (int64_t key = 0; work.alike && key < shape.keys; key += kLanes) {
@@ -315,7 +342,9 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
       }
       const int64_t first = tiles * part / parts * kTileRows;
       const int64_t last = std::min(shape.queries, tiles * (part + 1) / parts * kTileRows);
-      attend<Kind>(shape, head, first, last, *work, output);
+      const bool is_last = task + 1 == end || parts > 1;
+      const auto ahead = is_last ? std::array<Ahead, 3>() : rows_of(task + 1);
+      attend<Kind>(shape, head, first, last, *work, output, ahead);
     }
   });
   return out.transpose(1, 2);

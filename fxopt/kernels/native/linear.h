@@ -30,83 +30,86 @@ struct FloatEpilogue {
   bool past_caches;
 
   template <PostOp op>
-  void finish(const float* tile, int64_t row, int rows, int64_t column, int64_t wide) const {
-    for (int64_t j = 0; j < wide; j += kLanes) {
-      const __mmask16 lanes = first_lanes(wide - j);
-      const __m512 added = bias ? load(bias + column + j, lanes) : _mm512_setzero_ps();
-      for (int i = 0; i < rows; ++i) {
-        const int64_t at = (row + i) * columns + column + j;
-        __m512 x = _mm512_add_ps(_mm512_load_ps(tile + i * kPanel + j), added);
-        if constexpr (op == PostOp::kAdd) x = _mm512_add_ps(x, load(other + at, lanes));
-        x = activated<op>(x);
-        if constexpr (std::is_same_v<T, float>) {
-          if (past_caches) {
-            _mm512_stream_ps(out + at, x);
-            continue;
-          }
-        }
-        store(out + at, x, lanes);
-      }
+  void finish(const float* sums, int64_t row, int64_t column, __mmask16 lanes) const {
+    const int64_t at = row * columns + column;
+    const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
+    __m512 x = _mm512_add_ps(_mm512_load_ps(sums), added);
+    if constexpr (op == PostOp::kAdd) x = _mm512_add_ps(x, load(other + at, lanes));
+    x = activated<op>(x);
+    if constexpr (std::is_same_v<T, float>) {
+      if (past_caches) return _mm512_stream_ps(out + at, x);
     }
+    store(out + at, x, lanes);
   }
 };
 
 // What rounded activations stand for: (q - zero point) * scale, q shifted to unsigned, one scale
-// and zero point for all rows, or one each, `next` being 1.
+// and zero point for all rows, or one for each.
 struct Scales {
   const float* scale;
   const int32_t* zero_point;
-  int64_t next;
+  bool by_row;
 };
 
-// The integers of a product become numbers, and integers again where those are asked for.
-template <class T>
+// What the integers of each column are worth where one scale and zero point hold for all rows.
+struct ColumnScales {
+  std::vector<float> factor;
+  std::vector<int32_t> offset;
+
+  ColumnScales(const Scales& rows, const int32_t* sums, const float* weight_scale, int64_t columns)
+      : factor(padded(columns)), offset(padded(columns)) {
+    for (int64_t n = 0; n < columns; ++n) {
+      factor[n] = *rows.scale * weight_scale[n];
+      offset[n] = *rows.zero_point * sums[n];
+    }
+  }
+};
+
+// The integers of a product become numbers, and integers again where those are asked for, or come
+// `for_codes` after it.
+template <class T, bool for_codes = kIsCode<T>>
 struct Int8Epilogue {
   T* out;
   Scales rows;
   const int32_t* sums;
   const float* weight_scale;
+  const ColumnScales* alike;
   const float* bias;
   Quantizer codes;
   int64_t columns;
 
   template <PostOp op>
-  void finish(const float* tile, int64_t row, int high, int64_t column, int64_t wide) const {
-    for (int64_t j = 0; j < wide; j += kLanes) {
-      const __mmask16 lanes = first_lanes(wide - j);
-      const __m512i total = _mm512_loadu_si512(sums + column + j);
-      const __m512 by_column = load(weight_scale + column + j, lanes);
-      const __m512 added = bias ? load(bias + column + j, lanes) : _mm512_setzero_ps();
-      __m512i offset;
-      __m512 factor;
-      for (int i = 0; i < high; ++i) {
-        if (i == 0 || rows.next) {
-          const int64_t at = (row + i) * rows.next;
-          offset = _mm512_mullo_epi32(_mm512_set1_epi32(rows.zero_point[at]), total);
-          factor = _mm512_mul_ps(_mm512_set1_ps(rows.scale[at]), by_column);
-        }
-        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + i * kPanel + j), offset);
-        const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, added);
-        T* to = out + (row + i) * columns + column + j;
-        if constexpr (kIsCode<T>) {
-          codes.store(to, activated<op, true>(x), lanes);
-        } else {
-          store(to, activated<op>(x), lanes);
-        }
-      }
+  __m512 value(const float* sum, int64_t row, int64_t column, __mmask16 lanes) const {
+    __m512i offset;
+    __m512 factor;
+    if (alike) {
+      offset = _mm512_loadu_si512(alike->offset.data() + column);
+      factor = _mm512_loadu_ps(alike->factor.data() + column);
+    } else {
+      offset = _mm512_mullo_epi32(_mm512_set1_epi32(rows.zero_point[row]),
+                                  _mm512_loadu_si512(sums + column));
+      factor = _mm512_mul_ps(_mm512_set1_ps(rows.scale[row]), load(weight_scale + column, lanes));
+    }
+    const __m512i total = _mm512_sub_epi32(_mm512_load_si512(sum), offset);
+    const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
+    return activated<op, for_codes>(_mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, added));
+  }
+
+  template <PostOp op>
+  void finish(const float* sum, int64_t row, int64_t column, __mmask16 lanes) const {
+    const __m512 x = value<op>(sum, row, column, lanes);
+    T* to = out + row * columns + column;
+    if constexpr (kIsCode<T>) {
+      codes.store(to, x, lanes);
+    } else {
+      store(to, x, lanes);
     }
   }
 };
 
-// `epilogue` with `op` inside, for all tiles of the product.
-template <class Kind, class Epilogue>
-void multiply_with(const int32_t* a, const int32_t* b, int64_t rows, int64_t columns, int64_t steps,
-                   const Epilogue& epilogue, PostOp op) {
-  const auto run = [&](auto chosen) {
-    constexpr PostOp known = decltype(chosen)::value;
-    multiply_all<Kind>(a, b, rows, columns, steps,
-                       [&](auto... tile) { epilogue.template finish<known>(tile...); });
-  };
+// `run` with `op` as a constant.
+template <class Run>
+void with_post_op(PostOp op, const Run& run) {
   switch (op) {
     case PostOp::kRelu:
       return run(std::integral_constant<PostOp, PostOp::kRelu>());
@@ -116,14 +119,25 @@ void multiply_with(const int32_t* a, const int32_t* b, int64_t rows, int64_t col
       return run(std::integral_constant<PostOp, PostOp::kGeluTanh>());
     case PostOp::kSilu:
       return run(std::integral_constant<PostOp, PostOp::kSilu>());
-    case PostOp::kAdd:
-      if constexpr (std::is_same_v<Epilogue, FloatEpilogue<float>> ||
-                    std::is_same_v<Epilogue, FloatEpilogue<at::BFloat16>>) {
-        return run(std::integral_constant<PostOp, PostOp::kAdd>());
-      }
     default:
       return run(std::integral_constant<PostOp, PostOp::kNone>());
   }
+}
+
+// `epilogue` with `op` inside, for all of the product.
+template <class Kind, class Epilogue>
+void multiply_with(const int32_t* a, const int32_t* b, int64_t rows, int64_t columns, int64_t steps,
+                   const Epilogue& epilogue, PostOp op) {
+  const auto run = [&](auto chosen) {
+    constexpr PostOp known = decltype(chosen)::value;
+    multiply_all<Kind>(a, b, rows, columns, steps,
+                       [&](auto... vector) { epilogue.template finish<known>(vector...); });
+  };
+  if constexpr (std::is_same_v<Epilogue, FloatEpilogue<float>> ||
+                std::is_same_v<Epilogue, FloatEpilogue<at::BFloat16>>) {
+    if (op == PostOp::kAdd) return run(std::integral_constant<PostOp, PostOp::kAdd>());
+  }
+  with_post_op(op, run);
 }
 
 template <class Kind, class T>
@@ -205,15 +219,10 @@ inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
   int32_t* out = product.mutable_data_ptr<int32_t>();
   multiply_all<Int8>(
       static_cast<const int32_t*>(rows.const_data_ptr()), b, rows.numel() / rows.size(-1), columns,
-      steps, [&](const float* tile, int64_t row, int high, int64_t column, int64_t wide) {
-        for (int64_t j = 0; j < wide; j += kLanes) {
-          const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(sums + column + j), 7);
-          for (int i = 0; i < high; ++i) {
-            const __m512i sum = _mm512_load_si512(tile + i * kPanel + j);
-            _mm512_mask_storeu_epi32(out + (row + i) * columns + column + j, first_lanes(wide - j),
-                                     _mm512_sub_epi32(sum, offset));
-          }
-        }
+      steps, [&](const float* sum, int64_t row, int64_t column, __mmask16 lanes) {
+        const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(sums + column), 7);
+        _mm512_mask_storeu_epi32(out + row * columns + column, lanes,
+                                 _mm512_sub_epi32(_mm512_load_si512(sum), offset));
       });
   return product;
 }
@@ -228,13 +237,11 @@ at::Tensor int8_linear(const at::Tensor& q, const Scales& rows, const at::Tensor
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor out = at::empty(output_shape(q, weight), options);
   const int32_t* b = packed.const_data_ptr<int32_t>();
-  const Int8Epilogue<T> epilogue{out.mutable_data_ptr<T>(),
-                                 rows,
-                                 b + padded(columns) * steps,
-                                 weight_scale,
-                                 bias,
-                                 codes,
-                                 columns};
+  const int32_t* sums = b + padded(columns) * steps;
+  std::optional<ColumnScales> alike;
+  if (!rows.by_row) alike.emplace(rows, sums, weight_scale, columns);
+  const Int8Epilogue<T> epilogue{out.mutable_data_ptr<T>(), rows, sums,  weight_scale,
+                                 alike ? &*alike : nullptr, bias, codes, columns};
   multiply_with<Int8>(static_cast<const int32_t*>(a.const_data_ptr()), b, a.numel() / a.size(-1),
                       columns, steps, epilogue, op);
   return out;
@@ -244,21 +251,36 @@ inline bool is_float_vector(const at::Tensor& t, int64_t size) {
   return t.scalar_type() == at::kFloat && t.numel() == size && t.is_contiguous();
 }
 
+// Whether the kernels take a product of activations with one scale and zero point.
+inline bool takes_static_int8(const at::Tensor& q, const at::Tensor& scale,
+                              const at::Tensor& zero_point, const at::Tensor& weight,
+                              const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+                              c10::string_view post_op) {
+  const PostOp op = post_op_named(post_op);
+  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
+  return fits(q, weight) && weight.scalar_type() == at::kChar &&
+         (q.scalar_type() == at::kByte || q.scalar_type() == at::kChar) &&
+         is_float_vector(scale, 1) && zero_point.numel() == 1 &&
+         is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
+         op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none");
+}
+
+// The zero point of `q` where its codes are shifted to unsigned.
+inline int32_t unsigned_zero_point(const at::Tensor& q, const at::Tensor& zero_point) {
+  return integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
+}
+
 inline at::Tensor packed_int8_linear(
     const at::Tensor& q, const at::Tensor& scale, const at::Tensor& zero_point,
     const at::Tensor& weight, const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
     c10::string_view post_op, const std::optional<at::Tensor>& out_scale,
     const std::optional<at::Tensor>& out_zero_point, at::ScalarType dtype) {
   const PostOp op = post_op_named(post_op);
-  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
   const bool requantizes = out_scale.has_value();
   const bool to_integers = dtype == at::kByte || dtype == at::kChar;
   const bool well_formed =
-      fits(q, weight) && weight.scalar_type() == at::kChar &&
-      (q.scalar_type() == at::kByte || q.scalar_type() == at::kChar) && is_float_vector(scale, 1) &&
-      zero_point.numel() == 1 && is_float_vector(weight_scale, columns) &&
-      (!bias || is_float_vector(*bias, columns)) && op != PostOp::kAdd &&
-      (op != PostOp::kNone || post_op == "none") && requantizes == out_zero_point.has_value() &&
+      takes_static_int8(q, scale, zero_point, weight, weight_scale, bias, post_op) &&
+      requantizes == out_zero_point.has_value() &&
       (requantizes
            ? to_integers && is_number(*out_scale, at::kFloat) && is_number(*out_zero_point, dtype)
            : dtype == at::kFloat || dtype == at::kBFloat16);
@@ -274,11 +296,11 @@ inline at::Tensor packed_int8_linear(
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
-  const int32_t zero = integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
+  const int32_t zero = unsigned_zero_point(q, zero_point);
   const auto run = [&](auto like) {
     return int8_linear<decltype(like)>(
-        q, {scale.const_data_ptr<float>(), &zero, 0}, weight, weight_scale.const_data_ptr<float>(),
-        bias ? bias->const_data_ptr<float>() : nullptr, op,
+        q, {scale.const_data_ptr<float>(), &zero, false}, weight,
+        weight_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, op,
         requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer());
   };
   switch (dtype) {
@@ -299,6 +321,30 @@ inline bool is_by_row(const at::Tensor& t, const at::Tensor& q, at::ScalarType d
          std::equal(t.sizes().begin(), t.sizes().end() - 1, q.sizes().begin());
 }
 
+// Whether the kernels take a product of activations with a scale for each row.
+inline bool takes_dynamic_int8(const at::Tensor& q, const at::Tensor& scale,
+                               const std::optional<at::Tensor>& zero_point,
+                               const at::Tensor& weight, const at::Tensor& weight_scale,
+                               const std::optional<at::Tensor>& bias, c10::string_view post_op) {
+  const PostOp op = post_op_named(post_op);
+  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
+  return fits(q, weight) && weight.scalar_type() == at::kChar &&
+         (q.scalar_type() == at::kChar || q.scalar_type() == at::kByte) &&
+         is_by_row(scale, q, at::kFloat) && (!zero_point || is_by_row(*zero_point, q, at::kChar)) &&
+         is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
+         op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none");
+}
+
+// The zero points of rows whose codes are shifted to unsigned.
+inline std::vector<int32_t> unsigned_zero_points(const at::Tensor& scale,
+                                                 const std::optional<at::Tensor>& zero_point) {
+  std::vector<int32_t> zeros(scale.numel(), 128);
+  for (size_t row = 0; zero_point && row < zeros.size(); ++row) {
+    zeros[row] += zero_point->const_data_ptr<int8_t>()[row];
+  }
+  return zeros;
+}
+
 inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale,
                                     const std::optional<at::Tensor>& zero_point,
                                     const at::Tensor& weight, const at::Tensor& weight_scale,
@@ -306,13 +352,8 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
                                     const std::optional<at::Tensor>& bias, at::ScalarType dtype,
                                     c10::string_view post_op) {
   const PostOp op = post_op_named(post_op);
-  const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
   const bool well_formed =
-      fits(q, weight) && weight.scalar_type() == at::kChar &&
-      (q.scalar_type() == at::kChar || q.scalar_type() == at::kByte) &&
-      is_by_row(scale, q, at::kFloat) && (!zero_point || is_by_row(*zero_point, q, at::kChar)) &&
-      is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
-      op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none") &&
+      takes_dynamic_int8(q, scale, zero_point, weight, weight_scale, bias, post_op) &&
       (dtype == at::kFloat || dtype == at::kBFloat16);
   if (!well_formed) {
     static const auto by_library =
@@ -325,13 +366,10 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype,
                            post_op);
   }
-  std::vector<int32_t> zeros(scale.numel(), 128);
-  for (size_t row = 0; zero_point && row < zeros.size(); ++row) {
-    zeros[row] += zero_point->const_data_ptr<int8_t>()[row];
-  }
+  const std::vector<int32_t> zeros = unsigned_zero_points(scale, zero_point);
   const auto run = [&](auto like) {
-    return int8_linear<decltype(like)>(q, {scale.const_data_ptr<float>(), zeros.data(), 1}, weight,
-                                       weight_scale.const_data_ptr<float>(),
+    return int8_linear<decltype(like)>(q, {scale.const_data_ptr<float>(), zeros.data(), true},
+                                       weight, weight_scale.const_data_ptr<float>(),
                                        bias ? bias->const_data_ptr<float>() : nullptr, op,
                                        Quantizer());
   };

@@ -17,6 +17,8 @@ extern "C" void register_kernels() {
   registered->impl("packed_int8_linear", fxopt::packed_int8_linear);
   registered->impl("int8_linear_fused", fxopt::int8_linear_fused);
   registered->impl("quantize_tokens", fxopt::quantize_tokens);
+  registered->impl("int8_linear_fused_tokens", fxopt::int8_linear_fused_tokens);
+  registered->impl("packed_int8_linear_tokens", fxopt::packed_int8_linear_tokens);
 }
 
 extern "C" void unregister_kernels() { registered.reset(); }

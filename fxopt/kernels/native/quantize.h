@@ -1,4 +1,5 @@
 // Rows of numbers as 8-bit codes, each row with a scale of its own, and a zero point if asked for.
+// Numbers that are there, or those of an int8 linear layer, which then never leave the cache.
 //
 // The codes are given plus 128, unsigned, as the product takes them.
 // The equations are those of fxopt/kernels/quantization.py. A row is read twice, the second time
@@ -103,6 +104,31 @@ void quantize_rows(const at::Tensor& x, const Columns& columns, uint8_t* q, floa
   });
 }
 
+// Codes, scales and zero points of rows, to be filled.
+struct Tokens {
+  at::Tensor codes, scales, zero_points;
+
+  Tokens(std::vector<int64_t> shape, const at::TensorOptions& options, bool affine) {
+    codes = at::empty(shape, options.dtype(at::kByte));
+    shape.back() = 1;
+    scales = at::empty(shape, options.dtype(at::kFloat));
+    if (!affine) shape = {0};
+    zero_points = at::empty(shape, options.dtype(at::kChar));
+  }
+
+  template <bool affine>
+  void round(const float* x, int64_t row) {
+    const int64_t size = codes.size(-1);
+    quantize_row<affine>(x, Columns(), size, codes.mutable_data_ptr<uint8_t>() + row * size,
+                         scales.mutable_data_ptr<float>() + row,
+                         affine ? zero_points.mutable_data_ptr<int8_t>() + row : nullptr);
+  }
+
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> all() const {
+    return {codes, scales, zero_points};
+  }
+};
+
 inline bool is_column_vector(const std::optional<at::Tensor>& t, const at::Tensor& x) {
   return !t || (t->scalar_type() == at::kFloat && t->dim() == 1 && t->is_contiguous() &&
                 t->numel() == x.size(-1) && x.scalar_type() == at::kFloat);
@@ -122,19 +148,132 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tokens(
     return by_library.call(x, factor, shift, affine);
   }
   const at::Tensor rows = x.contiguous();
-  std::vector<int64_t> by_row = x.sizes().vec();
-  by_row.back() = 1;
-  const at::Tensor q = at::empty(x.sizes(), x.options().dtype(at::kByte));
-  const at::Tensor scale = at::empty(by_row, x.options().dtype(at::kFloat));
-  if (!affine) by_row = {0};
-  const at::Tensor zero_point = at::empty(by_row, x.options().dtype(at::kChar));
+  Tokens tokens(x.sizes().vec(), x.options(), affine);
   const Columns columns{factor ? factor->const_data_ptr<float>() : nullptr,
                         shift ? shift->const_data_ptr<float>() : nullptr};
   const auto run =
       x.scalar_type() == at::kFloat ? quantize_rows<float> : quantize_rows<at::BFloat16>;
-  run(rows, columns, q.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>(),
-      affine ? zero_point.mutable_data_ptr<int8_t>() : nullptr);
-  return {q, scale, zero_point};
+  run(rows, columns, tokens.codes.mutable_data_ptr<uint8_t>(),
+      tokens.scales.mutable_data_ptr<float>(),
+      affine ? tokens.zero_points.mutable_data_ptr<int8_t>() : nullptr);
+  return tokens.all();
+}
+
+// Rows of a product that stay in half of a second-level cache in float32 until they are rounded.
+constexpr int64_t kTokenRows = 4 * kTileRows;
+
+// The rows of an int8 linear layer, rounded by the thread that made them as they are done.
+template <bool affine, PostOp op>
+void linear_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_t steps,
+                      const Int8Epilogue<float, true>& epilogue, Tokens& tokens) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t tiles = tiles_of(rows), columns = epilogue.columns;
+  at::Tensor numbers =
+      at::empty({threads, kTokenRows, columns}, tokens.codes.options().dtype(at::kFloat));
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const Part part{tiles * thread / threads * kTileRows,
+                      std::min(rows, tiles * (thread + 1) / threads * kTileRows), 0,
+                      panels_of(columns)};
+      float* own = numbers.mutable_data_ptr<float>() + thread * kTokenRows * columns;
+      const auto place = [&](int64_t row) {
+        return own + (row - part.first_row) % kTokenRows * columns;
+      };
+      const auto finish = [&](const float* sum, int64_t row, int64_t column, __mmask16 lanes) {
+        store(place(row) + column, epilogue.template value<op>(sum, row, column, lanes), lanes);
+      };
+      const auto round_rows = [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) tokens.round<affine>(place(row), row);
+      };
+      multiply_part<Int8>(a, b, columns, steps, part, kTokenRows, finish, round_rows);
+    }
+  });
+}
+
+// The same where the threads share the columns of too few rows: all of them are rounded at the end.
+template <bool affine, PostOp op>
+void few_rows_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_t steps,
+                        Int8Epilogue<float, true> epilogue, Tokens& tokens) {
+  const int64_t columns = epilogue.columns;
+  at::Tensor numbers = at::empty({rows, columns}, tokens.codes.options().dtype(at::kFloat));
+  epilogue.out = numbers.mutable_data_ptr<float>();
+  multiply_all<Int8>(a, b, rows, columns, steps,
+                     [&](auto... vector) { epilogue.template finish<op>(vector...); });
+  for (int64_t row = 0; row < rows; ++row) tokens.round<affine>(epilogue.out + row * columns, row);
+}
+
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_tokens(
+    const at::Tensor& q, const Scales& scales, const at::Tensor& weight, const float* weight_scale,
+    const std::optional<at::Tensor>& bias, PostOp op, bool affine) {
+  const at::Tensor codes = unsigned_rows(q), packed = panels(weight);
+  const int64_t columns = weight.size(0), steps = steps_of(weight);
+  const int64_t rows = codes.numel() / codes.size(-1);
+  const auto* a = static_cast<const int32_t*>(codes.const_data_ptr());
+  const int32_t* b = packed.const_data_ptr<int32_t>();
+  const int32_t* sums = b + padded(columns) * steps;
+  std::optional<ColumnScales> alike;
+  if (!scales.by_row) alike.emplace(scales, sums, weight_scale, columns);
+  const Int8Epilogue<float, true> epilogue{nullptr,
+                                           scales,
+                                           sums,
+                                           weight_scale,
+                                           alike ? &*alike : nullptr,
+                                           bias ? bias->const_data_ptr<float>() : nullptr,
+                                           Quantizer(),
+                                           columns};
+  Tokens tokens(output_shape(q, weight), q.options(), affine);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const bool by_rows = threads_for_rows(threads, rows, columns) == threads;
+  with_post_op(op, [&](auto chosen) {
+    constexpr PostOp known = decltype(chosen)::value;
+    const auto run = by_rows
+                         ? (affine ? linear_to_tokens<true, known> : linear_to_tokens<false, known>)
+                         : nullptr;
+    if (run) return run(a, b, rows, steps, epilogue, tokens);
+    const auto run_few =
+        affine ? few_rows_to_tokens<true, known> : few_rows_to_tokens<false, known>;
+    run_few(a, b, rows, steps, epilogue, tokens);
+  });
+  return tokens.all();
+}
+
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_int8_linear_tokens(
+    const at::Tensor& q, const at::Tensor& scale, const at::Tensor& zero_point,
+    const at::Tensor& weight, const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
+    c10::string_view post_op, bool affine) {
+  if (!takes_static_int8(q, scale, zero_point, weight, weight_scale, bias, post_op)) {
+    static const auto by_library =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fxopt::packed_int8_linear_tokens_by_library", "")
+            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view, bool)>();
+    return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, affine);
+  }
+  const int32_t zero = unsigned_zero_point(q, zero_point);
+  return linear_tokens(q, {scale.const_data_ptr<float>(), &zero, false}, weight,
+                       weight_scale.const_data_ptr<float>(), bias, post_op_named(post_op), affine);
+}
+
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
+    const at::Tensor& q, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
+    const at::Tensor& weight, const at::Tensor& weight_scale,
+    const std::optional<at::Tensor>& weight_sums, const std::optional<at::Tensor>& bias,
+    c10::string_view post_op, bool affine) {
+  if (!takes_dynamic_int8(q, scale, zero_point, weight, weight_scale, bias, post_op)) {
+    static const auto by_library =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fxopt::int8_linear_fused_tokens_by_library", "")
+            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, c10::string_view, bool)>();
+    return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, post_op,
+                           affine);
+  }
+  const std::vector<int32_t> zeros = unsigned_zero_points(scale, zero_point);
+  return linear_tokens(q, {scale.const_data_ptr<float>(), zeros.data(), true}, weight,
+                       weight_scale.const_data_ptr<float>(), bias, post_op_named(post_op), affine);
 }
 
 }  // namespace fxopt
