@@ -17,14 +17,13 @@ _START = "canonicalize, fuse-linears"
 _LEAN = "lower{mode=reduce-overhead}"
 _END = f"autocast, prepack, {_LEAN}"
 # The second linear of a BERT layer's feed-forward net. Its input comes out of a GELU, with a few
-# huge channels in a few tokens, and takes no scale in: a scale for each token spares the others.
+# huge channels in a few tokens: a scale for each token spares the others, smoothing spares none.
 _DOWN = "encoder.layer.?.output.dense"
-# Attention rounds its own result, unless something stands in between.
-_SHIFT = "shift-channels{exclude=*.attention.output.dense}"
-_SMOOTH = f"smooth-quant{{alpha=auto, mode=static, exclude={_DOWN}}}"
+# Attention rounds its own result where one scale holds for all tokens, and nothing stands between.
+_ATTENDED = "*.attention.output.dense"
+_SMOOTH = f"shift-channels{{exclude={_ATTENDED}}}, smooth-quant{{alpha=auto, exclude={_DOWN}}}"
+_STATIC = f"int8-linear{{mode=static, weights=gptq, include={_ATTENDED}}}"
 _TOKENS = "int8-linear{mode=dynamic, activations=affine, weights=gptq"
-_MIXED = f"{_START}, {_SHIFT}, {_SMOOTH}, {_TOKENS}, include={_DOWN}}}"
-_STATIC = "int8-linear{mode=static, weights=gptq"
 
 LISTS: dict[str, str | tuple[Any, ...]] = {
     "fp32": f"{_START}, prepack, {_LEAN}",
@@ -32,10 +31,9 @@ LISTS: dict[str, str | tuple[Any, ...]] = {
     "half": f"{_START}, autocast{{mode=half}}, prepack, lower",
     "half-linear": f"{_START}, half-linear, prepack, lower",
     "int8 static": f"{_START}, int8-linear{{mode=static}}, {_END}",
-    "int8 mixed": f"{_MIXED}, {_STATIC}}}, {_END}",
-    "int8 careful": f"{_MIXED}, {_STATIC}, budget=sqnr(29)}}, {_END}",
-    "int8 dynamic": f"{_START}, {_SHIFT}, smooth-quant{{alpha=auto, exclude={_DOWN}}}, "
-    f"{_TOKENS}}}, {_END}",
+    "int8 dynamic": f"{_START}, {_SMOOTH}, {_TOKENS}}}, {_END}",
+    "int8 mixed": f"{_START}, {_SMOOTH}, {_STATIC}, {_TOKENS}}}, {_END}",
+    "int8 careful": f"{_START}, {_SMOOTH}, {_STATIC}, {_TOKENS}, budget=sqnr(29.5)}}, {_END}",
     # The down projections hold a quarter of the products and more than half of the divergence.
     "int8 language": f"{_START}, smooth-quant{{alpha=auto}}, {_TOKENS}, exclude=*.down_proj}}, "
     f"{_END}",

@@ -43,56 +43,78 @@ struct FloatEpilogue {
   }
 };
 
-// What rounded activations stand for: (q - zero point) * scale, q shifted to unsigned, one scale
-// and zero point for all rows, or one for each.
-struct Scales {
-  const float* scale;
-  const int32_t* zero_point;
-  bool by_row;
+// What rounded activations stand for: (q - zero point) * scale, q shifted to unsigned.
+struct Scale {
+  float scale;
+  int32_t zero_point;
 };
 
-// What the integers of each column are worth where one scale and zero point hold for all rows.
-struct ColumnScales {
+// m = l + 128 h and z = z, 128 z as two numbers of 16 bits: what one instruction multiplies and
+// adds up is z l + 128 z h = z m. For z of 8 bits and m of 22, a sum of 2^15 weights.
+constexpr int64_t kMostInHalves = 1 << 15;
+inline int32_t in_halves(int32_t m) { return (m & 127) | ((m >> 7) << 16); }
+inline int32_t for_halves(int32_t zero) { return zero | (zero << 23); }
+
+// What the integers of each column are worth, and what a zero point for all rows takes from them.
+struct AllRows {
   std::vector<float> factor;
   std::vector<int32_t> offset;
 
-  ColumnScales(const Scales& rows, const int32_t* sums, const float* weight_scale, int64_t columns)
+  AllRows(const Scale& rows, const int32_t* sums, const float* weight_scale, int64_t columns)
       : factor(padded(columns)), offset(padded(columns)) {
     for (int64_t n = 0; n < columns; ++n) {
-      factor[n] = *rows.scale * weight_scale[n];
-      offset[n] = *rows.zero_point * sums[n];
+      factor[n] = rows.scale * weight_scale[n];
+      offset[n] = rows.zero_point * sums[n];
     }
+  }
+
+  __m512 numbers(__m512i total, int64_t, int64_t column, __m512 added) const {
+    total = _mm512_sub_epi32(total, _mm512_loadu_si512(offset.data() + column));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_loadu_ps(factor.data() + column),
+                           added);
+  }
+};
+
+// The same with a scale and a zero point for each row.
+struct EachRow {
+  std::vector<float> factor;
+  std::vector<int32_t> negative_sum;
+  std::vector<Scale> rows;
+
+  EachRow(std::vector<Scale> scales, const int32_t* sums, const float* weight_scale,
+          int64_t columns)
+      : factor(padded(columns)), negative_sum(padded(columns)), rows(std::move(scales)) {
+    for (Scale& row : rows) row.zero_point = for_halves(row.zero_point);
+    for (int64_t n = 0; n < columns; ++n) {
+      factor[n] = weight_scale[n];
+      negative_sum[n] = in_halves(-sums[n]);
+    }
+  }
+
+  __m512 numbers(__m512i total, int64_t row, int64_t column, __m512 added) const {
+    const Scale& of_row = rows[row];
+    total = _mm512_dpwssd_epi32(total, _mm512_set1_epi32(of_row.zero_point),
+                                _mm512_loadu_si512(negative_sum.data() + column));
+    const __m512 scale =
+        _mm512_mul_ps(_mm512_loadu_ps(factor.data() + column), _mm512_set1_ps(of_row.scale));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, added);
   }
 };
 
 // The integers of a product become numbers, and integers again where those are asked for, or come
 // `for_codes` after it.
-template <class T, bool for_codes = kIsCode<T>>
+template <class T, class Rows, bool for_codes = kIsCode<T>>
 struct Int8Epilogue {
   T* out;
-  Scales rows;
-  const int32_t* sums;
-  const float* weight_scale;
-  const ColumnScales* alike;
+  const Rows& rows;
   const float* bias;
   Quantizer codes;
   int64_t columns;
 
   template <PostOp op>
   __m512 value(const float* sum, int64_t row, int64_t column, __mmask16 lanes) const {
-    __m512i offset;
-    __m512 factor;
-    if (alike) {
-      offset = _mm512_loadu_si512(alike->offset.data() + column);
-      factor = _mm512_loadu_ps(alike->factor.data() + column);
-    } else {
-      offset = _mm512_mullo_epi32(_mm512_set1_epi32(rows.zero_point[row]),
-                                  _mm512_loadu_si512(sums + column));
-      factor = _mm512_mul_ps(_mm512_set1_ps(rows.scale[row]), load(weight_scale + column, lanes));
-    }
-    const __m512i total = _mm512_sub_epi32(_mm512_load_si512(sum), offset);
     const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
-    return activated<op, for_codes>(_mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, added));
+    return activated<op, for_codes>(rows.numbers(_mm512_load_si512(sum), row, column, added));
   }
 
   template <PostOp op>
@@ -227,24 +249,24 @@ inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
   return product;
 }
 
-// `q` 8-bit; `rows` as for unsigned rows.
-template <class T>
-at::Tensor int8_linear(const at::Tensor& q, const Scales& rows, const at::Tensor& weight,
-                       const float* weight_scale, const float* bias, PostOp op,
-                       const Quantizer& codes) {
+// `q` 8-bit; `rows` an AllRows or an EachRow for its unsigned codes.
+template <class T, class Rows>
+at::Tensor int8_linear(const at::Tensor& q, const Rows& rows, const at::Tensor& weight,
+                       const float* bias, PostOp op, const Quantizer& codes) {
   const at::Tensor a = unsigned_rows(q), packed = panels(weight);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor out = at::empty(output_shape(q, weight), options);
-  const int32_t* b = packed.const_data_ptr<int32_t>();
-  const int32_t* sums = b + padded(columns) * steps;
-  std::optional<ColumnScales> alike;
-  if (!rows.by_row) alike.emplace(rows, sums, weight_scale, columns);
-  const Int8Epilogue<T> epilogue{out.mutable_data_ptr<T>(), rows, sums,  weight_scale,
-                                 alike ? &*alike : nullptr, bias, codes, columns};
-  multiply_with<Int8>(static_cast<const int32_t*>(a.const_data_ptr()), b, a.numel() / a.size(-1),
-                      columns, steps, epilogue, op);
+  const Int8Epilogue<T, Rows> epilogue{out.mutable_data_ptr<T>(), rows, bias, codes, columns};
+  multiply_with<Int8>(static_cast<const int32_t*>(a.const_data_ptr()),
+                      packed.const_data_ptr<int32_t>(), a.numel() / a.size(-1), columns, steps,
+                      epilogue, op);
   return out;
+}
+
+// The sums of a weight's rows, which lie after its panels.
+inline const int32_t* row_sums(const at::Tensor& weight) {
+  return panels(weight).const_data_ptr<int32_t>() + padded(weight.size(0)) * steps_of(weight);
 }
 
 inline bool is_float_vector(const at::Tensor& t, int64_t size) {
@@ -265,9 +287,12 @@ inline bool takes_static_int8(const at::Tensor& q, const at::Tensor& scale,
          op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none");
 }
 
-// The zero point of `q` where its codes are shifted to unsigned.
-inline int32_t unsigned_zero_point(const at::Tensor& q, const at::Tensor& zero_point) {
-  return integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
+// What the unsigned codes of `q` are worth.
+inline AllRows all_rows(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& zero_point,
+                        const at::Tensor& weight, const at::Tensor& weight_scale) {
+  const int32_t zero = integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
+  return AllRows({*scale.const_data_ptr<float>(), zero}, row_sums(weight),
+                 weight_scale.const_data_ptr<float>(), weight.size(0));
 }
 
 inline at::Tensor packed_int8_linear(
@@ -296,11 +321,10 @@ inline at::Tensor packed_int8_linear(
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
-  const int32_t zero = unsigned_zero_point(q, zero_point);
+  const AllRows rows = all_rows(q, scale, zero_point, weight, weight_scale);
   const auto run = [&](auto like) {
     return int8_linear<decltype(like)>(
-        q, {scale.const_data_ptr<float>(), &zero, false}, weight,
-        weight_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, op,
+        q, rows, weight, bias ? bias->const_data_ptr<float>() : nullptr, op,
         requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer());
   };
   switch (dtype) {
@@ -328,21 +352,23 @@ inline bool takes_dynamic_int8(const at::Tensor& q, const at::Tensor& scale,
                                const std::optional<at::Tensor>& bias, c10::string_view post_op) {
   const PostOp op = post_op_named(post_op);
   const int64_t columns = weight.dim() == 2 ? weight.size(0) : -1;
-  return fits(q, weight) && weight.scalar_type() == at::kChar &&
+  return fits(q, weight) && weight.scalar_type() == at::kChar && weight.size(1) <= kMostInHalves &&
          (q.scalar_type() == at::kChar || q.scalar_type() == at::kByte) &&
          is_by_row(scale, q, at::kFloat) && (!zero_point || is_by_row(*zero_point, q, at::kChar)) &&
          is_float_vector(weight_scale, columns) && (!bias || is_float_vector(*bias, columns)) &&
          op != PostOp::kAdd && (op != PostOp::kNone || post_op == "none");
 }
 
-// The zero points of rows whose codes are shifted to unsigned.
-inline std::vector<int32_t> unsigned_zero_points(const at::Tensor& scale,
-                                                 const std::optional<at::Tensor>& zero_point) {
-  std::vector<int32_t> zeros(scale.numel(), 128);
-  for (size_t row = 0; zero_point && row < zeros.size(); ++row) {
-    zeros[row] += zero_point->const_data_ptr<int8_t>()[row];
+// What the unsigned codes of each row are worth.
+inline EachRow each_row(const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
+                        const at::Tensor& weight, const at::Tensor& weight_scale) {
+  std::vector<Scale> rows(scale.numel());
+  for (size_t row = 0; row < rows.size(); ++row) {
+    const int32_t zero = zero_point ? zero_point->const_data_ptr<int8_t>()[row] : 0;
+    rows[row] = {scale.const_data_ptr<float>()[row], zero + 128};
   }
-  return zeros;
+  return EachRow(std::move(rows), row_sums(weight), weight_scale.const_data_ptr<float>(),
+                 weight.size(0));
 }
 
 inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale,
@@ -366,12 +392,10 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype,
                            post_op);
   }
-  const std::vector<int32_t> zeros = unsigned_zero_points(scale, zero_point);
+  const EachRow rows = each_row(scale, zero_point, weight, weight_scale);
   const auto run = [&](auto like) {
-    return int8_linear<decltype(like)>(q, {scale.const_data_ptr<float>(), zeros.data(), true},
-                                       weight, weight_scale.const_data_ptr<float>(),
-                                       bias ? bias->const_data_ptr<float>() : nullptr, op,
-                                       Quantizer());
+    return int8_linear<decltype(like)>(
+        q, rows, weight, bias ? bias->const_data_ptr<float>() : nullptr, op, Quantizer());
   };
   return dtype == at::kFloat ? run(float()) : run(at::BFloat16());
 }

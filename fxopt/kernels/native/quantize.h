@@ -163,9 +163,9 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tokens(
 constexpr int64_t kTokenRows = 4 * kTileRows;
 
 // The rows of an int8 linear layer, rounded by the thread that made them as they are done.
-template <bool affine, PostOp op>
+template <bool affine, PostOp op, class Rows>
 void linear_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_t steps,
-                      const Int8Epilogue<float, true>& epilogue, Tokens& tokens) {
+                      const Int8Epilogue<float, Rows, true>& epilogue, Tokens& tokens) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t tiles = tiles_of(rows), columns = epilogue.columns;
   at::Tensor numbers =
@@ -191,9 +191,9 @@ void linear_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_t 
 }
 
 // The same where the threads share the columns of too few rows: all of them are rounded at the end.
-template <bool affine, PostOp op>
+template <bool affine, PostOp op, class Rows>
 void few_rows_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_t steps,
-                        Int8Epilogue<float, true> epilogue, Tokens& tokens) {
+                        Int8Epilogue<float, Rows, true> epilogue, Tokens& tokens) {
   const int64_t columns = epilogue.columns;
   at::Tensor numbers = at::empty({rows, columns}, tokens.codes.options().dtype(at::kFloat));
   epilogue.out = numbers.mutable_data_ptr<float>();
@@ -202,37 +202,34 @@ void few_rows_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_
   for (int64_t row = 0; row < rows; ++row) tokens.round<affine>(epilogue.out + row * columns, row);
 }
 
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_tokens(
-    const at::Tensor& q, const Scales& scales, const at::Tensor& weight, const float* weight_scale,
-    const std::optional<at::Tensor>& bias, PostOp op, bool affine) {
+template <class Rows>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_tokens(const at::Tensor& q,
+                                                             const Rows& scales,
+                                                             const at::Tensor& weight,
+                                                             const std::optional<at::Tensor>& bias,
+                                                             PostOp op, bool affine) {
   const at::Tensor codes = unsigned_rows(q), packed = panels(weight);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
   const int64_t rows = codes.numel() / codes.size(-1);
   const auto* a = static_cast<const int32_t*>(codes.const_data_ptr());
   const int32_t* b = packed.const_data_ptr<int32_t>();
-  const int32_t* sums = b + padded(columns) * steps;
-  std::optional<ColumnScales> alike;
-  if (!scales.by_row) alike.emplace(scales, sums, weight_scale, columns);
-  const Int8Epilogue<float, true> epilogue{nullptr,
-                                           scales,
-                                           sums,
-                                           weight_scale,
-                                           alike ? &*alike : nullptr,
-                                           bias ? bias->const_data_ptr<float>() : nullptr,
-                                           Quantizer(),
-                                           columns};
+  const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
+  const Int8Epilogue<float, Rows, true> epilogue{nullptr, scales, added, Quantizer(), columns};
   Tokens tokens(output_shape(q, weight), q.options(), affine);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const bool by_rows = threads_for_rows(threads, rows, columns) == threads;
-  with_post_op(op, [&](auto chosen) {
+  const auto run = [&](auto chosen, auto is_affine) {
     constexpr PostOp known = decltype(chosen)::value;
-    const auto run = by_rows
-                         ? (affine ? linear_to_tokens<true, known> : linear_to_tokens<false, known>)
-                         : nullptr;
-    if (run) return run(a, b, rows, steps, epilogue, tokens);
-    const auto run_few =
-        affine ? few_rows_to_tokens<true, known> : few_rows_to_tokens<false, known>;
-    run_few(a, b, rows, steps, epilogue, tokens);
+    constexpr bool zeros = decltype(is_affine)::value;
+    if (by_rows) {
+      linear_to_tokens<zeros, known>(a, b, rows, steps, epilogue, tokens);
+    } else {
+      few_rows_to_tokens<zeros, known>(a, b, rows, steps, epilogue, tokens);
+    }
+  };
+  with_post_op(op, [&](auto chosen) {
+    if (affine) return run(chosen, std::true_type());
+    run(chosen, std::false_type());
   });
   return tokens.all();
 }
@@ -250,9 +247,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_int8_linear_tokens(
                 const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view, bool)>();
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, affine);
   }
-  const int32_t zero = unsigned_zero_point(q, zero_point);
-  return linear_tokens(q, {scale.const_data_ptr<float>(), &zero, false}, weight,
-                       weight_scale.const_data_ptr<float>(), bias, post_op_named(post_op), affine);
+  return linear_tokens(q, all_rows(q, scale, zero_point, weight, weight_scale), weight, bias,
+                       post_op_named(post_op), affine);
 }
 
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
@@ -271,9 +267,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, post_op,
                            affine);
   }
-  const std::vector<int32_t> zeros = unsigned_zero_points(scale, zero_point);
-  return linear_tokens(q, {scale.const_data_ptr<float>(), zeros.data(), true}, weight,
-                       weight_scale.const_data_ptr<float>(), bias, post_op_named(post_op), affine);
+  return linear_tokens(q, each_row(scale, zero_point, weight, weight_scale), weight, bias,
+                       post_op_named(post_op), affine);
 }
 
 }  // namespace fxopt
