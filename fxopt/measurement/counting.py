@@ -192,6 +192,11 @@ def _linear(node: fx.Node) -> int:
     return _entries(node) * int(fake(node.args[0]).shape[-1])
 
 
+def _linear_of_tokens(node: fx.Node) -> int:
+    codes, *_ = node.meta["val"]
+    return _entries(codes) * int(fake(node.args[0]).shape[-1])
+
+
 def _sparse_linear(node: fx.Node) -> int:
     # Of four neighbouring weights two are stored, and only they are multiplied with.
     return _linear(node) // 2
@@ -221,17 +226,17 @@ _KERNELS: Mapping[str, Callable[[fx.Node], int]] = MappingProxyType(
                 "fxopt.int4_weight_only_linear.default",
                 "fxopt.int8_linear.default",
                 "fxopt.int8_linear_fused.default",
-                "fxopt.int8_linear_fused_tokens.default",
                 "fxopt.int8_product.default",
                 "fxopt.int8_weight_only_linear.default",
                 "fxopt.packed_int8_linear.default",
-                "fxopt.packed_int8_linear_tokens.default",
                 "fxopt.packed_linear.default",
             ),
             _linear,
         ),
+        "fxopt.int8_linear_fused_tokens.default": _linear_of_tokens,
         "fxopt.linear_sparse24.default": _sparse_linear,
         "fxopt.attention.default": _attention,
+        "fxopt.packed_int8_linear_tokens.default": _linear_of_tokens,
         "fxopt.quantized_attention.default": _attention,
         "fxopt.written_attention.default": _attention,
     }

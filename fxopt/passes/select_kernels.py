@@ -182,7 +182,9 @@ class FuseInt8Linear(Rule):
                 x = _before_widening(x)
             made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
             results = range(3 if affine else 2)
-            self.tokens[quantize] = tuple(edit.call(operator.getitem, made, i) for i in results)
+            self.tokens[quantize] = tuple(edit.item(made, i) for i in results)
+            for old in quantize.users:
+                edit.stand_for(self.tokens[quantize][old.args[1]], old)  # type: ignore[index]
         return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
 
 

@@ -112,6 +112,9 @@ class _Driver:
             if name is not None:
                 self.origin.setdefault(new, name)
             root.replace_all_uses_with(new, propagate_meta=False)
+        for new, old in self.edit.stand_ins:
+            if old in self.origin:
+                self.origin.setdefault(new, self.origin[old])
         for root in match.roots:
             touched.update(dict.fromkeys(self._erase(root, {*match.roots, *match.inner})))
         self._enqueue(touched)

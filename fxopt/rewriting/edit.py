@@ -26,6 +26,7 @@ class Edit:
         self._types = FakeTypes(program.fake_mode)
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
+        self._stand_ins: list[tuple[fx.Node, fx.Node]] = []
         self._names: set[str] = set()
         self._paths: set[str] = set()
         for name in (*program.state, *program.aliases):
@@ -44,12 +45,24 @@ class Edit:
 
     def start(self, root: fx.Node) -> None:
         """Begin a rewrite at `root`: new nodes go before it and inherit its origin."""
-        self._root, self._new = root, []
+        self._root, self._new, self._stand_ins = root, [], []
 
     @property
     def new_nodes(self) -> list[fx.Node]:
         """What has been built since `start`."""
         return self._new
+
+    @property
+    def stand_ins(self) -> list[tuple[fx.Node, fx.Node]]:
+        """What `stand_for` was told since `start`."""
+        return self._stand_ins
+
+    def stand_for(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that `new` has by intent the value of `old`, which isn't what the rule replaces.
+
+        Values are then compared there. int8 may have become uint8, shifted by 128.
+        """
+        self._stand_ins.append((new, old))
 
     def call(self, target: torch._ops.OpOverload | Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of `target` before the root, typed. Raises `RewriteError` if it can't be typed."""

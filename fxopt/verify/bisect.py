@@ -3,8 +3,9 @@
 Both programs run on one trial. At every node that stands for a node of the predecessor the new
 value is compared with the old one, and then *replaced* by it, so that each rewritten region is
 measured on exactly the inputs it had before: one run finds each node's own error, however deep the
-graph and however errors would have piled up. A value whose type the pass changed, inside a region
-that lost channels, can't be compared nor replaced; its error is found where the region ends.
+graph and however errors would have piled up. Codes of int8 may have become uint8, shifted by 128. A
+value whose type the pass changed otherwise, inside a region that lost channels, can't be compared
+nor replaced; its error is found where the region ends.
 
 Where a pass changes outputs by intent, its oracle stands for the predecessor.
 """
@@ -22,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
 from fxopt.evaluate import evaluate, same_draws
+from fxopt.kernels.int8_packed import shift_to_unsigned
 from fxopt.program import Program, label, same_sizes, size_at_capture, source_line
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
@@ -129,6 +131,8 @@ def _compare_nodes(
         old = old_values.get(old_name)
         if old is None or not isinstance(value, Tensor):
             return value
+        if (old.dtype, value.dtype) == (torch.int8, torch.uint8):
+            old = shift_to_unsigned(old)
         compare(name, node, old, value)
         return old
 

@@ -48,6 +48,19 @@ def _call(**changed: Any) -> Tensor:
     return result
 
 
+# Around the most weights whose sum two numbers of 16 bits hold.
+@pytest.mark.parametrize("inner", [32764, 32768])
+@pytest.mark.parametrize("filled", [-128, 127])
+@pytest.mark.parametrize("zero", [-128, 127])
+def test_the_longest_rows_are_exact(inner: int, filled: int, zero: int) -> None:
+    q = torch.full((1, inner), 126 if zero > 0 else -126, dtype=torch.int8)
+    weight = torch.full((1, inner), filled, dtype=torch.int8)
+    one, zero_point = torch.ones(1, 1), torch.full((1, 1), zero, dtype=torch.int8)
+    y = ops.int8_linear_fused(q, one, zero_point, weight, one, None, None, torch.float32, "none")
+    expected = (q.long() - zero) @ weight.long().t()
+    assert y.double().item() == pytest.approx(expected.item(), rel=1e-7)
+
+
 @given(
     sizes=st.tuples(*[st.sampled_from([0, 1, 7, 64])] * 3),
     dtype=st.sampled_from(DTYPES),

@@ -50,8 +50,8 @@ struct Scale {
 };
 
 // m = l + 128 h and z = z, 128 z as two numbers of 16 bits: what one instruction multiplies and
-// adds up is z l + 128 z h = z m. For z of 8 bits and m of 22, a sum of 2^15 weights.
-constexpr int64_t kMostInHalves = 1 << 15;
+// adds up is z l + 128 z h = z m. For z of 8 bits and m a sum of fewer than 2^15 weights.
+constexpr int64_t kMostInHalves = (1 << 15) - 1;
 inline int32_t in_halves(int32_t m) { return (m & 127) | ((m >> 7) << 16); }
 inline int32_t for_halves(int32_t zero) { return zero | (zero << 23); }
 
