@@ -13,6 +13,9 @@ those equations, which a compiler had better be shown as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,18 +27,7 @@ _SCHEMA = (
     "quantize_tokens(Tensor x, Tensor? factor, Tensor? shift, bool affine) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_OF_PACKED_SCHEMA = (
-    "packed_int8_linear_tokens(Tensor q, Tensor scale, Tensor zero_point, Tensor weight, "
-    "Tensor weight_scale, Tensor? bias, str post_op, bool affine) -> (Tensor, Tensor, Tensor)"
-)
 _library.define(_SCHEMA)
-_OF_FUSED_SCHEMA = (
-    "int8_linear_fused_tokens(Tensor q, Tensor scale, Tensor? zero_point, Tensor weight, "
-    "Tensor weight_scale, Tensor? weight_sums, Tensor? bias, str post_op, bool affine) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define(_OF_PACKED_SCHEMA)
-_library.define(_OF_FUSED_SCHEMA)
 
 
 def quantize_tokens(
@@ -70,88 +62,50 @@ def _fake(
     return x.new_empty(x.shape, dtype=torch.uint8), scales, zero_points
 
 
-def packed_int8_linear_tokens(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    post_op: str,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`packed_int8_linear` of these arguments in float32, its rows `[..., N]` by `quantize_tokens`.
+def _packed(*inputs: Any) -> Tensor:
+    y: Tensor = torch.ops.fxopt.packed_int8_linear(*inputs, None, None, torch.float32)
+    return y
 
-    Raises `KernelError` where `packed_int8_linear` does.
+
+def _fused(*given: Any) -> Tensor:
+    *inputs, post_op = given
+    y: Tensor = torch.ops.fxopt.int8_linear_fused(*inputs, torch.float32, post_op)
+    return y
+
+
+def _define_after(linear: Callable[..., Tensor], schema: str) -> None:
+    """An operator that is `linear` in float32, its rows `[..., N]` by `quantize_tokens`.
+
+    It raises `KernelError` where `linear` does.
     """
-    y = torch.ops.fxopt.packed_int8_linear(
-        q, scale, zero_point, weight, weight_scale, bias, post_op, None, None, torch.float32
-    )
-    return quantize_tokens(y, None, None, affine)
+    name = schema.partition("(")[0]
 
+    def tokens(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, affine = given
+        return quantize_tokens(linear(*inputs), None, None, affine)
 
-def int8_linear_fused_tokens(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor | None,
-    bias: Tensor | None,
-    post_op: str,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_linear_fused` of these arguments in float32, its rows `[..., N]` by `quantize_tokens`.
+    def fake(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, affine = given
+        return _fake(linear(*inputs), None, None, affine)
 
-    Raises `KernelError` where `int8_linear_fused` does.
-    """
-    y = torch.ops.fxopt.int8_linear_fused(
-        q, scale, zero_point, weight, weight_scale, weight_sums, bias, torch.float32, post_op
-    )
-    return quantize_tokens(y, None, None, affine)
-
-
-def _fake_of_packed(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    post_op: str,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.ops.fxopt.packed_int8_linear(
-        q, scale, zero_point, weight, weight_scale, bias, post_op, None, None, torch.float32
-    )
-    return _fake(y, None, None, affine)
-
-
-def _fake_of_fused(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sums: Tensor | None,
-    bias: Tensor | None,
-    post_op: str,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.ops.fxopt.int8_linear_fused(
-        q, scale, zero_point, weight, weight_scale, weight_sums, bias, torch.float32, post_op
-    )
-    return _fake(y, None, None, affine)
+    _library.define(schema)
+    _library.impl(name, tokens, "CompositeExplicitAutograd")
+    on_cpu(schema, tokens)
+    torch.library.register_fake(f"fxopt::{name}", fake, lib=_library)
 
 
 _library.impl("quantize_tokens", quantize_tokens, "CompositeExplicitAutograd")
 on_cpu(_SCHEMA, quantize_tokens)
 torch.library.register_fake("fxopt::quantize_tokens", _fake, lib=_library)
 
-_library.impl("packed_int8_linear_tokens", packed_int8_linear_tokens, "CompositeExplicitAutograd")
-on_cpu(_OF_PACKED_SCHEMA, packed_int8_linear_tokens)
-torch.library.register_fake("fxopt::packed_int8_linear_tokens", _fake_of_packed, lib=_library)
-
-_library.impl("int8_linear_fused_tokens", int8_linear_fused_tokens, "CompositeExplicitAutograd")
-on_cpu(_OF_FUSED_SCHEMA, int8_linear_fused_tokens)
-torch.library.register_fake("fxopt::int8_linear_fused_tokens", _fake_of_fused, lib=_library)
+_define_after(
+    _packed,
+    "packed_int8_linear_tokens(Tensor q, Tensor scale, Tensor zero_point, Tensor weight, "
+    "Tensor weight_scale, Tensor? bias, str post_op, bool affine) -> (Tensor, Tensor, Tensor)",
+)
+_define_after(
+    _fused,
+    "int8_linear_fused_tokens(Tensor q, Tensor scale, Tensor? zero_point, Tensor weight, "
+    "Tensor weight_scale, Tensor? weight_sums, Tensor? bias, str post_op, bool affine) "
+    "-> (Tensor, Tensor, Tensor)",
+)

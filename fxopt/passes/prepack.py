@@ -27,7 +27,7 @@ from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
 from fxopt.kernels.native import load as load_native
 from fxopt.passes.linear_rule import LinearRule
-from fxopt.passes.select_kernels import ACTIVATIONS, activation_name
+from fxopt.passes.select_kernels import ACTIVATIONS, activation_name, is_cast
 from fxopt.program import Program, same_sizes, size_at_capture
 from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -35,7 +35,6 @@ from fxopt.rewriting.pattern import Target
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
 _MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
-_CASTS = (aten.to.dtype,)
 # Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
 _MOST_WRITTEN_SCORES = 1 << 20
 
@@ -235,7 +234,7 @@ class QuantizeAttention(Rule):
         inputs = match["attention"].args
         result = edit.call(ops.quantized_attention.default, *inputs, scale, zero_point)
         for move in reversed(match["moves"]):
-            if move.target not in _CASTS:
+            if move.target in _MOVES:
                 result = edit.call(move.target, result, *move.args[1:])
         return result
 
@@ -348,14 +347,10 @@ def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
     """What `node` holds before its elements were moved or cast to float32, and those steps, the
     last one first."""
     moves: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (node.target in _MOVES or _widens(node)):
+    while isinstance(node, fx.Node) and (node.target in _MOVES or is_cast(node, torch.float32)):
         moves.append(node)
         node = node.args[0]
     return (node if isinstance(node, fx.Node) else None), tuple(moves)
-
-
-def _widens(node: fx.Node) -> bool:
-    return node.target in _CASTS and tuple(node.args[1:]) == (torch.float32,) and not node.kwargs
 
 
 def _fills_lanes(size: Any) -> bool:

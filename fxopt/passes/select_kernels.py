@@ -224,7 +224,7 @@ class FuseCast(_FusedEpilogue):
         return (aten.to.dtype,)
 
     def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
-        return _is_to_bfloat16(node) and dtype == torch.float32
+        return is_cast(node, torch.bfloat16) and dtype == torch.float32
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         *inputs, _, post_op = match.inner[0].args
@@ -372,7 +372,7 @@ class CastInside(_Epilogue):
         return (aten.to.dtype,)
 
     def fits(self, node: fx.Node) -> bool:
-        return _is_to_bfloat16(node)
+        return is_cast(node, torch.bfloat16)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         return self.inside(match, edit, _DTYPE, torch.bfloat16)
@@ -451,9 +451,7 @@ def _of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def _before_widening(x: fx.Node) -> fx.Node:
     """A bfloat16 value that `x` is in float32, where it is; the kernel reads either."""
-    source = x.args[0] if x.target is aten.to.dtype and not x.kwargs else None
-    if not isinstance(source, fx.Node) or x.args[1:] != (torch.float32,):
-        return x
+    source: Any = x.args[0] if is_cast(x, torch.float32) else x
     return source if source.meta["val"].dtype == torch.bfloat16 else x
 
 
@@ -462,8 +460,9 @@ def _of_no_columns(tokens: fx.Node) -> bool:
     return tokens.args[1] is None and tokens.args[2] is None
 
 
-def _is_to_bfloat16(node: fx.Node) -> bool:
-    return tuple(node.args[1:]) == (torch.bfloat16,) and not node.kwargs
+def is_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a call casts to `dtype` and does nothing else."""
+    return node.target is aten.to.dtype and tuple(node.args[1:]) == (dtype,) and not node.kwargs
 
 
 def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:

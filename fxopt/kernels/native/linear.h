@@ -252,8 +252,9 @@ inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
 // `q` 8-bit; `rows` an AllRows or an EachRow for its unsigned codes.
 template <class T, class Rows>
 at::Tensor int8_linear(const at::Tensor& q, const Rows& rows, const at::Tensor& weight,
-                       const float* bias, PostOp op, const Quantizer& codes) {
-  const at::Tensor a = unsigned_rows(q), packed = panels(weight);
+                       const at::Tensor& packed, const float* bias, PostOp op,
+                       const Quantizer& codes) {
+  const at::Tensor a = unsigned_rows(q);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor out = at::empty(output_shape(q, weight), options);
@@ -265,8 +266,8 @@ at::Tensor int8_linear(const at::Tensor& q, const Rows& rows, const at::Tensor& 
 }
 
 // The sums of a weight's rows, which lie after its panels.
-inline const int32_t* row_sums(const at::Tensor& weight) {
-  return panels(weight).const_data_ptr<int32_t>() + padded(weight.size(0)) * steps_of(weight);
+inline const int32_t* row_sums(const at::Tensor& weight, const at::Tensor& packed) {
+  return packed.const_data_ptr<int32_t>() + padded(weight.size(0)) * steps_of(weight);
 }
 
 inline bool is_float_vector(const at::Tensor& t, int64_t size) {
@@ -289,9 +290,10 @@ inline bool takes_static_int8(const at::Tensor& q, const at::Tensor& scale,
 
 // What the unsigned codes of `q` are worth.
 inline AllRows all_rows(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& zero_point,
-                        const at::Tensor& weight, const at::Tensor& weight_scale) {
+                        const at::Tensor& weight, const at::Tensor& packed,
+                        const at::Tensor& weight_scale) {
   const int32_t zero = integer(zero_point) + (q.scalar_type() == at::kChar ? 128 : 0);
-  return AllRows({*scale.const_data_ptr<float>(), zero}, row_sums(weight),
+  return AllRows({*scale.const_data_ptr<float>(), zero}, row_sums(weight, packed),
                  weight_scale.const_data_ptr<float>(), weight.size(0));
 }
 
@@ -321,10 +323,11 @@ inline at::Tensor packed_int8_linear(
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
-  const AllRows rows = all_rows(q, scale, zero_point, weight, weight_scale);
+  const at::Tensor packed = panels(weight);
+  const AllRows rows = all_rows(q, scale, zero_point, weight, packed, weight_scale);
   const auto run = [&](auto like) {
     return int8_linear<decltype(like)>(
-        q, rows, weight, bias ? bias->const_data_ptr<float>() : nullptr, op,
+        q, rows, weight, packed, bias ? bias->const_data_ptr<float>() : nullptr, op,
         requantizes ? quantizer(*out_scale, *out_zero_point) : Quantizer());
   };
   switch (dtype) {
@@ -361,13 +364,14 @@ inline bool takes_dynamic_int8(const at::Tensor& q, const at::Tensor& scale,
 
 // What the unsigned codes of each row are worth.
 inline EachRow each_row(const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
-                        const at::Tensor& weight, const at::Tensor& weight_scale) {
+                        const at::Tensor& weight, const at::Tensor& packed,
+                        const at::Tensor& weight_scale) {
   std::vector<Scale> rows(scale.numel());
   for (size_t row = 0; row < rows.size(); ++row) {
     const int32_t zero = zero_point ? zero_point->const_data_ptr<int8_t>()[row] : 0;
     rows[row] = {scale.const_data_ptr<float>()[row], zero + 128};
   }
-  return EachRow(std::move(rows), row_sums(weight), weight_scale.const_data_ptr<float>(),
+  return EachRow(std::move(rows), row_sums(weight, packed), weight_scale.const_data_ptr<float>(),
                  weight.size(0));
 }
 
@@ -392,10 +396,11 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype,
                            post_op);
   }
-  const EachRow rows = each_row(scale, zero_point, weight, weight_scale);
+  const at::Tensor packed = panels(weight);
+  const EachRow rows = each_row(scale, zero_point, weight, packed, weight_scale);
   const auto run = [&](auto like) {
     return int8_linear<decltype(like)>(
-        q, rows, weight, bias ? bias->const_data_ptr<float>() : nullptr, op, Quantizer());
+        q, rows, weight, packed, bias ? bias->const_data_ptr<float>() : nullptr, op, Quantizer());
   };
   return dtype == at::kFloat ? run(float()) : run(at::BFloat16());
 }

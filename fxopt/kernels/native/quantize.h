@@ -203,12 +203,10 @@ void few_rows_to_tokens(const int32_t* a, const int32_t* b, int64_t rows, int64_
 }
 
 template <class Rows>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_tokens(const at::Tensor& q,
-                                                             const Rows& scales,
-                                                             const at::Tensor& weight,
-                                                             const std::optional<at::Tensor>& bias,
-                                                             PostOp op, bool affine) {
-  const at::Tensor codes = unsigned_rows(q), packed = panels(weight);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_tokens(
+    const at::Tensor& q, const Rows& scales, const at::Tensor& weight, const at::Tensor& packed,
+    const std::optional<at::Tensor>& bias, PostOp op, bool affine) {
+  const at::Tensor codes = unsigned_rows(q);
   const int64_t columns = weight.size(0), steps = steps_of(weight);
   const int64_t rows = codes.numel() / codes.size(-1);
   const auto* a = static_cast<const int32_t*>(codes.const_data_ptr());
@@ -247,8 +245,9 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_int8_linear_tokens(
                 const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view, bool)>();
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, affine);
   }
-  return linear_tokens(q, all_rows(q, scale, zero_point, weight, weight_scale), weight, bias,
-                       post_op_named(post_op), affine);
+  const at::Tensor packed = panels(weight);
+  return linear_tokens(q, all_rows(q, scale, zero_point, weight, packed, weight_scale), weight,
+                       packed, bias, post_op_named(post_op), affine);
 }
 
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
@@ -267,8 +266,9 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, post_op,
                            affine);
   }
-  return linear_tokens(q, each_row(scale, zero_point, weight, weight_scale), weight, bias,
-                       post_op_named(post_op), affine);
+  const at::Tensor packed = panels(weight);
+  return linear_tokens(q, each_row(scale, zero_point, weight, packed, weight_scale), weight, packed,
+                       bias, post_op_named(post_op), affine);
 }
 
 }  // namespace fxopt
