@@ -20,6 +20,8 @@ ROOMS = (
     "program",
     "evaluate",
     "device",
+    "cpp_library",
+    "kept_memory",
     "measure",
     "kernels",
     "graph_text",

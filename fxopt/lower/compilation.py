@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import LowerError
+from fxopt.kept_memory import keep_freed_memory, release
 from fxopt.kernels import GENERATED_AS, native
-from fxopt.lower.allocator import keep_freed_memory
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lower import Lower
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
@@ -46,7 +47,10 @@ class Compiled:
         self.module = module
         self.options = options
         self._grad = torch.is_grad_enabled()
-        self.backend = InductorBackend(_inductor_options(options, _on_cpu(module), self._grad))
+        on_cpu = _on_cpu(module)
+        self.backend = InductorBackend(_inductor_options(options, on_cpu, self._grad), on_cpu)
+        if on_cpu:
+            weakref.finalize(self, release).atexit = False
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
         self._run = self._compile(options.dynamic)
         self._widened = options.dynamic is True
@@ -110,7 +114,7 @@ def compile_program(
     start = time.perf_counter()
     asked = kernel_nodes(program.graph.nodes)
     device = _device(module, program.example)
-    if device.type == "cpu":
+    if device.type == "cpu" and program.mode == "train":
         keep_freed_memory()
     with torch.set_grad_enabled(program.mode == "train"):
         try:

@@ -12,6 +12,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxopt.errors import LowerError
+from fxopt.kept_memory import reusing
 from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
 from fxopt.program import label
 
@@ -26,11 +27,13 @@ class InductorBackend:
     """Inductor as a torch.compile backend that keeps the code it generates.
 
     `codes` holds one text for each graph compiled so far, forward and backward alike. Options apply
-    to this backend's compilations alone; nothing process-wide is set.
+    to this backend's compilations alone; nothing process-wide is set. With `keep_memory`, calls in
+    inference reuse what earlier ones freed (`kept_memory`).
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], keep_memory: bool) -> None:
         self.options = options
+        self.keep_memory = keep_memory
         self.codes: list[str] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -41,7 +44,7 @@ class InductorBackend:
         def keep_code(graph: fx.GraphModule, example: Sequence[Any], **kwargs: Any) -> Any:
             compiled = compile_fx_inner(graph, example, **kwargs)
             if kwargs.get("is_inference"):
-                _skip_autograd(compiled)
+                self._shorten_calls(compiled)
             self.codes.append(str(getattr(compiled, "source_code", "")))
             return compiled
 
@@ -52,17 +55,17 @@ class InductorBackend:
                 module, inputs, inner_compile=keep_code, config_patches=dict(self.options)
             )
 
+    def _shorten_calls(self, compiled: Any) -> None:
+        """Let generated code call its kernels past autograd, which asks in Python, 5 microseconds
+        for each, whether there are gradients to record, and take memory that it had before. There
+        are no gradients in inference."""
+        run = compiled.current_callable
 
-def _skip_autograd(compiled: Any) -> None:
-    """Let generated code call its kernels past autograd, which asks in Python, 5 microseconds for
-    each, whether there are gradients to record. There are none in inference."""
-    run = compiled.current_callable
+        def call(inputs: Sequence[Any]) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return run(inputs)
 
-    def call(inputs: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(inputs)
-
-    compiled.current_callable = call
+        compiled.current_callable = reusing(call) if self.keep_memory else call
 
 
 def kernel_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:

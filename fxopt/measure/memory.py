@@ -3,9 +3,9 @@
 On a CPU the kernel's high-water mark of resident memory (`VmHWM` in proc(5)) is set back before
 the call and read after it. It sees what an allocator's own count can't: the scratch and packing
 buffers of oneDNN and MKL, and those of compiled code. Two things would make it lie, and both are
-ruled out: freed memory that malloc kept is handed back first (`malloc_trim`), and a trial
-allocation of known size must be seen in full, else nothing is measured (another malloc may be
-preloaded).
+ruled out: freed memory that compiled programs (`kept_memory`) and malloc (`malloc_trim`) keep is
+handed back first, and a trial allocation of known size must be seen in full, else nothing is
+measured (another malloc may be preloaded).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fxopt.kept_memory import release
 
 _PROCESS = Path("/proc/self")
 _CALLS = 3
@@ -72,6 +74,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device | str) -> int:
 
 def _resident_peak(call: Callable[[], object]) -> int:
     gc.collect()
+    release()
     ctypes.CDLL(None).malloc_trim(0)
     (_PROCESS / "clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -1,8 +1,4 @@
-"""Compile the C++ sources for this CPU and register what they define.
-
-Inductor's own cache of C++ libraries builds them, with the compiler, the flags and the folder of
-everything else that it compiles, so that a second process finds the library built.
-"""
+"""Compile the C++ sources for this CPU and register what they define."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.cpp_library import build
 from fxopt.device import Answer, Device
 from fxopt.kernels.native.registration import give_way, take_over
 from fxopt.kernels.native.trial import trial
@@ -130,15 +127,7 @@ def _supported() -> Answer:
 
 
 def _build() -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    class Library(CppCodeCache):
-        """With torch's headers and a cache of its own in this process."""
-
-        cpp_compile_command_flags = {"include_pytorch": True}  # noqa: RUF012  (torch's own form)
-        cache = {}  # noqa: RUF012
-
-    return Library.load(_source())
+    return build(_source())
 
 
 def _source() -> str:

@@ -52,51 +52,62 @@ struct Scale {
 // m = l + 128 h and z = z, 128 z as two numbers of 16 bits: what one instruction multiplies and
 // adds up is z l + 128 z h = z m. For z of 8 bits and m a sum of fewer than 2^15 weights.
 constexpr int64_t kMostInHalves = (1 << 15) - 1;
-inline int32_t in_halves(int32_t m) { return (m & 127) | ((m >> 7) << 16); }
+inline __m512i in_halves(__m512i m) {
+  return _mm512_or_si512(_mm512_and_si512(m, _mm512_set1_epi32(127)),
+                         _mm512_slli_epi32(_mm512_srai_epi32(m, 7), 16));
+}
 inline int32_t for_halves(int32_t zero) { return zero | (zero << 23); }
 
 // What the integers of each column are worth, and what a zero point for all rows takes from them.
 struct AllRows {
-  std::vector<float> factor;
-  std::vector<int32_t> offset;
+  std::unique_ptr<float[]> factor;
+  std::unique_ptr<int32_t[]> offset;
 
   AllRows(const Scale& rows, const int32_t* sums, const float* weight_scale, int64_t columns)
-      : factor(padded(columns)), offset(padded(columns)) {
-    for (int64_t n = 0; n < columns; ++n) {
-      factor[n] = rows.scale * weight_scale[n];
-      offset[n] = rows.zero_point * sums[n];
+      : factor(new float[padded(columns)]), offset(new int32_t[padded(columns)]) {
+    const __m512 scale = _mm512_set1_ps(rows.scale);
+    const __m512i zero_point = _mm512_set1_epi32(rows.zero_point);
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      const __m512 of_weight = load(weight_scale + n, first_lanes(columns - n));
+      _mm512_storeu_ps(factor.get() + n, _mm512_mul_ps(scale, of_weight));
+      _mm512_storeu_si512(offset.get() + n,
+                          _mm512_mullo_epi32(zero_point, _mm512_loadu_si512(sums + n)));
     }
   }
 
   __m512 numbers(__m512i total, int64_t, int64_t column, __m512 added) const {
-    total = _mm512_sub_epi32(total, _mm512_loadu_si512(offset.data() + column));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_loadu_ps(factor.data() + column),
+    total = _mm512_sub_epi32(total, _mm512_loadu_si512(offset.get() + column));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_loadu_ps(factor.get() + column),
                            added);
   }
 };
 
 // The same with a scale and a zero point for each row.
 struct EachRow {
-  std::vector<float> factor;
-  std::vector<int32_t> negative_sum;
+  std::unique_ptr<float[]> factor;
+  std::unique_ptr<int32_t[]> negative_sum;
   std::vector<Scale> rows;
 
   EachRow(std::vector<Scale> scales, const int32_t* sums, const float* weight_scale,
           int64_t columns)
-      : factor(padded(columns)), negative_sum(padded(columns)), rows(std::move(scales)) {
+      : factor(new float[padded(columns)]),
+        negative_sum(new int32_t[padded(columns)]),
+        rows(std::move(scales)) {
     for (Scale& row : rows) row.zero_point = for_halves(row.zero_point);
-    for (int64_t n = 0; n < columns; ++n) {
-      factor[n] = weight_scale[n];
-      negative_sum[n] = in_halves(-sums[n]);
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      const __m512i negative =
+          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums + n));
+      _mm512_storeu_ps(factor.get() + n, load(weight_scale + n, first_lanes(columns - n)));
+      _mm512_storeu_si512(negative_sum.get() + n, in_halves(negative));
     }
   }
 
   __m512 numbers(__m512i total, int64_t row, int64_t column, __m512 added) const {
     const Scale& of_row = rows[row];
     total = _mm512_dpwssd_epi32(total, _mm512_set1_epi32(of_row.zero_point),
-                                _mm512_loadu_si512(negative_sum.data() + column));
+                                _mm512_loadu_si512(negative_sum.get() + column));
     const __m512 scale =
-        _mm512_mul_ps(_mm512_loadu_ps(factor.data() + column), _mm512_set1_ps(of_row.scale));
+        _mm512_mul_ps(_mm512_loadu_ps(factor.get() + column), _mm512_set1_ps(of_row.scale));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, added);
   }
 };

@@ -1,4 +1,4 @@
-"""What a compiled program frees stays with the process for its next call."""
+"""What a step of training frees stays with the process for the next one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 _COUNT = """
 import resource, torch
-from fxopt.lower.allocator import keep_freed_memory
+from fxopt.kept_memory import keep_freed_memory
 
 def faults(calls):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
