@@ -26,8 +26,9 @@ from fxopt.analyses import Linear
 from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
 from fxopt.kernels.native import load as load_native
+from fxopt.passes.activations import ACTIVATIONS, activation_name
+from fxopt.passes.half_values import is_cast
 from fxopt.passes.linear_rule import LinearRule
-from fxopt.passes.select_kernels import ACTIVATIONS, activation_name, is_cast
 from fxopt.program import Program, same_sizes, size_at_capture
 from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target

@@ -7,14 +7,9 @@
     linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
     int8_linear(...)                           =  int8_linear_fused(...)       if one kernel can
     quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
-    f(int8_linear_fused(..., "none"))          =  int8_linear_fused(..., f)    relu, gelu, silu
-    bf16(int8_linear_fused(...))               =  int8_linear_fused(..., bf16)
-    quantize_tokens(int8_linear_fused(...))    =  int8_linear_fused_tokens(...)
-    f(packed_int8_linear(..., "none"))         =  packed_int8_linear(..., f)     relu, gelu, silu
-    quantize(packed_int8_linear(...), s, z)    =  packed_int8_linear(..., s, z)
-    bf16(packed_int8_linear(...))              =  packed_int8_linear(..., bf16)
-    quantize_tokens(packed_int8_linear(...))   =  packed_int8_linear_tokens(...)
     packed_int8_linear(q, s, z, ...)           =  packed_int8_linear(q + 128, s, z + 128, ...)  CPU
+
+What follows a product is done in it by the rules of `int8_epilogues`.
 
 Claim: close to the quantized reference: the int8 product is exact, the order of scaling isn't.
 """
@@ -33,7 +28,14 @@ from fxopt.claim import Claim, Close
 from fxopt.kernels import native
 from fxopt.kernels.int8_fused import row_sums
 from fxopt.passes.float8_linear import SelectFloat8Linear
+from fxopt.passes.half_values import is_cast
 from fxopt.passes.int4_linear import SelectInt4Linear
+from fxopt.passes.int8_epilogues import (
+    ActivationInside,
+    CastInside,
+    QuantizeInside,
+    TokensInside,
+)
 from fxopt.passes.select_sparse24 import SelectSparse24Linear
 from fxopt.program import Program, Recipe
 from fxopt.rewriting import (
@@ -53,11 +55,6 @@ from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
-ACTIVATIONS: dict[Any, str] = {
-    aten.relu.default: "relu",
-    aten.silu.default: "silu",
-    aten.gelu.default: "gelu",
-}
 _INT8 = has_dtype(torch.int8)
 _WEIGHT = op(
     ops.dequantize.default,
@@ -66,7 +63,6 @@ _WEIGHT = op(
     hole("weight_dtype"),
 )
 _BY_TOKEN = (ops.quantize_per_token.default, ops.quantize_per_token_affine.default)
-_POST_OP, _OUT_SCALE, _OUT_ZERO, _DTYPE = 6, 7, 8, 9
 
 
 class SelectInt8Linear(Rule):
@@ -188,64 +184,6 @@ class FuseInt8Linear(Rule):
         return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
 
 
-class _FusedEpilogue(Rule):
-    """What follows a fused int8 product and can be done in it."""
-
-    def match(self, node: fx.Node) -> Match | None:
-        product = node.args[0]
-        if not isinstance(product, fx.Node) or product.target is not ops.int8_linear_fused.default:
-            return None
-        *_, dtype, post_op = product.args
-        return Match((node,), {}, (product,)) if self.fits(node, dtype, post_op) else None
-
-    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
-        """Whether a product in `dtype` with `post_op` can do this call at its end."""
-        raise NotImplementedError
-
-
-class FuseActivation(_FusedEpilogue):
-    """f(int8_linear_fused(..., "none")) = int8_linear_fused(..., f)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(ACTIVATIONS)
-
-    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
-        return bool(post_op == "none")
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        *inputs, _ = match.inner[0].args
-        return edit.call(ops.int8_linear_fused.default, *inputs, activation_name(match.root))
-
-
-class FuseCast(_FusedEpilogue):
-    """bf16(int8_linear_fused(...)) = int8_linear_fused(..., bf16)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.to.dtype,)
-
-    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
-        return is_cast(node, torch.bfloat16) and dtype == torch.float32
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        *inputs, _, post_op = match.inner[0].args
-        return edit.call(ops.int8_linear_fused.default, *inputs, torch.bfloat16, post_op)
-
-
-class FuseTokens(_FusedEpilogue):
-    """quantize_tokens(int8_linear_fused(...)) = int8_linear_fused_tokens(...)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.quantize_tokens.default,)
-
-    def fits(self, node: fx.Node, dtype: Any, post_op: Any) -> bool:
-        return _of_no_columns(node) and dtype == torch.float32
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        *inputs, _, post_op = match.inner[0].args
-        affine = match.root.args[3]
-        return edit.call(ops.int8_linear_fused_tokens.default, *inputs, post_op, affine)
-
-
 class UnsignedActivations(Rule):
     """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
 
@@ -256,10 +194,10 @@ class UnsignedActivations(Rule):
         return (ops.packed_int8_linear.default,)
 
     def match(self, node: fx.Node) -> Match | None:
-        q = node.args[0]
-        value = q.meta["val"]  # type: ignore[union-attr]
+        given = arguments(node)
+        value = given["q"].meta["val"]
         signed = value.dtype == torch.int8 and value.device.type == "cpu"
-        return Match((node,), {"q": q, "zero_point": node.args[2]}) if signed else None
+        return Match((node,), given) if signed else None
 
     def refuse(self, match: Match) -> str | None:
         if match["zero_point"].op != "get_attr":
@@ -272,9 +210,8 @@ class UnsignedActivations(Rule):
             self.shifted[q] = edit.call(ops.shift_to_unsigned.default, q)
         if zero not in self.shifted:
             self.shifted[zero] = _unsigned(zero, edit)
-        args = list(match.root.args)
-        args[0], args[2] = self.shifted[q], self.shifted[zero]
-        return edit.call(ops.packed_int8_linear.default, *args)
+        unsigned = {"q": self.shifted[q], "zero_point": self.shifted[zero]}
+        return edit.call(ops.packed_int8_linear.default, *{**match.bound, **unsigned}.values())
 
 
 class UnsignedOutput(Rule):
@@ -287,16 +224,16 @@ class UnsignedOutput(Rule):
         product = node.args[0]
         if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
             return None
-        return Match((node,), {"product": product}, (product,))
+        return Match((node,), arguments(product), (product,))
 
     def refuse(self, match: Match) -> str | None:
-        zero: Any = match["product"].args[_OUT_ZERO]
+        zero = match["out_zero_point"]
         return None if zero.op == "get_attr" else "its zero point is no constant"
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        args = list(match["product"].args)
-        args[_OUT_ZERO], args[_DTYPE] = _unsigned(args[_OUT_ZERO], edit), torch.uint8
-        return edit.call(ops.packed_int8_linear.default, *args)
+        zero = _unsigned(match["out_zero_point"], edit)
+        unsigned = {"out_zero_point": zero, "dtype": torch.uint8}
+        return edit.call(ops.packed_int8_linear.default, *{**match.bound, **unsigned}.values())
 
 
 class SelectInt8WeightOnlyLinear(Rule):
@@ -308,89 +245,6 @@ class SelectInt8WeightOnlyLinear(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("x", "weight", "weight_scale", "bias")
         return edit.call(ops.int8_weight_only_linear.default, *(match[name] for name in names))
-
-
-class _Epilogue(Rule):
-    """What follows a packed int8 product and can be done in it."""
-
-    def targets(self) -> tuple[Target, ...]:
-        raise NotImplementedError
-
-    def match(self, node: fx.Node) -> Match | None:
-        product = node.args[0]
-        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
-            return None
-        if product.args[_OUT_SCALE] is not None or product.args[_DTYPE] != torch.float32:
-            return None
-        return Match((node,), {"product": product}, (product,)) if self.fits(node) else None
-
-    def fits(self, node: fx.Node) -> bool:
-        """Whether this call is one that a product can do at its end."""
-        raise NotImplementedError
-
-    def inside(self, match: Match, edit: Edit, position: int, *values: Any) -> fx.Node:
-        """The product with `values` as its arguments from `position` on."""
-        args = list(match["product"].args)
-        args[position : position + len(values)] = values
-        return edit.call(ops.packed_int8_linear.default, *args)
-
-
-class ActivationInside(_Epilogue):
-    """f(packed_int8_linear(..., "none")) = packed_int8_linear(..., f)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(ACTIVATIONS)
-
-    def fits(self, node: fx.Node) -> bool:
-        product: Any = node.args[0]
-        return bool(product.args[_POST_OP] == "none")
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        return self.inside(match, edit, _POST_OP, activation_name(match.root))
-
-
-class QuantizeInside(_Epilogue):
-    """quantize(packed_int8_linear(...), s, z) = packed_int8_linear(..., s, z)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.quantize.default,)
-
-    def fits(self, node: fx.Node) -> bool:
-        scale: Any = node.args[1]
-        return bool(scale.meta["val"].ndim == 0)
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        _, scale, zero_point = match.root.args
-        dtype = zero_point.meta["val"].dtype  # type: ignore[union-attr]
-        return self.inside(match, edit, _OUT_SCALE, scale, zero_point, dtype)
-
-
-class CastInside(_Epilogue):
-    """bf16(packed_int8_linear(...)) = packed_int8_linear(..., bf16)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.to.dtype,)
-
-    def fits(self, node: fx.Node) -> bool:
-        return is_cast(node, torch.bfloat16)
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        return self.inside(match, edit, _DTYPE, torch.bfloat16)
-
-
-class TokensInside(_Epilogue):
-    """quantize_tokens(packed_int8_linear(...)) = packed_int8_linear_tokens(...)"""
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.quantize_tokens.default,)
-
-    def fits(self, node: fx.Node) -> bool:
-        return _of_no_columns(node)
-
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        inputs = match["product"].args[: _POST_OP + 1]
-        affine = match.root.args[3]
-        return edit.call(ops.packed_int8_linear_tokens.default, *inputs, affine)
 
 
 @dataclass(frozen=True, repr=False)
@@ -417,9 +271,6 @@ class SelectKernels(RulePass):
             SelectFloat8Linear(),
             SelectSparse24Linear(program),
             FuseInt8Linear(compiled),
-            FuseActivation(),
-            FuseCast(),
-            FuseTokens(),
             UnsignedActivations(),
             UnsignedOutput(),
             ActivationInside(),
@@ -427,13 +278,6 @@ class SelectKernels(RulePass):
             CastInside(),
             TokensInside(),
         )
-
-
-def activation_name(node: fx.Node) -> str:
-    """The post-operation that an activation's call is: gelu, gelu_tanh, relu or silu."""
-    name = ACTIVATIONS[node.target]
-    tanh = name == "gelu" and arguments(node)["approximate"] == "tanh"
-    return "gelu_tanh" if tanh else name
 
 
 def _of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -453,16 +297,6 @@ def _before_widening(x: fx.Node) -> fx.Node:
     """A bfloat16 value that `x` is in float32, where it is; the kernel reads either."""
     source: Any = x.args[0] if is_cast(x, torch.float32) else x
     return source if source.meta["val"].dtype == torch.bfloat16 else x
-
-
-def _of_no_columns(tokens: fx.Node) -> bool:
-    """Whether quantize_tokens changes no column before it rounds."""
-    return tokens.args[1] is None and tokens.args[2] is None
-
-
-def is_cast(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether a call casts to `dtype` and does nothing else."""
-    return node.target is aten.to.dtype and tuple(node.args[1:]) == (dtype,) and not node.kwargs
 
 
 def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:
