@@ -399,11 +399,7 @@ inline at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::
                             const std::optional<at::Tensor>& mask, bool is_causal, double scale) {
   const auto out = attention_to<float>(q, k, v, mask, is_causal, scale, Quantizer());
   if (out) return *out;
-  static const auto by_library =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fxopt::attention_by_library", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const std::optional<at::Tensor>&, bool, double)>();
+  static const auto by_library = library_of(attention, "fxopt::attention_by_library");
   return by_library.call(q, k, v, mask, is_causal, scale);
 }
 
@@ -422,11 +418,7 @@ inline at::Tensor quantized_attention(const at::Tensor& q, const at::Tensor& k, 
   }
   if (out) return *out;
   static const auto by_library =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fxopt::quantized_attention_by_library", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const std::optional<at::Tensor>&, bool, double, const at::Tensor&,
-                            const at::Tensor&)>();
+      library_of(quantized_attention, "fxopt::quantized_attention_by_library");
   return by_library.call(q, k, v, mask, is_causal, scale, out_scale, out_zero_point);
 }
 

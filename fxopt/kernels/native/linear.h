@@ -5,6 +5,13 @@
 
 namespace fxopt {
 
+// The operator registered as `name`, with the signature of `kernel`: it takes the calls that
+// `kernel` has no loop for.
+template <class Result, class... Arguments>
+auto library_of(Result (*kernel)(Arguments...), const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>();
+}
+
 // A result of so many bytes leaves the caches before it is read again. Written past them, it spares
 // reading what it overwrites, and the weights their place: 7 % of a product that gives 12 MB.
 constexpr int64_t kPastCaches = 8 << 20;
@@ -212,11 +219,7 @@ inline at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight,
   if (well_formed && x.scalar_type() == at::kBFloat16) {
     return float_linear<BFloat16, at::BFloat16>(x, weight, bias, op, other);
   }
-  static const auto by_library =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fxopt::packed_linear_by_library", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                            c10::string_view, const std::optional<at::Tensor>&)>();
+  static const auto by_library = library_of(packed_linear, "fxopt::packed_linear_by_library");
   return by_library.call(x, weight, bias, post_op, other);
 }
 
@@ -239,9 +242,7 @@ inline at::Tensor unsigned_rows(const at::Tensor& q) {
 
 inline at::Tensor int8_product(const at::Tensor& q, const at::Tensor& weight) {
   if (!fits(q, weight) || q.scalar_type() != at::kChar || weight.scalar_type() != at::kChar) {
-    static const auto by_library = c10::Dispatcher::singleton()
-                                       .findSchemaOrThrow("fxopt::int8_product_by_library", "")
-                                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+    static const auto by_library = library_of(int8_product, "fxopt::int8_product_by_library");
     return by_library.call(q, weight);
   }
   const at::Tensor rows = unsigned_rows(q), packed = panels(weight);
@@ -324,13 +325,7 @@ inline at::Tensor packed_int8_linear(
            : dtype == at::kFloat || dtype == at::kBFloat16);
   if (!well_formed) {
     static const auto by_library =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fxopt::packed_int8_linear_by_library", "")
-            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                              const at::Tensor&, const at::Tensor&,
-                              const std::optional<at::Tensor>&, c10::string_view,
-                              const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                              at::ScalarType)>();
+        library_of(packed_int8_linear, "fxopt::packed_int8_linear_by_library");
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, out_scale,
                            out_zero_point, dtype);
   }
@@ -398,12 +393,7 @@ inline at::Tensor int8_linear_fused(const at::Tensor& q, const at::Tensor& scale
       (dtype == at::kFloat || dtype == at::kBFloat16);
   if (!well_formed) {
     static const auto by_library =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fxopt::int8_linear_fused_by_library", "")
-            .typed<at::Tensor(
-                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, at::ScalarType, c10::string_view)>();
+        library_of(int8_linear_fused, "fxopt::int8_linear_fused_by_library");
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype,
                            post_op);
   }

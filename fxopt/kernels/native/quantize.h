@@ -140,11 +140,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tokens(
   const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
   if (!known || x.dim() < 1 || !x.numel() || !is_column_vector(factor, x) ||
       !is_column_vector(shift, x)) {
-    static const auto by_library = c10::Dispatcher::singleton()
-                                       .findSchemaOrThrow("fxopt::quantize_tokens_by_library", "")
-                                       .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                           const at::Tensor&, const std::optional<at::Tensor>&,
-                                           const std::optional<at::Tensor>&, bool)>();
+    static const auto by_library = library_of(quantize_tokens, "fxopt::quantize_tokens_by_library");
     return by_library.call(x, factor, shift, affine);
   }
   const at::Tensor rows = x.contiguous();
@@ -238,11 +234,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_int8_linear_tokens(
     c10::string_view post_op, bool affine) {
   if (!takes_static_int8(q, scale, zero_point, weight, weight_scale, bias, post_op)) {
     static const auto by_library =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fxopt::packed_int8_linear_tokens_by_library", "")
-            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view, bool)>();
+        library_of(packed_int8_linear_tokens, "fxopt::packed_int8_linear_tokens_by_library");
     return by_library.call(q, scale, zero_point, weight, weight_scale, bias, post_op, affine);
   }
   const at::Tensor packed = panels(weight);
@@ -257,12 +249,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> int8_linear_fused_tokens(
     c10::string_view post_op, bool affine) {
   if (!takes_dynamic_int8(q, scale, zero_point, weight, weight_scale, bias, post_op)) {
     static const auto by_library =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fxopt::int8_linear_fused_tokens_by_library", "")
-            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, c10::string_view, bool)>();
+        library_of(int8_linear_fused_tokens, "fxopt::int8_linear_fused_tokens_by_library");
     return by_library.call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, post_op,
                            affine);
   }
