@@ -16,6 +16,7 @@ from fxopt.kept_memory import keep_freed_memory, release
 from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lower import Lower
+from fxopt.lower.shortcut import Shortcut
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
 from fxopt.program import Program
 
@@ -41,6 +42,7 @@ class Compiled:
     """A graph module compiled at its first call, and again when inputs of other shapes come.
 
     Runs in the grad mode that was current when it was made: that mode is part of what is compiled.
+    In inference on a CPU, inputs of a kind that came twice go past Dynamo (`shortcut`).
     """
 
     def __init__(self, module: fx.GraphModule, options: Lower) -> None:
@@ -48,7 +50,10 @@ class Compiled:
         self.options = options
         self._grad = torch.is_grad_enabled()
         on_cpu = _on_cpu(module)
-        self.backend = InductorBackend(_inductor_options(options, on_cpu, self._grad), on_cpu)
+        self._shortcut = Shortcut(module) if on_cpu and not self._grad else None
+        self.backend = InductorBackend(
+            _inductor_options(options, on_cpu, self._grad), on_cpu, self._shortcut
+        )
         if on_cpu:
             weakref.finalize(self, release).atexit = False
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
@@ -69,6 +74,8 @@ class Compiled:
                     ) from error
                 # Too many shapes for one compilation each: one for all of them.
                 self._widened = True
+                if self._shortcut is not None:
+                    self._shortcut.forget()
                 self._run = self._compile(True)
                 return self._call(inputs)
 
@@ -86,11 +93,21 @@ class Compiled:
         )
 
     def _call(self, inputs: Sequence[Tensor]) -> Any:
+        if self._shortcut is not None and not torch.compiler.is_dynamo_compiling():
+            return self._call_shortly(self._shortcut, inputs)
         if not self._graphs:
             return self._run(*inputs)
         # A recorded CUDA graph writes its outputs to the same memory at each replay.
         torch.compiler.cudagraph_mark_step_begin()
         return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*inputs))
+
+    def _call_shortly(self, shortcut: Shortcut, inputs: Sequence[Tensor]) -> Any:
+        route = shortcut.find(inputs)
+        if route is not None:
+            return route(inputs)
+        result = self._run(*inputs)
+        shortcut.learn(inputs, result)
+        return result
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:

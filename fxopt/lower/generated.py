@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from fxopt.errors import LowerError
 from fxopt.kept_memory import reusing
 from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
+from fxopt.lower.shortcut import Shortcut
 from fxopt.program import label
 
 _NAMED = 4
@@ -28,12 +29,15 @@ class InductorBackend:
 
     `codes` holds one text for each graph compiled so far, forward and backward alike. Options apply
     to this backend's compilations alone; nothing process-wide is set. With `keep_memory`, calls in
-    inference reuse what earlier ones freed (`kept_memory`).
+    inference reuse what earlier ones freed (`kept_memory`). `shortcut` learns how to call the code.
     """
 
-    def __init__(self, options: dict[str, Any], keep_memory: bool) -> None:
+    def __init__(
+        self, options: dict[str, Any], keep_memory: bool, shortcut: Shortcut | None = None
+    ) -> None:
         self.options = options
         self.keep_memory = keep_memory
+        self.shortcut = shortcut
         self.codes: list[str] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -51,9 +55,10 @@ class InductorBackend:
         # A hit in the autograd cache would hand back a callable without coming past `keep_code`;
         # Inductor's own cache, which saves the C++ and Triton compilations, stays on.
         with autograd_config.patch(enable_autograd_cache=False):
-            return compile_fx(
+            run: Any = compile_fx(
                 module, inputs, inner_compile=keep_code, config_patches=dict(self.options)
             )
+        return run if self.shortcut is None else self.shortcut.watched(run)
 
     def _shorten_calls(self, compiled: Any) -> None:
         """Let generated code call its kernels past autograd, which asks in Python, 5 microseconds
