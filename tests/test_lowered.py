@@ -136,7 +136,16 @@ def test_lowering_packs_what_no_pass_has_packed() -> None:
     assert torch.equal(again(X), opt(X))
 
 
-@pytest.mark.parametrize("spec", ["int8-linear{mode=static}", "int8-linear", "autocast", "prepack"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int8-linear{mode=static}",
+        *(
+            pytest.param(spec, marks=pytest.mark.slow)
+            for spec in ("int8-linear", "autocast", "prepack")
+        ),
+    ],
+)
 def test_calls_generated_in_cpp_are_the_same(spec: str) -> None:
     x = torch.randn(2, 6, 16)
     passes = f"{spec}, lower{{mode=reduce-overhead, strict=true}}"

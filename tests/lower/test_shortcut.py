@@ -66,7 +66,9 @@ def _same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("passes", ["lower", "prepack, lower", "lower{mode=reduce-overhead}"])
+@pytest.mark.parametrize(
+    "passes", ["lower", pytest.param("lower{mode=reduce-overhead}", marks=pytest.mark.slow)]
+)
 def test_calls_go_past_dynamo(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, passes: str
 ) -> None:
