@@ -52,12 +52,14 @@ class KeptMemory final : public c10::Allocator {
   void release(int64_t call) {
     std::vector<Blocks::node_type> released;  // freed without the lock
     std::lock_guard<std::mutex> guard(lock_);
-    for (auto& [size, blocks] : kept_) {
+    for (auto at = kept_.begin(); at != kept_.end();) {
+      auto& blocks = at->second;
       const auto first_needed = std::find_if(blocks.begin(), blocks.end(), [&](auto& block) {
         return block.mapped().last_call >= call;
       });
       std::move(blocks.begin(), first_needed, std::back_inserter(released));
       blocks.erase(blocks.begin(), first_needed);
+      at = blocks.empty() ? kept_.erase(at) : std::next(at);
     }
   }
 
