@@ -13,7 +13,7 @@ from benchmarks.systems.system import Call, Inputs, System, Workload, first
 
 _START = "canonicalize, fuse-linears"
 # What int8 leaves, attention and costly layers, in bfloat16; then the CPU's fastest kernels, called
-# from C++: seconds of compiling for tens of microseconds a call.
+# from C++: seconds of compiling, of 30 layers minutes, for tens of microseconds a call.
 _LEAN = "lower{mode=reduce-overhead}"
 _END = f"autocast, prepack, {_LEAN}"
 # The second linear of a BERT layer's feed-forward net. Its input comes out of a GELU, with a few

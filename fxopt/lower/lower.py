@@ -26,14 +26,15 @@ class Lower(Pass):
     """Compile the program for the device its tensors are on.
 
     `mode` is torch.compile's: "reduce-overhead" records CUDA graphs where shapes are static, and on
-    a CPU calls the kernels from C++, unless it trains, which takes twice as long to compile;
-    "max-autotune" times several kernels for each product. `dynamic` left out compiles the
-    first shapes as they are and, when others come, once more for any; True starts with any shape,
-    False compiles each shape anew. With `fallback="eager"` a program that can't be compiled here
-    runs uncompiled, and the report says so. With `strict=True` a kernel-level operator whose kernel
-    is not in the generated code is an error, not a warning. A program on a CPU that doesn't train
-    goes through `Prepack` first, if the list hasn't it: its kernels are faster than Inductor's own
-    and keep a packed copy of each weight; `prepack=False` leaves linears and attention to Inductor.
+    a CPU calls the kernels from C++, unless it trains: less time between the kernels for a longer
+    compilation, of minutes with 30 layers; "max-autotune" times several kernels for each product.
+    `dynamic` left out compiles the first shapes as they are and, when others come, once more for
+    any; True starts with any shape, False compiles each shape anew. With `fallback="eager"` a
+    program that can't be compiled here runs uncompiled, and the report says so. With `strict=True`
+    a kernel-level operator whose kernel is not in the generated code is an error, not a warning. A
+    program on a CPU that doesn't train goes through `Prepack` first, if the list hasn't it: its
+    kernels are faster than Inductor's own and keep a packed copy of each weight; `prepack=False`
+    leaves linears and attention to Inductor.
 
     Raises `PassError` for an unknown value of an option.
     """
