@@ -162,4 +162,7 @@ def _place(argument: Any, places: Mapping[int, tuple[Any, Any]]) -> tuple[Any, A
 
 
 def _index_of(value: Any, outputs: Sequence[Any]) -> int | None:
+    """Which output `value` is; None where that can't be told, as of numbers, equal by chance."""
+    if not isinstance(value, Tensor):
+        return None
     return next((index for index, output in enumerate(outputs) if output is value), None)
