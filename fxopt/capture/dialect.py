@@ -277,6 +277,7 @@ class _Translation:
             if spec.kind == OutputKind.USER_OUTPUT:
                 value = self._value(result)
                 if isinstance(value, fx.Node):
+                    self._check_output(value)
                     outputs.append(value)
                 else:
                     constants[index] = value
@@ -291,6 +292,14 @@ class _Translation:
         output = self.graph.output(tuple(outputs))
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
         return constants
+
+    def _check_output(self, node: fx.Node) -> None:
+        if not isinstance(node.meta["val"], Tensor):
+            raise CaptureError(
+                f"{type(self.model).__name__} returns a number that depends on its inputs "
+                f"({node.name}, at {node.meta['source'] or 'an unknown line'}); a program returns "
+                "tensors. Return it as one, with torch.scalar_tensor, or leave it out."
+            )
 
     def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:
         if spec.kind == OutputKind.BUFFER_MUTATION:

@@ -112,6 +112,24 @@ def test_an_output_type_that_is_no_pytree_says_how_to_register_it() -> None:
     assert "torch.utils._pytree.register_pytree_node" in text
 
 
+def test_a_size_that_is_returned_says_how_to_return_it() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return x * 2, x.shape[0]
+
+    class CountsInATensor(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, torch.scalar_tensor(x.shape[0])
+
+    text = failure(Counts(), X)
+    assert text.startswith("Counts returns a number that depends on its inputs (sym_size_int")
+    assert text.endswith(
+        "a program returns tensors. Return it as one, with torch.scalar_tensor, or leave it out."
+    )
+    other = torch.randn(7, *X.shape[1:])
+    assert evaluate(capture(CountsInATensor(), (X,)), (other,))[1] == 7
+
+
 def test_inputs_that_the_model_itself_rejects_are_no_fault_of_the_capture() -> None:
     text = failure(nn.Linear(4, 2), torch.randn(3, 5), kind=InputError)
     assert text.startswith("Linear itself rejects the example inputs: RuntimeError: ")
