@@ -47,11 +47,15 @@ class Epilogue(Rule):
         raise NotImplementedError
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        changed = {**match.bound, **self.inside(match.root)}
-        return edit.call(match.inner[0].target, *changed.values())
+        target = self.product(match.inner[0].target)
+        return edit.call_by_name(target, {**match.bound, **self.inside(match.root)})
+
+    def product(self, target: Any) -> Any:
+        """The product that does the call as well as what `target` does."""
+        return target
 
     def inside(self, node: fx.Node) -> dict[str, Any]:
-        """The arguments of a product that does the call as well, as far as they differ."""
+        """The arguments of that product, as far as they differ."""
         raise NotImplementedError
 
 
@@ -108,7 +112,8 @@ class TokensInside(Epilogue):
         rounds_alone = node.args[1] is None and node.args[2] is None
         return rounds_alone and product["dtype"] == torch.float32
 
-    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        target = _IN_TOKENS[match.inner[0].target]
-        given = {**match.bound, "affine": match.root.args[3]}
-        return edit.call(target, *(given[one.name] for one in target._schema.arguments))
+    def product(self, target: Any) -> Any:
+        return _IN_TOKENS[target]
+
+    def inside(self, node: fx.Node) -> dict[str, Any]:
+        return {"affine": node.args[3]}

@@ -211,7 +211,7 @@ class UnsignedActivations(Rule):
         if zero not in self.shifted:
             self.shifted[zero] = _unsigned(zero, edit)
         unsigned = {"q": self.shifted[q], "zero_point": self.shifted[zero]}
-        return edit.call(ops.packed_int8_linear.default, *{**match.bound, **unsigned}.values())
+        return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
 
 
 class UnsignedOutput(Rule):
@@ -233,7 +233,7 @@ class UnsignedOutput(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         zero = _unsigned(match["out_zero_point"], edit)
         unsigned = {"out_zero_point": zero, "dtype": torch.uint8}
-        return edit.call(ops.packed_int8_linear.default, *{**match.bound, **unsigned}.values())
+        return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
 
 
 class SelectInt8WeightOnlyLinear(Rule):

@@ -7,6 +7,7 @@ also checks the call), and inherits module path and source line from the node it
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,6 +74,10 @@ class Edit:
         node.meta = {**origin(self._root), "val": value}
         self._new.append(node)
         return node
+
+    def call_by_name(self, target: torch._ops.OpOverload, given: Mapping[str, Any]) -> fx.Node:
+        """`call` with what `given` holds under the names of the schema; it may hold more."""
+        return self.call(target, *(given[one.name] for one in target._schema.arguments))
 
     def item(self, value: fx.Node, index: int) -> fx.Node:
         """`value[index]` of an operator with several results."""

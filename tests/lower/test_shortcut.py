@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import fxopt
 from fxopt.lower.compilation import Compiled
@@ -31,7 +32,7 @@ class _Model(nn.Module):
 
 
 def _lowered(
-    model: nn.Module, *example: Tensor, passes: str = "lower"
+    model: nn.Module, *example: Any, passes: str = "lower"
 ) -> tuple[fxopt.Optimized, Compiled]:
     opt = fxopt.transform(model, passes, example_inputs=example, measure_cost=False)
     for _ in range(2):
@@ -105,14 +106,10 @@ def test_any_calls_give_what_the_model_gives(calls: list[tuple[int, bool, bool]]
         _same(opt(x, y), model(x, y))
 
 
-_made: list[Any] = []
-
-
+@functools.cache
 def _shared() -> tuple[nn.Module, fxopt.Optimized]:
-    if not _made:
-        model = _Model().eval()
-        _made.extend((model, _lowered(model, *_inputs())[0]))
-    return _made[0], _made[1]
+    model = _Model().eval()
+    return model, _lowered(model, *_inputs())[0]
 
 
 def test_parameters_are_those_of_now(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,10 +137,10 @@ def test_many_inputs_are_left_to_dynamo(monkeypatch: pytest.MonkeyPatch) -> None
             return torch.stack(inputs).sum(0)
 
     inputs = [torch.randn(3) for _ in range(9)]
-    opt = fxopt.transform(Sum().eval(), "lower", example_inputs=(inputs,), measure_cost=False)
+    opt, compiled = _lowered(Sum().eval(), inputs)
     for _ in range(3):
         _same(opt(inputs), torch.stack(inputs).sum(0))
-    _without_dynamo(opt._execution.compiled["eval", False], monkeypatch)
+    _without_dynamo(compiled, monkeypatch)
     with pytest.raises(_AskedError):
         opt(inputs)
 
@@ -200,17 +197,7 @@ def test_state_that_a_call_writes() -> None:
     assert found == [before + count for count in (1, 2, 3, 4)]
 
 
-class _FunctionMode(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class _DispatchMode(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", [_FunctionMode, _DispatchMode])
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, BaseTorchDispatchMode])
 def test_a_mode_sees_what_it_saw_before(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, mode: Callable[[], Any]
 ) -> None:
