@@ -31,8 +31,8 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
-from fxopt.capture.functionalization import UnknownWrite, functionalized
-from fxopt.capture.spelling import respell
+from fxopt.capture.functionalization import UnknownWriteError, functionalized
+from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
 from fxopt.program import Mode, Program, drop_dead_nodes
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
@@ -75,7 +75,7 @@ def to_program(
     """
     try:
         return _Translation(exported, model, mode).program(forward, named)
-    except UnknownWrite:
+    except UnknownWriteError:
         decomposed = exported.run_decompositions({})
         return _Translation(decomposed, model, mode).program(forward, named)
 
@@ -91,7 +91,7 @@ class _Translation:
         self.state: dict[str, Tensor] = {}
         self.module_types: dict[str, str] = {"": type(model).__name__}
         self.nodes: dict[fx.Node, Any] = {}
-        self.aliases: dict[fx.Node, fx.Node] = {}
+        self.shares: dict[fx.Node, fx.Node] = {}
         self.canonical, self.aliases = _tied_names(model)
 
     def program(self, forward: inspect.Signature, named: Mapping[str, Any]) -> Program:
@@ -124,7 +124,7 @@ class _Translation:
         body = [n for n in self.exported.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
-        graph = functionalized(self.graph, self.aliases)
+        graph = functionalized(self.graph, self.shares)
         drop_dead_nodes(graph, self.mode)
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
@@ -184,17 +184,27 @@ class _Translation:
                 continue
             elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
                 self.nodes[node] = self._value(node.args[0])
+            elif (norm := brought_back(node)) is not None:
+                self._bring_back(node, *norm)
             else:
                 self._copy(node)
+
+    def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+        """One operator for `node`, of which the first result is read."""
+        new = self.graph.call_function(target, fx.map_arg(args, self._value))
+        new.meta = {**self._meta(node), "val": node.meta["val"][0]}
+        for user in node.users:
+            self.nodes[user] = new
 
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self._value)
         respell(new)
         new.meta = self._meta(node)
         self.nodes[node] = new
-        operand = self.nodes.get(_sharing_operand(node))
+        shared = _sharing_operand(node)
+        operand = None if shared is None else self.nodes[shared]
         if isinstance(operand, fx.Node):
-            self.aliases[new] = operand
+            self.shares[new] = operand
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         stack = node.meta.get("nn_module_stack") or {}

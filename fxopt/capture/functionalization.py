@@ -26,7 +26,7 @@ from fxopt.errors import CaptureError
 aten = torch.ops.aten
 
 
-class UnknownWrite(CaptureError):
+class UnknownWriteError(CaptureError):
     """A write that has no functional form here."""
 
 
@@ -34,7 +34,7 @@ def functionalized(graph: fx.Graph, aliases: Mapping[fx.Node, fx.Node]) -> fx.Gr
     """`graph` without writes but `copy_` to state and inputs at its end.
 
     `aliases` names, for each node whose result shares memory with an operand, that operand. Raises
-    `UnknownWrite` for an operator, or a view under it, that has no functional form here.
+    `UnknownWriteError` for an operator, or a view under it, that has no functional form here.
     """
     if not any(map(writes, graph.nodes)):
         return graph
@@ -105,10 +105,13 @@ class _Walk:
         parent, args = self._named(operand), fx.map_arg(node.args, self._named)
         for view in self.views:
             known = self.views[view]
-            if known.parent is parent and known.target is node.target and not node.kwargs:
-                if not known.kwargs and fx.map_arg(known.args, self._named) == args:
-                    return view
+            same = known.parent is parent and known.target is node.target
+            if same and not node.kwargs and not known.kwargs and self._args(known) == args:
+                return view
         return None
+
+    def _args(self, view: View) -> Any:
+        return fx.map_arg(view.args, self._named)
 
     def _hold(self, node: fx.Node, value: fx.Node) -> None:
         self.values[node] = value
@@ -214,8 +217,8 @@ class _Walk:
                 new.meta = {"val": place.meta["val"], **origin}
         self.graph.output(*results).meta = dict(output.meta)
 
-    def _unknown(self, node: fx.Node) -> UnknownWrite:
-        return UnknownWrite(
+    def _unknown(self, node: fx.Node) -> UnknownWriteError:
+        return UnknownWriteError(
             f"{node.target} writes to memory in a way that has no functional form, at "
             f"{node.meta.get('source') or 'an unknown line'}. Write it out of place, as "
             "x = f(x) or with torch.where."
@@ -225,7 +228,7 @@ class _Walk:
 def _written_memory(graph: fx.Graph, aliases: Mapping[fx.Node, fx.Node]) -> frozenset[fx.Node]:
     """The nodes that made memory which some operator that writes is given."""
     base: dict[fx.Node, fx.Node] = {}
-    written = set()
+    written: set[fx.Node] = set()
     for node in graph.nodes:
         operand = aliases.get(node)
         if writes(node):

@@ -1,13 +1,13 @@
 """Writing through a view: what a tensor holds after one of its views got other values.
 
-    select(p, d, i)      <- v      select_scatter(p, v, d, i)
-    slice(p, d, a, b, s) <- v      slice_scatter(p, v, d, a, b, s), or v where it is all of p
-    permute(p, axes)     <- v      permute(v, inverse axes)
-    reshape(p, sizes)    <- v      reshape(v, sizes of p)
-    split(p)[i]          <- v      cat of the pieces with v in place of the i-th
-    unbind(p, d)[i]      <- v      select_scatter(p, v, d, i)
-    diagonal(p, ...)     <- v      diagonal_scatter(p, v, ...)
-    to, contiguous, ...  <- v      v, where they gave p itself
+select(p, d, i)      <- v      select_scatter(p, v, d, i)
+slice(p, d, a, b, s) <- v      slice_scatter(p, v, d, a, b, s), or v where it is all of p
+permute(p, axes)     <- v      permute(v, inverse axes)
+reshape(p, sizes)    <- v      reshape(v, sizes of p)
+split(p)[i]          <- v      cat of the pieces with v in place of the i-th
+unbind(p, d)[i]      <- v      select_scatter(p, v, d, i)
+diagonal(p, ...)     <- v      diagonal_scatter(p, v, ...)
+to, contiguous, ...  <- v      v, where they gave p itself
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.program import arguments, same_sizes
 
@@ -108,9 +108,7 @@ def written(
     return Written({places[0]: _as_type(place, build(target, *args, **kwargs), build)})
 
 
-def _copied(
-    node: fx.Node, old: fx.Node, source: fx.Node, build: Build, is_view: bool
-) -> fx.Node:
+def _copied(node: fx.Node, old: fx.Node, source: fx.Node, build: Build, is_view: bool) -> fx.Node:
     """What `place.copy_(source)` leaves in `place`: in memory and strides of its own, where it
     isn't written into something larger anyway."""
     new, kept = source.meta["val"], node.meta["val"]
@@ -178,7 +176,7 @@ def _without_out(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     wanted = [(one.name, str(one.type)) for one in target._schema.arguments if not one.is_out]
     packet = target.overloadpacket
     for name in packet.overloads():
-        overload = getattr(packet, name)
+        overload: torch._ops.OpOverload = getattr(packet, name)
         found = [(one.name, str(one.type)) for one in overload._schema.arguments]
         if found == wanted and not overload._schema.is_mutable:
             return overload

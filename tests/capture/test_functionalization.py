@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from fxopt import wellformed
 from fxopt.capture import capture
@@ -20,7 +20,7 @@ from fxopt.evaluate import evaluate
 from fxopt.graph_text import text
 from fxopt.passes import Canonicalize
 from fxopt.program import Program
-from tests.rewriting.functions import Function, calls, program_of
+from tests.rewriting.functions import calls
 
 aten = torch.ops.aten
 
@@ -100,11 +100,14 @@ def _named_anew(x: Tensor) -> Tensor:
 
 STEPS: dict[str, Step] = {
     "relu": (lambda x: x.relu_(), lambda x: x.relu()),
-    "relu6": (lambda x: F.relu6(x, inplace=True), F.relu6),
-    "silu": (lambda x: F.silu(x, inplace=True), F.silu),
-    "hardswish": (lambda x: F.hardswish(x, inplace=True), F.hardswish),
-    "leaky_relu": (lambda x: F.leaky_relu(x, 0.2, inplace=True), lambda x: F.leaky_relu(x, 0.2)),
-    "dropout": (lambda x: F.dropout(x, 0.5, False, True), lambda x: x),
+    "relu6": (lambda x: functional.relu6(x, inplace=True), functional.relu6),
+    "silu": (lambda x: functional.silu(x, inplace=True), functional.silu),
+    "hardswish": (lambda x: functional.hardswish(x, inplace=True), functional.hardswish),
+    "leaky_relu": (
+        lambda x: functional.leaky_relu(x, 0.2, inplace=True),
+        lambda x: functional.leaky_relu(x, 0.2),
+    ),
+    "dropout": (lambda x: functional.dropout(x, 0.5, False, True), lambda x: x),
     "add": (lambda x: x.add_(x), lambda x: x.add(x)),
     "scaled add": (lambda x: x.add_(1, alpha=2), lambda x: x.add(1, alpha=2)),
     "out": (lambda x: torch.mul(x, 2, out=x), lambda x: torch.mul(x, 2)),
@@ -123,9 +126,11 @@ STEPS: dict[str, Step] = {
     ),
     "flat": (
         _through_flat,
-        lambda x: x.flatten(1)
-        .slice_scatter(torch.ops.aten.copy(x.flatten(1)[:, 2:9], x[:, 0, :1]), 1, 2, 9)
-        .reshape(x.shape),
+        lambda x: (
+            x.flatten(1)
+            .slice_scatter(torch.ops.aten.copy(x.flatten(1)[:, 2:9], x[:, 0, :1]), 1, 2, 9)
+            .reshape(x.shape)
+        ),
     ),
     "read behind": (_read_behind, lambda x: (x + 1) * (x + 1)[:, 0].unsqueeze(1).clone()),
     "pieces": (_pieces, _halves),
@@ -136,9 +141,9 @@ STEPS: dict[str, Step] = {
 }
 STARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "clone": torch.clone,
-    "linear": lambda x: F.linear(x, torch.eye(6)),
-    "norm": lambda x: F.layer_norm(x, [6]),
-    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "linear": lambda x: functional.linear(x, torch.eye(6)),
+    "norm": lambda x: functional.layer_norm(x, [6]),
+    "attention": lambda x: functional.scaled_dot_product_attention(x, x, x),
 }
 
 
