@@ -5,8 +5,9 @@ tied parameters        -> one get_attr name, the others recorded as aliases
 guards, assertions     -> dropped (the signature checks the inputs of every call)
 no_grad, autocast off  -> their bodies inlined
 dropout in eval        -> dropped
-view                   -> reshape, which a rewrite of strides can't break
-in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
+second spellings       -> the first (see `spelling`)
+in-place operators     -> functional ones, none decomposed (see `functionalization`); writes to
+                          buffers and inputs become copy_ nodes at the end
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
-from fxopt.capture.writes import functional, is_local_write, writes
+from fxopt.capture.functionalization import UnknownWriteError, functionalized
+from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
 from fxopt.program import Mode, Program, drop_dead_nodes
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
@@ -50,8 +52,11 @@ _DROPOUT = {
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout_.default,
+    aten.feature_alpha_dropout_.default,
 }
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
@@ -68,9 +73,11 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
-    if not all(is_local_write(node) for node in exported.graph.nodes if writes(node)):
-        exported = exported.run_decompositions({})
-    return _Translation(exported, model, mode).program(forward, named)
+    try:
+        return _Translation(exported, model, mode).program(forward, named)
+    except UnknownWriteError:
+        decomposed = exported.run_decompositions({})
+        return _Translation(decomposed, model, mode).program(forward, named)
 
 
 class _Translation:
@@ -84,7 +91,7 @@ class _Translation:
         self.state: dict[str, Tensor] = {}
         self.module_types: dict[str, str] = {"": type(model).__name__}
         self.nodes: dict[fx.Node, Any] = {}
-        self.same_tensor: dict[fx.Node, list[fx.Node]] = {}
+        self.shares: dict[fx.Node, fx.Node] = {}
         self.canonical, self.aliases = _tied_names(model)
 
     def program(self, forward: inspect.Signature, named: Mapping[str, Any]) -> Program:
@@ -117,7 +124,8 @@ class _Translation:
         body = [n for n in self.exported.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
-        drop_dead_nodes(self.graph, self.mode)
+        graph = functionalized(self.graph, self.shares)
+        drop_dead_nodes(graph, self.mode)
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
@@ -127,7 +135,7 @@ class _Translation:
         }
         signature = Signature(forward, in_spec, tuple(inputs), ranges, out_spec, out_constants)
         program = Program(
-            graph=self.graph,
+            graph=graph,
             state=self.state,
             signature=signature,
             example=tuple(example),
@@ -137,7 +145,7 @@ class _Translation:
             non_persistent=frozenset(_non_persistent(self.model)),
             module_types=self.module_types,
         )
-        return program.with_graph(self.graph)
+        return program.with_graph(graph)
 
     def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
         value = node.meta["val"]
@@ -176,31 +184,27 @@ class _Translation:
                 continue
             elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
                 self.nodes[node] = self._value(node.args[0])
-            elif writes(node):
-                self._copy_functional(node)
+            elif (norm := brought_back(node)) is not None:
+                self._bring_back(node, *norm)
             else:
                 self._copy(node)
 
-    def _copy_functional(self, node: fx.Node) -> None:
-        """`x.op_(...)` as `op(x, ...)`: later uses of x, under any of its names, see the result."""
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
-        names = self.same_tensor.setdefault(written, [written])
-        names.append(node)
-        self.same_tensor[node] = names
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
-        target = functional(node)
-        assert target is not None
-        new = self.graph.call_function(target, args, kwargs)
-        new.meta = self._meta(node)
-        self.nodes.update(dict.fromkeys(names, new))
+    def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+        """One operator for `node`, of which the first result is read."""
+        new = self.graph.call_function(target, fx.map_arg(args, self._value))
+        new.meta = {**self._meta(node), "val": node.meta["val"][0]}
+        for user in node.users:
+            self.nodes[user] = new
 
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self._value)
-        if new.target in _VIEWS:
-            new.target = aten.reshape.default
+        respell(new)
         new.meta = self._meta(node)
         self.nodes[node] = new
+        shared = _sharing_operand(node)
+        operand = None if shared is None else self.nodes[shared]
+        if isinstance(operand, fx.Node):
+            self.shares[new] = operand
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         stack = node.meta.get("nn_module_stack") or {}
@@ -313,6 +317,17 @@ class _Translation:
             "module_path": value.meta["module_path"],
             "source": value.meta["source"],
         }
+
+
+def _sharing_operand(node: fx.Node) -> fx.Node | None:
+    """The operand whose memory the result of `node` is, by the storages of the trace."""
+    own = _storages(node)
+    return next((used for used in node.all_input_nodes if own & _storages(used)), None)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _tied_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
