@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxopt.errors import SaveError
 from fxopt.wellformed import SIZE_FUNCTIONS
@@ -31,8 +32,6 @@ _TRUSTED = {
 _TOUCHES_FILES_OR_PROCESS = frozenset({"aten::from_file", "aten::_print"})
 _NAMES_OF_FUNCTIONS = {function: name for name, function in SIZE_FUNCTIONS.items()}
 _NAME = re.compile(r"\w+")
-_LARGEST = 2**63
-_LARGEST_EXPONENT = 16
 
 
 def name_of(target: Any, where: str) -> str:
@@ -70,13 +69,13 @@ def resolve(name: str, namespaces: Collection[str] = ()) -> Callable[..., Any]:
     return target  # type: ignore[no-any-return]
 
 
-def check_size_arguments(target: Callable[..., Any], args: Sequence[Any]) -> None:
-    """Refuse size arithmetic whose result would not fit a machine word, such as 9**9**9."""
-    sizes = [arg for arg in args if isinstance(arg, int)]
-    too_large = any(abs(size) >= _LARGEST for size in sizes)
-    is_power = target is SIZE_FUNCTIONS["operator.pow"]
-    if too_large or (is_power and any(size > _LARGEST_EXPONENT for size in sizes[1:])):
-        raise SaveError(f"the saved graph computes a size that is too large, from {sizes}")
+def namespaces(graph: fx.Graph) -> frozenset[str]:
+    """The namespaces of the operators that `graph` calls."""
+    return frozenset(
+        node.target.namespace
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
 
 
 def _parts(name: str) -> tuple[str, str, str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
 from fxopt.saving.nodes import decode_nodes, encode_nodes
+from fxopt.saving.operators import namespaces as called_namespaces
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
 from fxopt.saving.values import counts, field, strings, texts
@@ -41,16 +43,16 @@ def save(
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
-    Tensors that exist as recipes are computed first. The folder appears complete or not at all.
-    Raises `WellFormedError` for a program that breaks the dialect, and `SaveError` where something
-    can't be saved, or `folder` holds anything else.
+    Tensors that exist as recipes are computed first. What was written is read back, as `load` will,
+    before it takes its place; a folder that was there keeps its content until then. Raises
+    `WellFormedError` for a program that breaks the dialect, and `SaveError` where something can't
+    be saved, `folder` can't be written, or holds anything else.
     """
-    target = Path(folder)
     check(program)
-    program = program.materialized()
-    graph = _encode(program)
-    state = {name: program.tensor(name) for name in program.state}
-    with folders.writing(target) as partial:
+    with folders.writing(Path(folder)) as partial:
+        program = program.materialized()
+        graph = _encode(program)
+        state = {name: program.tensor(name) for name in program.state}
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
@@ -58,6 +60,20 @@ def save(
         )
         if report_json is not None:
             (partial / folders.REPORT).write_text(report_json, encoding="utf-8")
+        _prove(partial, program, state)
+
+
+def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
+    """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
+    try:
+        data = folders.read_json(folder / folders.GRAPH)
+        _decode(data, state, program.example, called_namespaces(program.graph))
+        _report(folder)
+    except (SaveError, WellFormedError) as error:
+        raise SaveError(
+            f"nothing was saved, since load would refuse it: {error}\nThe module is as it was: "
+            "keep its weights with torch.save(opt.state_dict(), ...), and report this to fxopt."
+        ) from error
 
 
 def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
@@ -70,7 +86,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     manifest = folders.verify(path)
     data = folders.read_json(path / folders.GRAPH)
     try:
-        program = _decode(path, data, namespaces)
+        state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
+        program = _decode(data, state, example, namespaces)
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
@@ -105,15 +122,18 @@ def _encode(program: Program) -> dict[str, Any]:
     }
 
 
-def _decode(path: Path, data: Any, namespaces: Collection[str]) -> Program:
+def _decode(
+    data: Any,
+    state: Mapping[str, Tensor],
+    example: tuple[Tensor, ...],
+    namespaces: Collection[str],
+) -> Program:
     mode: Any = field(data, "mode", str)
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
-    state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-    nodes = field(data, "nodes", list)
     program = Program(
-        graph=decode_nodes(nodes, signature, state, example, namespaces),
+        graph=decode_nodes(field(data, "nodes", list), signature, state, example, namespaces),
         state=state,
         signature=signature,
         example=example,
@@ -133,6 +153,5 @@ def _report(path: Path) -> str | None:
     report = path / folders.REPORT
     if not report.exists():
         return None
-    text = report.read_text(encoding="utf-8")
-    json.loads(text)
-    return text
+    folders.read_json(report)
+    return report.read_text(encoding="utf-8")
