@@ -31,7 +31,7 @@ def decode_nodes(
     signature: Signature,
     state: Mapping[str, Tensor],
     example: tuple[Tensor, ...],
-    namespaces: Collection[str],
+    namespaces: Collection[str] | None,
 ) -> fx.Graph:
     """The graph that `encode_nodes` wrote, with fake values of dynamic sizes.
 
@@ -75,7 +75,7 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
 
 
 def _decode_node(
-    graph: fx.Graph, item: Any, nodes: Mapping[str, fx.Node], namespaces: Collection[str]
+    graph: fx.Graph, item: Any, nodes: Mapping[str, fx.Node], namespaces: Collection[str] | None
 ) -> fx.Node:
     name, op = field(item, "name", str), field(item, "op", str)
     target: Any = field(item, "target", str)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxopt.errors import SaveError
 from fxopt.wellformed import SIZE_FUNCTIONS
@@ -43,14 +42,17 @@ def name_of(target: Any, where: str) -> str:
     raise SaveError(f"{where} calls {target!r:.80}, which can't be saved")
 
 
-def resolve(name: str, namespaces: Collection[str] = ()) -> Callable[..., Any]:
-    """The call target of a saved name; raises `SaveError` for whatever isn't on the list."""
+def resolve(name: str, namespaces: Collection[str] | None = ()) -> Callable[..., Any]:
+    """The call target of a saved name; raises `SaveError` for whatever isn't on the list.
+
+    `namespaces` are those of a user's own operators; None allows any.
+    """
     if name in SIZE_FUNCTIONS:
         return SIZE_FUNCTIONS[name]
     namespace, packet, overload = _parts(name)
     if namespace in _TRUSTED:
         importlib.import_module(_TRUSTED[namespace])
-    elif namespace not in namespaces:
+    elif namespaces is not None and namespace not in namespaces:
         raise SaveError(
             f"the saved graph calls {name}, and only operators of {', '.join(_TRUSTED)} are loaded "
             "unasked. If you trust the file, import the module that registers the operator and "
@@ -67,15 +69,6 @@ def resolve(name: str, namespaces: Collection[str] = ()) -> Callable[..., Any]:
     if target._schema.is_mutable and target is not torch.ops.aten.copy_.default:
         raise SaveError(f"the saved graph calls {name}, which writes to its arguments")
     return target  # type: ignore[no-any-return]
-
-
-def namespaces(graph: fx.Graph) -> frozenset[str]:
-    """The namespaces of the operators that `graph` calls."""
-    return frozenset(
-        node.target.namespace
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-    )
 
 
 def _parts(name: str) -> tuple[str, str, str]:

@@ -13,7 +13,6 @@ from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
 from fxopt.saving.nodes import decode_nodes, encode_nodes
-from fxopt.saving.operators import namespaces as called_namespaces
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
 from fxopt.saving.values import counts, field, strings, texts
@@ -51,7 +50,7 @@ def save(
     check(program)
     with folders.writing(Path(folder)) as partial:
         program = program.materialized()
-        graph = _encode(program)
+        graph = to_document(program)
         state = {name: program.tensor(name) for name in program.state}
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
@@ -67,7 +66,7 @@ def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
     """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
     try:
         data = folders.read_json(folder / folders.GRAPH)
-        _decode(data, state, program.example, called_namespaces(program.graph))
+        from_document(data, state, program.example)
         _report(folder)
     except (SaveError, WellFormedError) as error:
         raise SaveError(
@@ -87,7 +86,7 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     data = folders.read_json(path / folders.GRAPH)
     try:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-        program = _decode(data, state, example, namespaces)
+        program = from_document(data, state, example, namespaces)
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
@@ -108,7 +107,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         ) from error
 
 
-def _encode(program: Program) -> dict[str, Any]:
+def to_document(program: Program) -> dict[str, Any]:
+    """`program` without its tensors as a JSON document; `SaveError` where something has no form."""
     return {
         "name": program.name,
         "mode": program.mode,
@@ -122,12 +122,16 @@ def _encode(program: Program) -> dict[str, Any]:
     }
 
 
-def _decode(
+def from_document(
     data: Any,
     state: Mapping[str, Tensor],
     example: tuple[Tensor, ...],
-    namespaces: Collection[str],
+    namespaces: Collection[str] | None = None,
 ) -> Program:
+    """The program whose document `to_document` made, over its tensors, checked as by `load`.
+
+    It may call operators of `namespaces`; of any where they are left out.
+    """
     mode: Any = field(data, "mode", str)
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
