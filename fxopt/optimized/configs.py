@@ -48,6 +48,9 @@ def _check_counts(value: Any, key: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_counts(inner, key)
-    elif isinstance(value, (int, float)) and any(word in key for word in _COUNTS):
-        if abs(value) > _LARGEST_COUNT:
-            raise SaveError(f"{key} is {value}, and at most {_LARGEST_COUNT} are read")
+    elif _is_count(key) and isinstance(value, (int, float)) and abs(value) > _LARGEST_COUNT:
+        raise SaveError(f"{key} is {value}, and at most {_LARGEST_COUNT} are read")
+
+
+def _is_count(key: str) -> bool:
+    return any(word in key for word in _COUNTS)
