@@ -244,9 +244,22 @@ def _user_line(error: BaseException) -> str:
 
 
 def _fixed_size_notes(program: Program) -> list[str]:
-    return [
+    """What calls must keep: axes of 1, which can't be traced as dynamic, and those fixed by code.
+
+    A loop over time steps, a reshape to numbers and the width of a weight fix sizes alike.
+    """
+    notes = [
         f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
         for tensor in program.signature.tensors
         for axis, size in enumerate(tensor.sizes)
         if size == 1
     ]
+    for tensor in program.signature.tensors:
+        fixed = [(axis, size) for axis, size in enumerate(tensor.sizes) if size not in (0, 1)]
+        axes = [f"{size} on axis {axis}" for axis, size in fixed if isinstance(size, int)]
+        if axes:
+            notes.append(
+                f"the model fixes the size of {tensor.path} to {', '.join(axes)}: a call with "
+                "another is refused"
+            )
+    return notes

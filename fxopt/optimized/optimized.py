@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from fxopt.errors import ModelError, NotCapturedError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.graph_modules import attribute, graph_module, share_tables
 from fxopt.optimized.outcome import OptimizedStep, Outcome
@@ -148,14 +148,14 @@ class Optimized(nn.Module):
         """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
         The program is that of the present mode: saved in evaluation mode it is for inference alone.
-        Holds no code and no pickle. Raises `SaveError` where something can't be saved.
+        Holds no code and no pickle. Raises `SaveError` where something can't be saved, before
+        `folder` is changed. A config that transformers doesn't register is left out.
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
         report = outcome.report.to_json()
-        config: Any = getattr(self, "config", None)
-        known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
-        save(self.program, folder, lowering=lowering, report_json=report, config=known)
+        config = saved_config(getattr(self, "config", None))
+        save(self.program, folder, lowering=lowering, report_json=report, config=config)
 
     def train(self, mode: bool = True) -> Optimized:
         """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.
@@ -198,6 +198,11 @@ class Optimized(nn.Module):
         object.__setattr__(twin, "_wanted", self.training)
         twin.install(self._renewed(replace(program, state=state)))
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from fxopt.optimized.pickling import reduced  # which imports this file
+
+        return reduced(self._present(), self._done(), self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()

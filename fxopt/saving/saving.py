@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
@@ -41,16 +42,16 @@ def save(
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
-    Tensors that exist as recipes are computed first. The folder appears complete or not at all.
-    Raises `WellFormedError` for a program that breaks the dialect, and `SaveError` where something
-    can't be saved, or `folder` holds anything else.
+    Tensors that exist as recipes are computed first. What was written is read back, as `load` will,
+    before it takes its place; a folder that was there keeps its content until then. Raises
+    `WellFormedError` for a program that breaks the dialect, and `SaveError` where something can't
+    be saved, `folder` can't be written, or holds anything else.
     """
-    target = Path(folder)
     check(program)
-    program = program.materialized()
-    graph = _encode(program)
-    state = {name: program.tensor(name) for name in program.state}
-    with folders.writing(target) as partial:
+    with folders.writing(Path(folder)) as partial:
+        program = program.materialized()
+        graph = to_document(program)
+        state = {name: program.tensor(name) for name in program.state}
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
@@ -58,6 +59,20 @@ def save(
         )
         if report_json is not None:
             (partial / folders.REPORT).write_text(report_json, encoding="utf-8")
+        _prove(partial, program, state)
+
+
+def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
+    """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
+    try:
+        data = folders.read_json(folder / folders.GRAPH)
+        from_document(data, state, program.example)
+        _report(folder)
+    except (SaveError, WellFormedError) as error:
+        raise SaveError(
+            f"nothing was saved, since load would refuse it: {error}\nThe module is as it was: "
+            "keep its weights with torch.save(opt.state_dict(), ...), and report this to fxopt."
+        ) from error
 
 
 def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
@@ -70,7 +85,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     manifest = folders.verify(path)
     data = folders.read_json(path / folders.GRAPH)
     try:
-        program = _decode(path, data, namespaces)
+        state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
+        program = from_document(data, state, example, namespaces)
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
@@ -91,7 +107,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         ) from error
 
 
-def _encode(program: Program) -> dict[str, Any]:
+def to_document(program: Program) -> dict[str, Any]:
+    """`program` without its tensors as a JSON document; `SaveError` where something has no form."""
     return {
         "name": program.name,
         "mode": program.mode,
@@ -105,15 +122,22 @@ def _encode(program: Program) -> dict[str, Any]:
     }
 
 
-def _decode(path: Path, data: Any, namespaces: Collection[str]) -> Program:
+def from_document(
+    data: Any,
+    state: Mapping[str, Tensor],
+    example: tuple[Tensor, ...],
+    namespaces: Collection[str] | None = None,
+) -> Program:
+    """The program whose document `to_document` made, over its tensors, checked as by `load`.
+
+    It may call operators of `namespaces`; of any where they are left out.
+    """
     mode: Any = field(data, "mode", str)
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
-    state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-    nodes = field(data, "nodes", list)
     program = Program(
-        graph=decode_nodes(nodes, signature, state, example, namespaces),
+        graph=decode_nodes(field(data, "nodes", list), signature, state, example, namespaces),
         state=state,
         signature=signature,
         example=example,
@@ -133,6 +157,5 @@ def _report(path: Path) -> str | None:
     report = path / folders.REPORT
     if not report.exists():
         return None
-    text = report.read_text(encoding="utf-8")
-    json.loads(text)
-    return text
+    folders.read_json(report)
+    return report.read_text(encoding="utf-8")
