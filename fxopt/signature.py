@@ -139,6 +139,14 @@ class Signature:
             )
         return leaves
 
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) of the model's own call on `tensors`, given in placeholder order."""
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in self.leaves
+        ]
+        return unbind(self.forward, pytree.tree_unflatten(leaves, self.in_spec))
+
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The model's own output type, made of the graph's output tensors."""
         remaining = iter(outputs)

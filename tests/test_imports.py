@@ -25,6 +25,7 @@ ROOMS = (
     "measure",
     "kernels",
     "graph_text",
+    "sharing",
     "wellformed",
     "evaluation_mode",
     "capture",

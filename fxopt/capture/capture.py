@@ -17,11 +17,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.returned_places import returns_written, with_returned_places
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
+from fxopt.sharing import Labels, observed
 from fxopt.signature import forward_signature, unbind
 
 _ADVICE = (
@@ -70,9 +73,11 @@ def capture(
         named["use_cache"] = False
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
-    with in_mode(model, mode):
+    with attributes_kept(model), in_mode(model, mode):
         exported = _export(model, named)
-    program = to_program(exported, model, signature, named, mode)
+    program = to_program(exported, model, signature, _copied(named), mode)
+    if returns_written(program):
+        program = with_returned_places(program, _eager_memory(model, program))
     notes += _fixed_size_notes(program)
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))
@@ -198,9 +203,9 @@ def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:
 
 def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
     """Raise `InputError` when the eager model can't take the inputs either."""
-    args, kwargs = unbind(forward_signature(model), named)
+    args, kwargs = unbind(forward_signature(model), _copied(named))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), left_alone(model):
             model(*args, **kwargs)
     except Exception as error:
         raise InputError(
@@ -208,6 +213,27 @@ def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
             f"{type(error).__name__}: {_first_line(error)} (at {_user_line(error)}). Give inputs "
             "that the model accepts."
         ) from error
+
+
+def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with a copy in place of each tensor: what the model writes isn't the user's."""
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+    return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
+
+
+def _eager_memory(model: nn.Module, program: Program) -> Labels:
+    """Which memory the outputs of an eager call on the example are in."""
+    inputs = [tensor.clone() for tensor in program.example]
+    args, kwargs = program.signature.arguments(inputs)
+    with in_mode(model, program.mode), left_alone(model), torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return observed(outputs, inputs, program.state)
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

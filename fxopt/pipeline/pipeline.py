@@ -35,6 +35,7 @@ from fxopt.verify import (
     compose,
     is_random,
     judge,
+    note_on_attributes,
     one_by_one,
     output_names,
     run_model,
@@ -113,8 +114,12 @@ class Pipeline:
         if not self.verify:
             return claim, None
         program = self.program
-        extra = [self._flat(one) for one in more]
-        found, skipped = trials(program, run_model(self.model, program), extra)
+        extra = [[tensor.clone() for tensor in self._flat(one)] for one in more]
+        changed: set[str] = set()
+        reference = run_model(self.model, program, changed)
+        found, skipped = trials(program, reference, extra)
+        if changed:
+            self.notes.append(note_on_attributes(self.model, program, changed))
         # One other size a step keeps judging cheap; the whole list is judged on both.
         self.trials = found[:-1] if len(found) == len(extra) + 3 else found
         self.last_trials = found[len(self.trials) :]
@@ -194,7 +199,8 @@ class Pipeline:
     def _judge(
         self, claim: Claim, reference: Sequence[Sequence[Tensor]], run: RunAll
     ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
-        return judge(claim, self.trials, reference, run, output_names(self.program))
+        names = output_names(self.program)
+        return judge(claim, self.trials, reference, run, names, self.program.state)
 
     def _revert(
         self, pass_: Pass, plan: Plan, verdict: Verdict, blames: Sequence[Blame]

@@ -48,9 +48,9 @@ def judge_gradients(claim: Claim, before: Program, after: Program, trial: Trial)
 
 
 def _gradients(program: Program, trial: Trial, parameters: Sequence[Tensor]) -> list[Tensor]:
-    # A write would change what the backward keeps; what is written is a copy, read by nobody.
+    # A write would change what the backward keeps; after it, only outputs read what was written.
     unwritten = {
-        node: lambda state, value: state
+        node: lambda state, value: value
         for node in program.graph.nodes
         if node.target is torch.ops.aten.copy_.default
     }

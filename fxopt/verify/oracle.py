@@ -11,11 +11,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.capture import in_mode
+from fxopt.capture import attributes_kept, in_mode
 from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, draws_random, materialize
-from fxopt.signature import TensorInput, unbind
+from fxopt.sharing import Labels, observed
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 RunAll = Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]
@@ -23,11 +23,16 @@ RunAll = Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of input tensors in placeholder order, what it is, and the reference outputs."""
+    """One set of input tensors in placeholder order, what it is, and the reference outputs.
+
+    `memory` says which memory the original's outputs are in; None where that can't be told, since
+    they were put aside before what the call wrote was put back.
+    """
 
     what: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    memory: Labels | None = None
 
 
 def trials(
@@ -50,7 +55,7 @@ def trials(
             for t, x in zip(program.signature.tensors, inputs, strict=True)
         )
         try:
-            found.append(Trial(shapes, inputs, _frozen(reference(inputs))))
+            found.append(_trial(shapes, program, inputs, reference))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
@@ -59,7 +64,7 @@ def trials(
 
 def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
     try:
-        return Trial(what, inputs, _frozen(reference(inputs)))
+        return _trial(what, program, inputs, reference)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         name = "the example inputs" if what == "the example" else what
         reason = (str(error).splitlines() or ["(no message)"])[0]
@@ -69,24 +74,52 @@ def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: R
         ) from error
 
 
-def run_model(model: nn.Module, program: Program) -> Run:
-    """The eager original as a function of the graph's input tensors; leaves the model as it was."""
-    signature = program.signature
+def _trial(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
+    outputs = reference(inputs)
+    labels = None if writes(program) else observed(outputs, inputs, program.state)
+    return Trial(what, inputs, _frozen(outputs), labels)
+
+
+def run_model(model: nn.Module, program: Program, changed: set[str] | None = None) -> Run:
+    """The eager original as a function of the graph's input tensors; leaves the model as it was.
+
+    The Python attributes that a call changes, and that are put back, are added to `changed`.
+    """
+    call = call_model(model, program)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        remaining = iter(inputs)
-        leaves = [
-            next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
-        ]
-        args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
-        grad = torch.set_grad_enabled(program.mode == "train")
-        with in_mode(model, program.mode), state_kept(program, inputs) as kept, same_draws(), grad:
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
-            outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        with model_kept(model, program, inputs, changed) as kept, same_draws():
+            outputs = call(inputs)
             # An output may be the very tensor that is about to be put back.
             return [output.clone() for output in outputs] if kept else outputs
 
     return run
+
+
+def call_model(model: nn.Module, program: Program) -> Run:
+    """A call of the eager original on the graph's input tensors, whatever it writes."""
+
+    def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        args, kwargs = program.signature.arguments(inputs)
+        with in_mode(model, program.mode), torch.set_grad_enabled(program.mode == "train"):
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return call
+
+
+@contextmanager
+def model_kept(
+    model: nn.Module,
+    program: Program,
+    inputs: Sequence[Tensor],
+    changed: set[str] | None = None,
+) -> Iterator[bool]:
+    """What calls of the eager original change is put back: state, inputs and Python attributes."""
+    with attributes_kept(model) as names, state_kept(program, inputs) as kept:
+        yield kept
+    if changed is not None:
+        changed.update(names)
 
 
 def run_program(program: Program) -> RunAll:
@@ -102,6 +135,11 @@ def run_program(program: Program) -> RunAll:
         return results
 
     return run
+
+
+def writes(program: Program) -> bool:
+    """Whether a call of `program` writes an input or state."""
+    return any(node.target is torch.ops.aten.copy_.default for node in program.graph.nodes)
 
 
 def is_random(program: Program) -> bool:
