@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fxopt"
 
 ROOMS = (
     "errors",
+    "parts",
     "claim",
     "signature",
     "calibration",

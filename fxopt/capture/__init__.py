@@ -2,7 +2,12 @@
 
 from fxopt.capture.attributes import attributes_kept
 from fxopt.capture.capture import capture
-from fxopt.capture.inputs import derive_inputs, normalize_inputs
+from fxopt.capture.inputs import (
+    decoder_start,
+    derive_inputs,
+    normalize_inputs,
+    takes_decoder_ids,
+)
 from fxopt.capture.model_checks import check_is_module, check_model, in_mode
 
 __all__ = [
@@ -10,7 +15,9 @@ __all__ = [
     "capture",
     "check_is_module",
     "check_model",
+    "decoder_start",
     "derive_inputs",
     "in_mode",
     "normalize_inputs",
+    "takes_decoder_ids",
 ]

@@ -184,7 +184,8 @@ def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False) or getattr(config, "is_decoder", None) is False:
+    writes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
+    if not getattr(config, "use_cache", False) or writes is False:
         return False
     takes_cache = "past_key_values" in forward_signature(model).parameters
     return takes_cache and "use_cache" not in named and "past_key_values" not in named

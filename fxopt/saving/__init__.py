@@ -1,5 +1,5 @@
 """Programs on disk: tensors in safetensors, the graph in JSON; no code, no pickle."""
 
-from fxopt.saving.saving import Saved, from_document, load, save, to_document
+from fxopt.saving.saving import Saved, check_target, from_document, load, save, to_document
 
-__all__ = ["Saved", "from_document", "load", "save", "to_document"]
+__all__ = ["Saved", "check_target", "from_document", "load", "save", "to_document"]

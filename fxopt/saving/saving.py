@@ -75,6 +75,19 @@ def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
         ) from error
 
 
+class _OnlyTriedError(Exception):
+    """Ends a trial of writing."""
+
+
+def check_target(folder: str | Path) -> None:
+    """Raise the `SaveError` that `save` would, where it couldn't write to `folder`."""
+    try:
+        with folders.writing(Path(folder)):
+            raise _OnlyTriedError
+    except _OnlyTriedError:
+        return
+
+
 def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     """Read what `save` wrote. Nothing that is found in the folder is executed.
 
