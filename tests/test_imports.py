@@ -19,6 +19,7 @@ ROOMS = (
     "calibration",
     "program",
     "evaluate",
+    "data_sizes",
     "device",
     "cpp_library",
     "kept_memory",

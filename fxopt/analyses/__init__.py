@@ -36,11 +36,12 @@ from fxopt.analyses.operator_precision import (
 )
 from fxopt.analyses.precision import rounds_activations, rounds_to_integers
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
-from fxopt.analyses.speed import BreakEven, linear_speeds
+from fxopt.analyses.speed import ROWS, BreakEven, linear_speeds
 from fxopt.analyses.weights import quantize_rows
 
 __all__ = [
     "LINEAR_TARGETS",
+    "ROWS",
     "UNLISTED",
     "BreakEven",
     "Candidate",

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
 from fxopt.signature import forward_signature, unbind
@@ -73,7 +74,7 @@ def capture(
     with in_mode(model, mode):
         exported = _export(model, named)
     program = to_program(exported, model, signature, named, mode)
-    notes += _fixed_size_notes(program)
+    notes += [*_fixed_size_notes(program), *observe_sizes(program)]
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))
 
