@@ -20,6 +20,7 @@ ROOMS = (
     "calibration",
     "program",
     "evaluate",
+    "data_sizes",
     "device",
     "cpp_library",
     "kept_memory",

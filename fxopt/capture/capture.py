@@ -22,6 +22,7 @@ from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
 from fxopt.capture.returned_places import returns_written, with_returned_places
+from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
 from fxopt.sharing import Labels, observed
@@ -78,7 +79,7 @@ def capture(
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
         program = with_returned_places(program, _eager_memory(model, program))
-    notes += _fixed_size_notes(program)
+    notes += [*_fixed_size_notes(program), *observe_sizes(program)]
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))
 

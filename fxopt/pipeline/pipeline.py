@@ -14,6 +14,7 @@ from fxopt.analyses import rounds_activations, rounds_to_integers
 from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
+from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
@@ -91,6 +92,7 @@ class Pipeline:
         start = time.perf_counter()
         if isinstance(self.model, Optimized) and self.model.is_captured:
             program = replace(self.model.program, changes=Changes())
+            observe_sizes(program)
         else:
             program = capture(self.model, inputs, mode)
         wellformed.check(program)
