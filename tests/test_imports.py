@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "fxopt"
 ROOMS = (
     "errors",
     "claim",
+    "guards",
     "signature",
     "calibration",
     "program",

@@ -6,7 +6,7 @@ import inspect
 import io
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch.export import Dim, ExportedProgram
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.questions import Question, recorded
+from fxopt.capture.size_guards import guards_of
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
 from fxopt.signature import forward_signature, unbind
@@ -71,14 +73,18 @@ def capture(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with in_mode(model, mode):
-        exported = _export(model, named)
+        exported, questions = _export(model, named)
+    guards = guards_of(exported, questions)
     program = to_program(exported, model, signature, named, mode)
     notes += _fixed_size_notes(program)
-    convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
+    zeros = zeros_when_left_out(model, named)
+    convention = replace(program.signature, zeros=zeros, guards=guards)
     return replace(program, signature=convention, notes=tuple(notes))
 
 
-def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _export(
+    model: nn.Module, named: Mapping[str, Any]
+) -> tuple[ExportedProgram, Sequence[Question]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
@@ -93,15 +99,19 @@ def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
         raise _capture_error(model, error) from error
 
 
-def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _export_dynamic(
+    model: nn.Module, named: Mapping[str, Any]
+) -> tuple[ExportedProgram, Sequence[Question]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
         torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
+        recorded() as questions,
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return exported, questions
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Oracle, judge and bisection: every step is shown to compute the same thing."""
 
 from fxopt.verify.bisect import Blame, blame, judge_nodes
+from fxopt.verify.edges import with_edges
 from fxopt.verify.gradients import judge_gradients
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
@@ -35,4 +36,5 @@ __all__ = [
     "run_program",
     "state_kept",
     "trials",
+    "with_edges",
 ]
