@@ -20,9 +20,10 @@ from torch.export import Dim, ExportedProgram
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
-from fxopt.capture.questions import Question, recorded
+from fxopt.capture.questions import recorded
 from fxopt.capture.size_guards import guards_of
 from fxopt.errors import CaptureError, InputError
+from fxopt.guards import Guard
 from fxopt.program import Mode, Program
 from fxopt.signature import forward_signature, unbind
 
@@ -73,8 +74,7 @@ def capture(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with in_mode(model, mode):
-        exported, questions = _export(model, named)
-    guards = guards_of(exported, questions)
+        exported, guards = _export(model, named)
     program = to_program(exported, model, signature, named, mode)
     notes += _fixed_size_notes(program)
     zeros = zeros_when_left_out(model, named)
@@ -84,14 +84,17 @@ def capture(
 
 def _export(
     model: nn.Module, named: Mapping[str, Any]
-) -> tuple[ExportedProgram, Sequence[Question]]:
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            return _export_dynamic(model, doubled)
+            exported, guards = _export_dynamic(model, doubled)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
+        else:
+            if _keeps(guards, named):
+                return exported, guards
     try:
         return _export_dynamic(model, named)
     except Exception as error:
@@ -99,9 +102,15 @@ def _export(
         raise _capture_error(model, error) from error
 
 
+def _keeps(guards: Sequence[Guard], named: Mapping[str, Any]) -> bool:
+    """Whether the guards of a capture on other sizes hold of `named` too."""
+    shapes = [leaf.shape for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
+    return all(guard.is_kept(shapes) for guard in guards if guard.origin != "helper")
+
+
 def _export_dynamic(
     model: nn.Module, named: Mapping[str, Any]
-) -> tuple[ExportedProgram, Sequence[Question]]:
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
@@ -111,7 +120,7 @@ def _export_dynamic(
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    return exported, questions
+    return exported, guards_of(exported, questions)
 
 
 @contextmanager
