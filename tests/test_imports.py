@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "parts",
     "claim",
+    "guards",
     "signature",
     "calibration",
     "program",

@@ -6,7 +6,7 @@ import inspect
 import io
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,12 @@ from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.questions import recorded
 from fxopt.capture.returned_places import returns_written, with_returned_places
+from fxopt.capture.size_guards import guards_of
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
+from fxopt.guards import Guard
 from fxopt.program import Mode, Program
 from fxopt.sharing import Labels, observed
 from fxopt.signature import forward_signature, unbind
@@ -75,23 +78,29 @@ def capture(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with attributes_kept(model), in_mode(model, mode):
-        exported = _export(model, named)
+        exported, guards = _export(model, named)
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
         program = with_returned_places(program, _eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
-    convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
+    zeros = zeros_when_left_out(model, named)
+    convention = replace(program.signature, zeros=zeros, guards=guards)
     return replace(program, signature=convention, notes=tuple(notes))
 
 
-def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _export(
+    model: nn.Module, named: Mapping[str, Any]
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            return _export_dynamic(model, doubled)
+            exported, guards = _export_dynamic(model, doubled)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
+        else:
+            if _keeps(guards, named):
+                return exported, guards
     try:
         return _export_dynamic(model, named)
     except Exception as error:
@@ -99,15 +108,25 @@ def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
         raise _capture_error(model, error) from error
 
 
-def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _keeps(guards: Sequence[Guard], named: Mapping[str, Any]) -> bool:
+    """Whether the guards of a capture on other sizes hold of `named` too."""
+    shapes = [leaf.shape for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
+    return all(guard.is_kept(shapes) for guard in guards if guard.origin != "helper")
+
+
+def _export_dynamic(
+    model: nn.Module, named: Mapping[str, Any]
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
         torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
+        recorded() as questions,
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return exported, guards_of(exported, questions)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from fxopt.verify import (
     run_model,
     run_program,
     trials,
+    with_edges,
 )
 
 OnViolation = Literal["raise", "revert"]
@@ -97,6 +98,8 @@ class Pipeline:
             program = capture(self.model, inputs, mode)
         wellformed.check(program)
         self.capture_ms = since(start)
+        if self.verify:
+            program = with_edges(program, run_model(self.model, program))
         if calibration is not None:
             self.calibration = Calibration(calibration, program.signature, self.progress)
             program = replace(program, calibration=self.calibration)
@@ -132,7 +135,11 @@ class Pipeline:
             self.unrounded = (claim, self.outputs)
             # What comes now decides ties otherwise, and so differs as far as rounding goes.
             self.standard = self.standard.plus(claim)
-        verdict, self.outputs = self._judge(claim, self.outputs, run_program(program))
+        # All of them now: a size at which the graph fails must not show at the end of the list.
+        reference = [trial.outputs for trial in found]
+        names = output_names(program)
+        verdict, outputs = judge(claim, found, reference, run_program(program), names)
+        self.outputs = outputs[: len(self.trials)]
         if not verdict.holds:
             raise EquivalenceError(violation_text("the capture", verdict))
         return claim, verdict

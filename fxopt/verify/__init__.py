@@ -2,6 +2,7 @@
 
 from fxopt.verify.attributes import note_on_attributes
 from fxopt.verify.bisect import Blame, blame, judge_nodes
+from fxopt.verify.edges import with_edges
 from fxopt.verify.gradients import judge_gradients
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
@@ -42,5 +43,6 @@ __all__ = [
     "run_program",
     "state_kept",
     "trials",
+    "with_edges",
     "writes",
 ]

@@ -16,9 +16,12 @@ from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, draws_random, materialize
 from fxopt.sharing import Labels, observed
+from fxopt.verify.sizes import other_sizes, shapes_text
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 RunAll = Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]
+
+_NO_OTHER_SIZE = "no other size near the example's is within the program's guards"
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,24 @@ def trials(
 ) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
     """The trials of `program`: its example, `more`, and the example at two other sizes.
 
-    Other sizes are drawn for every dynamic axis by repeating and cropping the example, so that ids
-    stay in the vocabulary and masks masks. Sizes that the reference itself rejects are left out and
+    Those are within the program's guards. Sizes that the reference itself rejects are left out and
     named in the second result.
     """
     found = [_given("the example", program, program.example, reference)]
     for index, inputs in enumerate(more):
         found.append(_given(f"verify_inputs[{index}]", program, tuple(inputs), reference))
     skipped = []
-    for sizes in _other_sizes(program):
-        inputs = _resized(program, sizes)
-        shapes = ", ".join(
-            f"{t.path} {tuple(x.shape)}"
-            for t, x in zip(program.signature.tensors, inputs, strict=True)
-        )
+    for other in other_sizes(program):
+        if other is None:
+            skipped.append(_NO_OTHER_SIZE)
+            continue
+        shapes = shapes_text(program, other)
         try:
-            found.append(_trial(shapes, program, inputs, reference))
+            found.append(_trial(shapes, program, other, reference))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
-    return tuple(found), tuple(skipped)
+    return tuple(found), tuple(dict.fromkeys(skipped))
 
 
 def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
@@ -174,38 +175,6 @@ def one_by_one(run: Run) -> RunAll:
 
 def _frozen(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(output.detach() for output in outputs)
-
-
-def _other_sizes(program: Program) -> Iterator[dict[tuple[bool, int], int]]:
-    """Two maps from (is batch axis, size in the example) to another size."""
-    known: dict[tuple[bool, int], int | None] = {}
-    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
-        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
-            if isinstance(name, str) and name.isidentifier():
-                limit = program.signature.ranges.get(name)
-                known[axis == 0, size] = limit.high if limit else None
-    if not known:
-        return
-    yield {
-        (batch, size): 1 if batch else min(size + 3, high or size + 3)
-        for (batch, size), high in known.items()
-    }
-    yield {
-        (batch, size): min(size + 1, high or size + 1) if batch else max(2, (2 * size) // 3)
-        for (batch, size), high in known.items()
-    }
-
-
-def _resized(program: Program, sizes: dict[tuple[bool, int], int]) -> tuple[Tensor, ...]:
-    resized = []
-    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
-        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
-            if isinstance(name, str) and name.isidentifier():
-                wanted = sizes[axis == 0, size]
-                index = torch.arange(wanted, device=value.device) % size
-                value = value.index_select(axis, index)
-        resized.append(value)
-    return tuple(resized)
 
 
 @contextmanager
