@@ -33,7 +33,9 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
-    outcome = Outcome(program, Report.from_json(saved.report_json), (), lowering)
+    report = Report.from_json(saved.report_json)
+    further = tuple(Outcome(one, report, (), lowering) for one in saved.further)
+    outcome = Outcome(program, report, (), lowering, further=further)
     try:
         twin.install(outcome)
     except Exception as error:  # names of tensors that can't stand beside one another, and the like

@@ -162,7 +162,7 @@ class Optimized(nn.Module):
         return (self.program, *further)
 
     def save(self, folder: str | Path) -> None:
-        """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
+        """Write programs, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
         The program is that of the present mode: saved in evaluation mode it is for inference alone.
         Holds no code and no pickle. Raises `SaveError` where something can't be saved, before
@@ -172,7 +172,8 @@ class Optimized(nn.Module):
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
         report = outcome.report.to_json()
         config = saved_config(getattr(self, "config", None))
-        save(self.program, folder, lowering=lowering, report_json=report, config=config)
+        first, *further = self.programs
+        save(first, folder, lowering=lowering, report_json=report, config=config, further=further)
 
     def train(self, mode: bool = True) -> Optimized:
         """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.
