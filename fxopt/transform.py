@@ -85,7 +85,9 @@ def transform(
         for pass_ in resolved:
             pipeline.run(pass_)
         outcome = pipeline.finish(cost)
-        return replace(outcome, source=Source.of(model, outcome.program, further, most))
+        report = replace(outcome.report, most_programs=most)
+        source = Source.of(model, outcome.program, further, most)
+        return replace(outcome, report=report, source=source)
 
     def build(inputs: Inputs | None) -> Outcome:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from fxopt.errors import FxoptError, SaveError
@@ -34,7 +35,9 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
     report = Report.from_json(saved.report_json)
-    further = tuple(Outcome(one, report, (), lowering) for one in saved.further)
+    further = tuple(
+        Outcome(one, replace(report, domains=()), (), lowering) for one in saved.further
+    )
     outcome = Outcome(program, report, (), lowering, further=further)
     try:
         twin.install(outcome)

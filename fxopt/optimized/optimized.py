@@ -91,8 +91,10 @@ class Optimized(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What every pass did, refused, claimed and measured."""
-        return self._done().report
+        """What every pass did, refused, claimed and measured, and for which calls each program is."""
+        report = self._done().report
+        further = [one.outcome.report.domains for one in self._programs.valid()]
+        return replace(report, domains=sum(further, report.domains))
 
     @property
     def steps(self) -> tuple[OptimizedStep, ...]:
@@ -170,7 +172,7 @@ class Optimized(nn.Module):
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
-        report = outcome.report.to_json()
+        report = self.report.to_json()
         config = saved_config(getattr(self, "config", None))
         first, *further = self.programs
         save(first, folder, lowering=lowering, report_json=report, config=config, further=further)
@@ -223,7 +225,9 @@ class Optimized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         from fxopt.optimized.pickling import reduced  # which imports this file
 
-        return reduced(self._present(), self._done(), self._carried, self.training)
+        programs = [self._present(), *(one.program for one in self._programs.valid())]
+        outcome = replace(self._done(), report=self.report)
+        return reduced(programs, outcome, self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()

@@ -22,6 +22,7 @@ from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
+from fxopt.pipeline.domains import domain_of
 from fxopt.pipeline.recording import Taken, since, violation_text
 from fxopt.pipeline.resized_config import resized_config
 from fxopt.pipeline.result import Result, runner
@@ -297,6 +298,8 @@ class Pipeline:
         end_to_end = self._judge_whole(result) if self.verify else None
         steps = tuple(step.record for step in self.steps)
         report = result.reported(self.standard.captured, self.capture_ms, steps, end_to_end)
+        trials = (*self.trials, *self.last_trials)
+        report = replace(report, domains=(domain_of(program, trials),))
         if measure_cost or (measure_cost is None and self.lowering is not None):
             self.progress("measuring latency and memory")
             report = result.with_cost(report, self.model)
