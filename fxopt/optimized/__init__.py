@@ -4,11 +4,14 @@ from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, make_optimized
 from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.source import MOST_PROGRAMS, Source
 
 __all__ = [
+    "MOST_PROGRAMS",
     "Optimized",
     "OptimizedStep",
     "Outcome",
+    "Source",
     "graph_module",
     "graph_over",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from fxopt.errors import FxoptError, SaveError
@@ -33,7 +34,11 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
-    outcome = Outcome(program, Report.from_json(saved.report_json), (), lowering)
+    report = Report.from_json(saved.report_json)
+    further = tuple(
+        Outcome(one, replace(report, domains=()), (), lowering) for one in saved.further
+    )
+    outcome = Outcome(program, report, (), lowering, further=further)
     try:
         twin.install(outcome)
     except Exception as error:  # names of tensors that can't stand beside one another, and the like

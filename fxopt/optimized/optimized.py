@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
-from fxopt.errors import ModelError, NotCapturedError
+from fxopt.errors import ModelError, NotCapturedError, OutsideError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.graph_modules import attribute, graph_module, share_tables
+from fxopt.optimized.graph_modules import graph_module, share_tables
+from fxopt.optimized.members import present_tensors
 from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
 from fxopt.saving import save
@@ -63,6 +65,7 @@ class Optimized(nn.Module):
         object.__setattr__(self, "_build", build)
         object.__setattr__(self, "_outcome", None)
         object.__setattr__(self, "_execution", None)
+        object.__setattr__(self, "_programs", None)
         object.__setattr__(self, "_wanted", None)  # what train() and eval() asked for last
         self.training = False
 
@@ -88,8 +91,10 @@ class Optimized(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What every pass did, refused, claimed and measured."""
-        return self._done().report
+        """What every pass did, refused, claimed and measured, and for which calls each program is."""
+        report = self._done().report
+        further = [one.outcome.report.domains for one in self._programs.valid()]
+        return replace(report, domains=sum(further, report.domains))
 
     @property
     def steps(self) -> tuple[OptimizedStep, ...]:
@@ -124,7 +129,9 @@ class Optimized(nn.Module):
         """Take over a finished pipeline; called once by `transform` and `load`."""
         module = outcome.module or graph_module(outcome.program)
         execution = Execution(outcome.program, module, outcome.lowering, outcome.compiled)
-        object.__setattr__(self, "_outcome", replace(outcome, module=module))
+        outcome = replace(outcome, module=module)
+        object.__setattr__(self, "_outcome", outcome)
+        object.__setattr__(self, "_programs", Programs(outcome))
         object.__setattr__(self, "_execution", execution)
         object.__setattr__(self, "_build", None)  # it holds the original model
         if outcome.config is not None:
@@ -132,20 +139,32 @@ class Optimized(nn.Module):
         # One set of tables for both: whatever moves or replaces a tensor here moves it there.
         share_tables(self, module)
         self.training = outcome.program.mode == "train" and self._wanted is not False
+        for one in outcome.further:
+            self._programs.add(one)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for the model's arguments, in the model's own output type.
 
-        Raises `InputError` when the arguments don't fit what was captured.
+        A call for which the model takes another branch is answered by another program, captured at
+        the first such call. Raises `InputError` when the arguments fit none and none can be made.
         """
         if self._outcome is None:
             self.install(self._build(args, kwargs))
         signature = self._outcome.program.signature
-        leaves = signature.flatten(args, kwargs)
+        try:
+            leaves = signature.flatten(args, kwargs)
+        except OutsideError as outside:
+            return self._programs.run(self._mode, args, kwargs, outside)
         return signature.unflatten(self._execution.run(self._mode, leaves))
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs over their present tensors: the first, then those of other branches."""
+        further = [self._in_mode(one.program) for one in self._programs.valid()]
+        return (self.program, *further)
+
     def save(self, folder: str | Path) -> None:
-        """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
+        """Write programs, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
         The program is that of the present mode: saved in evaluation mode it is for inference alone.
         Holds no code and no pickle. Raises `SaveError` where something can't be saved, before
@@ -153,9 +172,10 @@ class Optimized(nn.Module):
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
-        report = outcome.report.to_json()
+        report = self.report.to_json()
         config = saved_config(getattr(self, "config", None))
-        save(self.program, folder, lowering=lowering, report_json=report, config=config)
+        first, *further = self.programs
+        save(first, folder, lowering=lowering, report_json=report, config=config, further=further)
 
     def train(self, mode: bool = True) -> Optimized:
         """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.
@@ -197,12 +217,17 @@ class Optimized(nn.Module):
         memo[id(self)] = twin
         object.__setattr__(twin, "_wanted", self.training)
         twin.install(self._renewed(replace(program, state=state)))
+        members = self._programs.valid()
+        programs = beside(twin._outcome, members, lambda tensor: copy.deepcopy(tensor, memo))
+        object.__setattr__(twin, "_programs", programs)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         from fxopt.optimized.pickling import reduced  # which imports this file
 
-        return reduced(self._present(), self._done(), self._carried, self.training)
+        programs = [self._present(), *(one.program for one in self._programs.valid())]
+        outcome = replace(self._done(), report=self.report)
+        return reduced(programs, outcome, self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -212,12 +237,14 @@ class Optimized(nn.Module):
                 "the graph was captured and judged in its own dtype; convert the original model "
                 "first and transform it again"
             )
-        before = self.device
+        before, members = self.device, self._programs.valid()
         if probe.device != before:
             self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             self.install(self._renewed(self._present().on_device(self.device)))
+        device = self.device if self.device != before else None
+        object.__setattr__(self, "_programs", beside(self._outcome, members, fn, device))
         return self
 
     def _unshare(self) -> None:
@@ -232,7 +259,7 @@ class Optimized(nn.Module):
 
     def _renewed(self, program: Program) -> Outcome:
         """The outcome with `program`, to be compiled again at its first call."""
-        return replace(self._done(), program=program, module=None, compiled=None)
+        return replace(self._done(), program=program, module=None, compiled=None, further=())
 
     @property
     def _mode(self) -> Mode:
@@ -244,9 +271,7 @@ class Optimized(nn.Module):
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""
         outcome = self._done()
-        assert outcome.module is not None
-        state = {name: attribute(outcome.module, name) for name in outcome.program.state}
-        return replace(outcome.program, state=state)
+        return replace(outcome.program, state=present_tensors(outcome))
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome

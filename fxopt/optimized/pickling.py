@@ -7,8 +7,8 @@ in both of its modes. A pickle is code to whoever loads it; a folder of `opt.sav
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +18,12 @@ from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.outcome import Outcome
 from fxopt.program import Program
 from fxopt.report import Report
-from fxopt.saving import from_document, to_document
+from fxopt.saving import decode_further, first_of, from_document, tensors_of, to_document
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """What goes into a pickle; `program` and `report` are JSON."""
+    """What goes into a pickle; `program`, `further` ones of other branches and `report` are JSON."""
 
     program: str
     report: str
@@ -32,27 +32,35 @@ class Pickled:
     lowering: Lower | None
     carried: dict[str, Any]
     training: bool
+    further: str = "[]"
 
     def restored(self) -> Optimized:
         """The module, lowered again at its first call where it was."""
-        program = from_document(json.loads(self.program), self.state, self.example)
+        state = first_of(self.state)
+        program = from_document(json.loads(self.program), state, self.example)
+        others = decode_further(json.loads(self.further), self.state, from_document)
+        report = Report.from_json(self.report)
+        further = tuple(
+            Outcome(one, replace(report, domains=()), (), self.lowering) for one in others
+        )
         twin = optimized_like(program.name, program.signature.forward, dict(self.carried))
-        twin.install(Outcome(program, Report.from_json(self.report), (), self.lowering))
+        twin.install(Outcome(program, report, (), self.lowering, further=further))
         return twin.train(self.training)
 
 
 def reduced(
-    program: Program, outcome: Outcome, carried: Mapping[str, Any], training: bool
+    programs: Sequence[Program], outcome: Outcome, carried: Mapping[str, Any], training: bool
 ) -> tuple[Callable[[Pickled], Optimized], tuple[Pickled]]:
-    """The module of `program` for the pickle protocol; `SaveError` where it has no saved form."""
-    program = program.materialized()
+    """The module of `programs` for the pickle protocol; `SaveError` where it has no saved form."""
+    program, *further = [one.materialized() for one in programs]
     pickled = Pickled(
         program=json.dumps(to_document(program)),
         report=outcome.report.to_json(),
-        state={name: program.tensor(name) for name in program.state},
+        state={name: program.tensor(name) for name in program.state} | tensors_of(further),
         example=program.example,
         lowering=outcome.lowering,
         carried=dict(carried),
         training=training,
+        further=json.dumps([to_document(one) for one in further]),
     )
     return Pickled.restored, (pickled,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
+from fxopt.saving.further import decode_further, first_of, tensors_of
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
@@ -23,13 +24,15 @@ from fxopt.wellformed import check
 class Saved:
     """What a folder held: the program, the spec of its lowering pass, its report as JSON text.
 
-    `config` is the JSON of the model's transformers config, where it had one.
+    `config` is the JSON of the model's transformers config, where it had one; `further` are the
+    programs for other branches of the model.
     """
 
     program: Program
     lowering: str | None
     report_json: str | None
     config: Mapping[str, Any] | None = None
+    further: tuple[Program, ...] = ()
 
 
 def save(
@@ -39,19 +42,23 @@ def save(
     lowering: str | None = None,
     report_json: str | None = None,
     config: Mapping[str, Any] | None = None,
+    further: Sequence[Program] = (),
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
+    So are `further` programs of the same model; a tensor that several hold is written once.
     Tensors that exist as recipes are computed first. What was written is read back, as `load` will,
     before it takes its place; a folder that was there keeps its content until then. Raises
     `WellFormedError` for a program that breaks the dialect, and `SaveError` where something can't
     be saved, `folder` can't be written, or holds anything else.
     """
-    check(program)
+    for one in (program, *further):
+        check(one)
     with folders.writing(Path(folder)) as partial:
         program = program.materialized()
-        graph = to_document(program)
-        state = {name: program.tensor(name) for name in program.state}
+        others = [one.materialized() for one in further]
+        graph = {**to_document(program), "further": [to_document(one) for one in others]}
+        state = {name: program.tensor(name) for name in program.state} | tensors_of(others)
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
@@ -66,7 +73,7 @@ def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
     """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
     try:
         data = folders.read_json(folder / folders.GRAPH)
-        from_document(data, state, program.example)
+        _programs(data, state, program.example)
         _report(folder)
     except (SaveError, WellFormedError) as error:
         raise SaveError(
@@ -99,14 +106,14 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     data = folders.read_json(path / folders.GRAPH)
     try:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-        program = from_document(data, state, example, namespaces)
+        program, *further = _programs(data, state, example, namespaces)
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
         config = data["config"]
         if not isinstance(config, dict | None):
             raise SaveError("the saved model config is no object")
-        return Saved(program, lowering, _report(path), config)
+        return Saved(program, lowering, _report(path), config, tuple(further))
     except SaveError as error:
         raise SaveError(
             f"{path} (saved by fxopt {manifest['fxopt']}, torch {manifest['torch']}) can't be "
@@ -118,6 +125,22 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         raise SaveError(
             f"{path / folders.GRAPH} is damaged: {type(error).__name__}: {error!s:.200}"
         ) from error
+
+
+def _programs(
+    data: Any,
+    state: Mapping[str, Tensor],
+    example: tuple[Tensor, ...],
+    namespaces: Collection[str] | None = None,
+) -> tuple[Program, ...]:
+    """All programs of a graph file, the first one first."""
+
+    def decode(document: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Program:
+        return from_document(document, tensors, inputs, namespaces)
+
+    first = decode(data, first_of(state), example)
+    # Folders of earlier versions hold one program.
+    return (first, *decode_further(data.get("further", []), state, decode))
 
 
 def to_document(program: Program) -> dict[str, Any]:
