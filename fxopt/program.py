@@ -255,12 +255,21 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def draws_random(node: fx.Node) -> bool:
-    """Whether `node` calls an operator that draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether `node` calls an operator that draws random numbers, and isn't told not to.
+
+    An operator's own flag counts, whatever the mode of the program: a dropout that a model keeps on
+    in evaluation draws, one that it froze doesn't, nor does attention without dropout.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node)
+    trains = [given[flag] for flag in ("train", "training") if flag in given]
+    rates = [given[rate] for rate in ("p", "dropout_p", "dropout") if rate in given]
+    return not (False in trains or (rates and not any(rates)))
 
 
 def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
-    """Whether dropping an unused `node` changes nothing: no write, no draw in training."""
+    """Whether dropping an unused `node` changes nothing: no write, and in training no draw."""
     if node.op in ("placeholder", "output"):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):

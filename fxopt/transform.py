@@ -11,6 +11,7 @@ from fxopt.calibration import check_is_iterable
 from fxopt.capture import check_is_module
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
+from fxopt.evaluate import draws_undone
 from fxopt.optimized import Optimized, Outcome, make_optimized
 from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
@@ -69,10 +70,11 @@ def transform(
 
     def build(inputs: Inputs | None) -> Outcome:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, calibration)
-        for pass_ in resolved:
-            pipeline.run(pass_)
-        return pipeline.finish(measure_cost)
+        with draws_undone():
+            pipeline.capture(inputs, mode, verify_inputs, calibration)
+            for pass_ in resolved:
+                pipeline.run(pass_)
+            return pipeline.finish(measure_cost)
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         if not kwargs:

@@ -120,15 +120,6 @@ def assertion(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, nodes["aten::add"], aten._assert_tensor_metadata.default, nodes["aten::add"])
 
 
-def dropout(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    insert(graph, nodes["aten::add"], aten.dropout.default, nodes["aten::add"], 0.1, True)
-
-
-def attention_dropout(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    node = nodes["aten::add"]
-    insert(graph, node, aten.scaled_dot_product_attention.default, node, node, node, None, 0.1)
-
-
 def in_place(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, nodes["aten::add"], aten.relu_.default, nodes["aten::add"])
 
@@ -249,8 +240,6 @@ def bare_symbol(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         (item_of_tensor, "operator.getitem of f32[s0, 3]"),
         (control_flow, "a control-flow operator, cond, is called"),
         (assertion, "an assertion node"),
-        (dropout, "dropout in a program captured in eval mode"),
-        (attention_dropout, "dropout in a program captured in eval mode"),
         (in_place, "aten.relu_.default writes to its argument"),
         (write_to_activation, "aten.copy_.default writes to its argument"),
         (compute_after_write, "a computation after a write to state"),
@@ -324,8 +313,13 @@ def test_dead_nodes_and_user_operators_are_allowed(program: Program) -> None:
     wellformed.check(broken(program, add))
 
 
-def test_dropout_is_allowed_in_train_mode() -> None:
-    wellformed.check(capture(nn.Sequential(nn.Dropout(0.5)), (torch.ones(2, 3),), mode="train"))
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_dropout_that_is_on_is_allowed_in_both_modes(mode: Mode) -> None:
+    class MonteCarlo(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    wellformed.check(capture(MonteCarlo(), (torch.ones(2, 3),), mode=mode))
 
 
 def test_writes_of_batch_norm_are_allowed_at_the_end() -> None:

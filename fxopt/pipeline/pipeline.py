@@ -15,7 +15,7 @@ from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.evaluation_mode import evaluation_mode, without_dropout
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Optimized, OptimizedStep, Outcome, graph_module
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
@@ -286,7 +286,7 @@ class Pipeline:
         held = self.standard if self.budget is None else self.standard.original()
         known = self.outputs
         if held.redrawn:
-            program, known = evaluation_mode(result.program), []
+            program, known = evaluation_mode(without_dropout(result.program)), []
             result = replace(result, program=program, compiled=None)
         elif is_random(result.program):
             # Compiled code draws other numbers; what it computes has been judged without dropout.

@@ -104,7 +104,7 @@ class _Walk:
         if not self.calls and not self.state:
             return self.program
         keep_sharing(self.program.graph, self.graph, self.rule)
-        dead = len(drop_dead_nodes(self.graph, self.program.mode))
+        dead = len(drop_dead_nodes(self.graph, "train"))
         count = self.conversion.fired or self.calls + len(self.state)
         fired = {self.rule: count, **({"dead nodes": dead} if dead else {})}
         alive = set(self.graph.nodes)

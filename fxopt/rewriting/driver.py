@@ -127,7 +127,7 @@ class _Driver:
         while stack:
             dead = stack.pop()
             # What was matched is drawn anew by its replacement, if at all, and not a second time.
-            pure = is_pure(dead, "eval" if dead in matched else self.program.mode)
+            pure = is_pure(dead, "eval" if dead in matched else "train")
             if dead in self.gone or dead.users or not pure:
                 continue
             operands = dead.all_input_nodes
@@ -143,7 +143,7 @@ class _Driver:
 
     def _sweep(self) -> None:
         for node in reversed(self.edit.graph.nodes):
-            if not node.users and is_pure(node, self.program.mode):
+            if not node.users and is_pure(node, "train"):
                 self.edit.graph.erase_node(node)
                 self.gone.add(node)
                 self.fired["dead nodes"] += node.op == "call_function"
