@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.errors import WellFormedError
-from fxopt.program import Program
+from fxopt.program import Mode, Program
 from fxopt.signature import TensorInput
 
 aten = torch.ops.aten
@@ -137,12 +137,6 @@ def read_after_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, last, aten.copy_.default, nodes["fc.bias"], nodes["shift"])
 
 
-def return_a_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    last = insert(graph, nodes["output"].prev, aten.copy_.default, nodes["shift"], nodes["fc.bias"])
-    last.meta["val"] = nodes["shift"].meta["val"]
-    nodes["output"].args = ((nodes["aten::add"], last),)
-
-
 def return_written_state(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, nodes["output"].prev, aten.copy_.default, nodes["shift"], nodes["fc.bias"])
     nodes["output"].args = ((nodes["aten::add"], nodes["shift"]),)
@@ -244,7 +238,6 @@ def bare_symbol(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         (write_to_activation, "aten.copy_.default writes to its argument"),
         (compute_after_write, "a computation after a write to state"),
         (read_after_write, "%shift is read after it was written"),
-        (return_a_write, " is state that was written, and is returned"),
         (return_written_state, "%shift is state that was written, and is returned"),
         (missing_value, 'meta["val"] is missing'),
         (missing_path, 'meta["module_path"] is missing'),
@@ -311,6 +304,18 @@ def test_dead_nodes_and_user_operators_are_allowed(program: Program) -> None:
         insert(graph, nodes["aten::add"], torch.ops.fxopt_test.twice.default, nodes["aten::add"])
 
     wellformed.check(broken(program, add))
+
+
+def test_what_a_write_gives_may_be_returned(program: Program) -> None:
+    def return_a_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        place, value = nodes["shift"], nodes["fc.bias"]
+        last = insert(graph, nodes["output"].prev, aten.copy_.default, place, value)
+        last.meta["val"] = nodes["shift"].meta["val"]
+        view = insert(graph, last, aten.alias.default, last)
+        view.meta["val"] = last.meta["val"]
+        nodes["output"].args = ((nodes["aten::add"], view),)
+
+    wellformed.check(broken(program, return_a_write))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -3,11 +3,13 @@
 from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, make_optimized
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
 
 __all__ = [
     "Optimized",
     "OptimizedStep",
+    "Origins",
     "Outcome",
     "graph_module",
     "graph_over",

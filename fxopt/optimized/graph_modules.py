@@ -72,8 +72,7 @@ def share_tables(module: nn.Module, source: nn.Module) -> None:
 def attribute(module: nn.Module, name: str) -> Tensor:
     """The tensor that `module` holds under a dotted name."""
     owner, leaf = _owner(module, name)
-    tensor = owner._parameters.get(leaf)
-    tensor = owner._buffers.get(leaf) if tensor is None else tensor
+    tensor = {**owner._buffers, **owner._parameters}.get(leaf)
     assert isinstance(tensor, Tensor)
     return tensor
 

@@ -26,7 +26,7 @@ class _Part(str):
 class _Name(str):
     """A dotted name whose parts are `_Part`s."""
 
-    def split(self, *args: object, **kwargs: object) -> list[str]:  # type: ignore[override]
+    def split(self, *args: object, **kwargs: object) -> list[str]:
         return [_Part(part) for part in str(self).split(".")]
 
 

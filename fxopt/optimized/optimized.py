@@ -24,6 +24,7 @@ from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.graph_modules import attribute, graph_module, share_tables
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
 from fxopt.program import Mode, Program
 from fxopt.report import Report
@@ -113,6 +114,14 @@ class Optimized(nn.Module):
         return next(floating, torch.get_default_dtype())
 
     @property
+    def origins(self) -> Origins | None:
+        """The tensors of the original that passes derived others from; None where there are none.
+
+        `origins.check()` raises `ModelError` where one of them was changed since.
+        """
+        return self._outcome.origins if self._outcome is not None else None
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the loss takes `num_items_in_batch`; transformers.Trainer asks before it calls.
 
@@ -136,10 +145,12 @@ class Optimized(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for the model's arguments, in the model's own output type.
 
-        Raises `InputError` when the arguments don't fit what was captured.
+        Raises `InputError` when the arguments don't fit what was captured, and `ModelError` when a
+        tensor of the original from which passes derived others was changed in place since.
         """
         if self._outcome is None:
             self.install(self._build(args, kwargs))
+        self._check_origins()
         signature = self._outcome.program.signature
         leaves = signature.flatten(args, kwargs)
         return signature.unflatten(self._execution.run(self._mode, leaves))
@@ -196,7 +207,7 @@ class Optimized(nn.Module):
         twin = type(self)(dict(self._carried))
         memo[id(self)] = twin
         object.__setattr__(twin, "_wanted", self.training)
-        twin.install(self._renewed(replace(program, state=state)))
+        twin.install(replace(self._renewed(replace(program, state=state)), origins=None))
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
@@ -212,7 +223,8 @@ class Optimized(nn.Module):
             self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
-            self.install(self._renewed(self._present().on_device(self.device)))
+            moved = self._renewed(self._present().on_device(self.device))
+            self.install(replace(moved, origins=None))
         return self
 
     def _unshare(self) -> None:
@@ -239,9 +251,17 @@ class Optimized(nn.Module):
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""
         outcome = self._done()
+        self._check_origins()
         assert outcome.module is not None
         state = {name: attribute(outcome.module, name) for name in outcome.program.state}
         return replace(outcome.program, state=state)
+
+    def _check_origins(self) -> None:
+        """Raise `ModelError` where the original has changed under what was derived from it."""
+        origins = self._outcome.origins
+        watches = origins is not None and not torch.compiler.is_compiling()
+        if watches and not torch._C._len_torch_dispatch_stack():
+            origins.check()
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome

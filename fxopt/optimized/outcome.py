@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.origins import Origins
 from fxopt.program import Program
 from fxopt.report import Report, Step
 
@@ -29,7 +30,8 @@ class OptimizedStep:
 class Outcome:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
-    `config` is the model's, where cutting channels has changed its sizes.
+    `config` is the model's, where cutting channels has changed its sizes; `origins` are the tensors
+    of the original from which passes derived others.
     """
 
     program: Program
@@ -39,3 +41,4 @@ class Outcome:
     compiled: Callable[..., Any] | None = None
     module: fx.GraphModule | None = None
     config: Any = None
+    origins: Origins | None = None
