@@ -12,6 +12,7 @@ from fxopt.calibration import check_is_iterable
 from fxopt.capture import check_is_module
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
+from fxopt.evaluate import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, Outcome, Source, make_optimized
 from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
@@ -78,8 +79,9 @@ def transform(
 
     def further(model: nn.Module, inputs: Inputs) -> Outcome:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
-        return completed(pipeline, model, False)
+        with draws_undone():
+            pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
+            return completed(pipeline, model, False)
 
     def completed(pipeline: Pipeline, model: nn.Module, cost: bool | None) -> Outcome:
         for pass_ in resolved:
@@ -91,12 +93,13 @@ def transform(
 
     def build(inputs: Inputs | None) -> Outcome:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, calibration)
-        if pipeline.elsewhere and most == 1:
-            raise pipeline.elsewhere[0][1]
-        outcome = completed(pipeline, model, measure_cost)
-        others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
-        return replace(outcome, further=others)
+        with draws_undone():
+            pipeline.capture(inputs, mode, verify_inputs, calibration)
+            if pipeline.elsewhere and most == 1:
+                raise pipeline.elsewhere[0][1]
+            outcome = completed(pipeline, model, measure_cost)
+            others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
+            return replace(outcome, further=others)
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         if not kwargs:

@@ -4,7 +4,7 @@ lifted parameters      -> get_attr nodes named as in the model's state_dict
 tied parameters        -> one get_attr name, the others recorded as aliases
 guards, assertions     -> dropped (the signature checks the inputs of every call)
 no_grad, autocast off  -> their bodies inlined
-dropout in eval        -> dropped
+dropout switched off   -> dropped
 second spellings       -> the first (see `spelling`)
 in-place operators     -> functional ones, none decomposed (see `functionalization`); writes to
                           buffers and inputs become copy_ nodes at the end
@@ -13,6 +13,7 @@ in-place operators     -> functional ones, none decomposed (see `functionalizati
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -34,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from fxopt.capture.functionalization import UnknownWriteError, functionalized
 from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
-from fxopt.program import Mode, Program, drop_dead_nodes
+from fxopt.program import Mode, Program, draws_random, drop_dead_nodes
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
 
 aten = torch.ops.aten
@@ -56,6 +57,10 @@ _DROPOUT = {
     aten.feature_dropout_.default,
     aten.alpha_dropout_.default,
     aten.feature_alpha_dropout_.default,
+}
+_NAMES_IN_CODE = {
+    *("self", "torch", "fxopt", "operator", "math", "getattr", "slice", "range"),
+    *fx.graph._custom_builtins,
 }
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
@@ -125,7 +130,7 @@ class _Translation:
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
         graph = functionalized(self.graph, self.shares)
-        drop_dead_nodes(graph, self.mode)
+        drop_dead_nodes(graph, "train")
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
@@ -149,12 +154,20 @@ class _Translation:
 
     def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
         value = node.meta["val"]
-        name = re.sub(r"\W+", "_", path).strip("_") or "input"
-        new = self.graph.placeholder(name)
+        new = self.graph.placeholder(self._parameter_name(path))
         new.meta = {"val": value, "module_path": "", "source": ""}
         self.nodes[node] = new
         sizes = tuple(int(s) if not has_free_symbols(s) else str(s) for s in value.shape)
         return TensorInput(path, value.dtype, value.device, sizes)
+
+    def _parameter_name(self, path: str) -> str:
+        """A name for a parameter of the generated function, that nothing else there has."""
+        name = re.sub(r"\W+", "_", path, flags=re.ASCII).strip("_") or "input"
+        if not name.isidentifier() or keyword.iskeyword(name) or name in _NAMES_IN_CODE:
+            name = f"input_{name}"
+        taken = {str(one.target) for one in self.graph.nodes}
+        candidates = (f"{name}_{n}" if n else name for n in range(1 << 20))
+        return next(candidate for candidate in candidates if candidate not in taken)
 
     def _attribute(self, node: fx.Node, target: str) -> None:
         tensor = _lookup(self.model, target)
@@ -182,7 +195,7 @@ class _Translation:
                 self._inline_region(node)
             elif getattr(node.target, "__name__", "").split(".")[0] in _ASSERTIONS:
                 continue
-            elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
+            elif node.target in _DROPOUT and not draws_random(node):
                 self.nodes[node] = self._value(node.args[0])
             elif (norm := brought_back(node)) is not None:
                 self._bring_back(node, *norm)

@@ -57,8 +57,11 @@ def _returned(
     program: Program, graph: fx.Graph, result: fx.Node, write: fx.Node, index: int
 ) -> fx.Node:
     """What stands for `result` as a view of the place that `write` has written."""
+    place: Any = write.args[0]
     written: Any = write.args[1]
     path = chain(result)
+    if path[-1] is place:  # a view made before the write, and of what it wrote by now
+        return _replayed(graph, path[:-1], place, write)
     value, new = fake(result), fake(write)
     if written in path:
         return _replayed(graph, path[: path.index(written)], written, write)
@@ -66,7 +69,6 @@ def _returned(
         return write
     if path[-1] is chain(written)[-1] and _holds_all(result, path[-1]):
         return _after(graph, aten.view_as.default, (write, result), result)
-    place: Any = write.args[0]
     raise CaptureError(
         f"{program.name} returns, as output {index}, a part of {place.target}, which it writes in "
         f"the same call (at {source_line(result) or 'an unknown line'}); the graph can't tell "

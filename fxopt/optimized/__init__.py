@@ -3,6 +3,7 @@
 from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, make_optimized
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
 from fxopt.optimized.source import MOST_PROGRAMS, Source
 
@@ -10,6 +11,7 @@ __all__ = [
     "MOST_PROGRAMS",
     "Optimized",
     "OptimizedStep",
+    "Origins",
     "Outcome",
     "Source",
     "graph_module",

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.source import Source
 from fxopt.program import Program
 from fxopt.report import Report, Step
@@ -31,7 +32,8 @@ class Outcome:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
     `config` is the model's, where cutting channels has changed its sizes; `source` makes further
-    programs of the same model, where it can; `further` are those that exist already.
+    programs of the same model, where it can; `further` are those that exist already; `origins` are
+    the tensors of the original from which passes derived others.
     """
 
     program: Program
@@ -43,3 +45,4 @@ class Outcome:
     config: Any = None
     source: Source | None = None
     further: tuple[Outcome, ...] = ()
+    origins: Origins | None = None

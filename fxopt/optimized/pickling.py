@@ -23,7 +23,7 @@ from fxopt.saving import decode_further, first_of, from_document, tensors_of, to
 
 @dataclass(frozen=True)
 class Pickled:
-    """What goes into a pickle; `program`, `further` ones of other branches and `report` are JSON."""
+    """What goes into a pickle; `program`, its `further` branches and `report` are JSON."""
 
     program: str
     report: str

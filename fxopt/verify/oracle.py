@@ -149,12 +149,10 @@ def is_random(program: Program) -> bool:
 
 
 def draws_alike(one: Program, other: Program) -> bool:
-    """Whether calls of two training programs draw for the same operators and sizes, in order.
+    """Whether calls of two programs draw for the same operators and sizes, in order.
 
-    Only then do they draw the same numbers from one seed. Programs in evaluation draw none.
+    Only then do they draw the same numbers from one seed.
     """
-    if one.mode == other.mode == "eval":
-        return True
     return _draws(one) == _draws(other)
 
 
