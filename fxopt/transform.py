@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.calibration import check_is_iterable
-from fxopt.capture import check_is_module
+from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
 from fxopt.optimized import Optimized, Outcome, make_optimized
@@ -16,6 +16,11 @@ from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
 from fxopt.signature import bind, forward_signature
 from fxopt.spec import resolve_passes
+
+_UNCOMPILED = (
+    "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "
+    "end of the list the result is compiled too"
+)
 
 
 def transform(
@@ -59,6 +64,7 @@ def transform(
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.
     """
     check_is_module(model)
+    given, model = model, uncompiled(model)
     resolved = resolve_passes(passes)
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
@@ -68,11 +74,14 @@ def transform(
         check_is_iterable(calibration)
 
     def build(inputs: Inputs | None) -> Outcome:
-        pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, calibration)
-        for pass_ in resolved:
-            pipeline.run(pass_)
-        return pipeline.finish(measure_cost)
+        with callers_modes_off():
+            pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
+            if given is not model:
+                pipeline.notes.append(_UNCOMPILED)
+            pipeline.capture(inputs, mode, verify_inputs, calibration)
+            for pass_ in resolved:
+                pipeline.run(pass_)
+            return pipeline.finish(measure_cost)
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         if not kwargs:

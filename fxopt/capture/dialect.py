@@ -58,6 +58,11 @@ _DROPOUT = {
     aten.feature_alpha_dropout_.default,
 }
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
+_MUTATIONS = (
+    OutputKind.BUFFER_MUTATION,
+    OutputKind.PARAMETER_MUTATION,
+    OutputKind.USER_INPUT_MUTATION,
+)
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -73,6 +78,8 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
+    if any(map(_is_batched, exported.graph.nodes)):
+        exported = exported.run_decompositions({})
     try:
         return _Translation(exported, model, mode).program(forward, named)
     except UnknownWriteError:
@@ -286,7 +293,8 @@ class _Translation:
                 else:
                     constants[index] = value
                 index += 1
-            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            elif spec.kind in _MUTATIONS:
+                self._check_write(spec)
                 self._write(spec, names, self._value(result))
             else:
                 raise CaptureError(
@@ -305,8 +313,16 @@ class _Translation:
                 "tensors. Return it as one, with torch.scalar_tensor, or leave it out."
             )
 
+    def _check_write(self, spec: Any) -> None:
+        if spec.kind == OutputKind.PARAMETER_MUTATION and self.mode == "train":
+            raise CaptureError(
+                f"{type(self.model).__name__} writes its parameter {spec.target} in forward, as "
+                "nn.Embedding(max_norm=) does, and a program can't train what it writes. Set "
+                "max_norm=None for the training, and bound the rows after each optimizer step."
+            )
+
     def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:
-        if spec.kind == OutputKind.BUFFER_MUTATION:
+        if spec.kind != OutputKind.USER_INPUT_MUTATION:
             target = self.canonical.get(spec.target, spec.target)
             place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
         else:
@@ -317,6 +333,11 @@ class _Translation:
             "module_path": value.meta["module_path"],
             "source": value.meta["source"],
         }
+
+
+def _is_batched(node: fx.Node) -> bool:
+    """Whether a node belongs to torch.vmap, which a decomposition writes out."""
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def _sharing_operand(node: fx.Node) -> fx.Node | None:
