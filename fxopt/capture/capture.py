@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fxopt.capture.attributes import attributes_kept, left_alone
-from fxopt.capture.dialect import to_program
+from fxopt.capture.dialect import DERIVATIVE_ADVICE, to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
@@ -35,8 +35,7 @@ from fxopt.signature import forward_signature, unbind
 _ADVICE = (
     (
         ("functorch tensor",),
-        "torch.func.grad, vjp and jvp can't be captured inside forward: write the derivative out, "
-        "or take it outside of the model",
+        DERIVATIVE_ADVICE,
     ),
     (
         ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked", ".item()"),
@@ -47,7 +46,7 @@ _ADVICE = (
         ("pytree", "flatten", "Unsupported output", "output type"),
         "an input or output type isn't registered as a pytree: return tensors, tuples, dicts or "
         "a ModelOutput, or register the type once with torch.export.register_dataclass (a "
-        "dataclass) or torch.utils._pytree.register_pytree_node",
+        "dataclass) or torch.utils._pytree.register_pytree_node with flatten_with_keys_fn",
     ),
     (
         ("fake tensor", "FakeTensor", "Meta", "meta implementation"),
@@ -141,7 +140,7 @@ def _export_dynamic(
         torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
         recorded() as questions,
     ):
-        shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
+        shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return exported, guards_of(exported, questions)
 
@@ -200,6 +199,24 @@ def _silent_failure() -> Iterator[None]:
     with redirect_stderr(written):
         yield
     sys.stderr.write(written.getvalue())
+
+
+def _dynamic_shapes(value: Any) -> Any:
+    """The dynamic axes of each tensor in `value`, nested as torch.export asks for it.
+
+    Python's own containers stay; a registered class is what its flattening gives.
+    """
+
+    def is_registered(part: Any) -> bool:
+        return type(part) in pytree.SUPPORTED_NODES and type(part) not in pytree.BUILTIN_TYPES
+
+    def shapes(part: Any) -> Any:
+        if not is_registered(part):
+            return _dynamic_axes(part)
+        children, _ = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)
+        return pytree.tree_map(shapes, children, is_leaf=is_registered)
+
+    return pytree.tree_map(shapes, value, is_leaf=is_registered)
 
 
 def _dynamic_axes(leaf: Any) -> Any:

@@ -58,6 +58,18 @@ _DROPOUT = {
     aten.feature_alpha_dropout_.default,
 }
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
+DERIVATIVE_ADVICE = (
+    "torch.func.grad, vjp and jvp can't be captured inside forward: write the derivative out, or "
+    "take it outside of the model"
+)
+
+_VMAP = {
+    "_add_batch_dim",
+    "_remove_batch_dim",
+    "_vmap_decrement_nesting",
+    "_vmap_increment_nesting",
+    "lazy_load_decompositions",
+}
 _MUTATIONS = (
     OutputKind.BUFFER_MUTATION,
     OutputKind.PARAMETER_MUTATION,
@@ -78,8 +90,7 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
-    if any(map(_is_batched, exported.graph.nodes)):
-        exported = exported.run_decompositions({})
+    exported = _without_vmap(exported, model)
     try:
         return _Translation(exported, model, mode).program(forward, named)
     except UnknownWriteError:
@@ -335,9 +346,24 @@ class _Translation:
         }
 
 
-def _is_batched(node: fx.Node) -> bool:
-    """Whether a node belongs to torch.vmap, which a decomposition writes out."""
-    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    """`exported` with torch.vmap written out; `CaptureError` for other transforms of torch.func."""
+    found = [
+        node
+        for module in exported.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+    ]
+    for node in found:
+        if node.target.__name__ not in _VMAP:
+            raise CaptureError(
+                f"{type(model).__name__} can't be captured as a graph.\n"
+                f"  construct: a transform of torch.func ({node.target.__name__})\n"
+                f"  at: {_source(node.meta.get('stack_trace')) or 'unknown line'}\n"
+                f"  try: {DERIVATIVE_ADVICE}"
+            )
+    return exported.run_decompositions({}) if found else exported
 
 
 def _sharing_operand(node: fx.Node) -> fx.Node | None:

@@ -79,7 +79,7 @@ def _check_object(path: str, leaf: object) -> None:
     way = (
         f"torch.export.register_dataclass({name})"
         if dataclasses.is_dataclass(leaf)
-        else f"torch.utils._pytree.register_pytree_node({name}, ...)"
+        else f"torch.utils._pytree.register_pytree_node({name}, ..., flatten_with_keys_fn=...)"
     )
     raise InputError(
         f"example input {path} is a {name}, which torch can't look into, so that the tensors in it "
