@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fxopt.capture.attributes import attributes_kept, left_alone
-from fxopt.capture.dialect import to_program
+from fxopt.capture.dialect import DERIVATIVE_ADVICE, to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
-from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
 from fxopt.capture.returned_places import returns_written, with_returned_places
 from fxopt.capture.size_guards import guards_of
+from fxopt.capture.surroundings import callers_device, callers_modes_off
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
 from fxopt.guards import Guard
@@ -33,14 +34,19 @@ from fxopt.signature import forward_signature, unbind
 
 _ADVICE = (
     (
+        ("functorch tensor",),
+        DERIVATIVE_ADVICE,
+    ),
+    (
         ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked", ".item()"),
         "the model's control flow or sizes depend on tensor values: express the choice with "
-        "torch.where or torch.cond, or bound the value with torch._check",
+        "torch.where, or bound the value with torch._check",
     ),
     (
         ("pytree", "flatten", "Unsupported output", "output type"),
         "an input or output type isn't registered as a pytree: return tensors, tuples, dicts or "
-        "a ModelOutput, or register the type with torch.utils._pytree.register_pytree_node",
+        "a ModelOutput, or register the type once with torch.export.register_dataclass (a "
+        "dataclass) or torch.utils._pytree.register_pytree_node with flatten_with_keys_fn",
     ),
     (
         ("fake tensor", "FakeTensor", "Meta", "meta implementation"),
@@ -69,7 +75,18 @@ def capture(
     model itself rejects, `NotCapturedError` when no inputs are given and none can be derived, and
     `CaptureError` for a construct that can't become a graph.
     """
+    model = uncompiled(model)
     check_model(model)
+    with callers_modes_off():
+        return _captured(model, example_inputs, mode, empty)
+
+
+def _captured(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    mode: Mode,
+    empty: bool,
+) -> Program:
     signature = forward_signature(model)
     named = normalize_inputs(
         signature, derive_inputs(model) if example_inputs is None else example_inputs, empty
@@ -80,7 +97,7 @@ def capture(
         named["use_cache"], added = False, frozenset({"use_cache"})
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
-    with attributes_kept(model), in_mode(model, mode):
+    with attributes_kept(model), in_mode(model, mode), callers_device():
         exported, guards = _export(model, named)
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
@@ -127,7 +144,7 @@ def _export_dynamic(
         torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
         recorded() as questions,
     ):
-        shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
+        shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return exported, guards_of(exported, questions)
 
@@ -188,6 +205,24 @@ def _silent_failure() -> Iterator[None]:
     sys.stderr.write(written.getvalue())
 
 
+def _dynamic_shapes(value: Any) -> Any:
+    """The dynamic axes of each tensor in `value`, nested as torch.export asks for it.
+
+    Python's own containers stay; a registered class is what its flattening gives.
+    """
+
+    def is_registered(part: Any) -> bool:
+        return type(part) in pytree.SUPPORTED_NODES and type(part) not in pytree.BUILTIN_TYPES
+
+    def shapes(part: Any) -> Any:
+        if not is_registered(part):
+            return _dynamic_axes(part)
+        children, _ = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)
+        return pytree.tree_map(shapes, children, is_leaf=is_registered)
+
+    return pytree.tree_map(shapes, value, is_leaf=is_registered)
+
+
 def _dynamic_axes(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return None
@@ -208,10 +243,16 @@ def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
     writes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
-    if not getattr(config, "use_cache", False) or writes is False:
+    if not _uses_cache(config) or writes is False:
         return False
     takes_cache = "past_key_values" in forward_signature(model).parameters
     return takes_cache and "use_cache" not in named and "past_key_values" not in named
+
+
+def _uses_cache(config: Any) -> bool:
+    """Whether a transformers config, or that of the text model in it, asks for a cache."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return any(getattr(one, "use_cache", False) for one in (config, text))
 
 
 def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:

@@ -63,6 +63,23 @@ _NAMES_IN_CODE = {
     *fx.graph._custom_builtins,
 }
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
+DERIVATIVE_ADVICE = (
+    "torch.func.grad, vjp and jvp can't be captured inside forward: write the derivative out, or "
+    "take it outside of the model"
+)
+
+_VMAP = {
+    "_add_batch_dim",
+    "_remove_batch_dim",
+    "_vmap_decrement_nesting",
+    "_vmap_increment_nesting",
+    "lazy_load_decompositions",
+}
+_MUTATIONS = (
+    OutputKind.BUFFER_MUTATION,
+    OutputKind.PARAMETER_MUTATION,
+    OutputKind.USER_INPUT_MUTATION,
+)
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -78,6 +95,7 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
+    exported = _without_vmap(exported, model)
     try:
         return _Translation(exported, model, mode).program(forward, named)
     except UnknownWriteError:
@@ -299,7 +317,8 @@ class _Translation:
                 else:
                     constants[index] = value
                 index += 1
-            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            elif spec.kind in _MUTATIONS:
+                self._check_write(spec)
                 self._write(spec, names, self._value(result))
             else:
                 raise CaptureError(
@@ -318,8 +337,16 @@ class _Translation:
                 "tensors. Return it as one, with torch.scalar_tensor, or leave it out."
             )
 
+    def _check_write(self, spec: Any) -> None:
+        if spec.kind == OutputKind.PARAMETER_MUTATION and self.mode == "train":
+            raise CaptureError(
+                f"{type(self.model).__name__} writes its parameter {spec.target} in forward, as "
+                "nn.Embedding(max_norm=) does, and a program can't train what it writes. Set "
+                "max_norm=None for the training, and bound the rows after each optimizer step."
+            )
+
     def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:
-        if spec.kind == OutputKind.BUFFER_MUTATION:
+        if spec.kind != OutputKind.USER_INPUT_MUTATION:
             target = self.canonical.get(spec.target, spec.target)
             place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
         else:
@@ -330,6 +357,26 @@ class _Translation:
             "module_path": value.meta["module_path"],
             "source": value.meta["source"],
         }
+
+
+def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    """`exported` with torch.vmap written out; `CaptureError` for other transforms of torch.func."""
+    found = [
+        node
+        for module in exported.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+    ]
+    for node in found:
+        if node.target.__name__ not in _VMAP:
+            raise CaptureError(
+                f"{type(model).__name__} can't be captured as a graph.\n"
+                f"  construct: a transform of torch.func ({node.target.__name__})\n"
+                f"  at: {_source(node.meta.get('stack_trace')) or 'unknown line'}\n"
+                f"  try: {DERIVATIVE_ADVICE}"
+            )
+    return exported.run_decompositions({}) if found else exported
 
 
 def _sharing_operand(node: fx.Node) -> fx.Node | None:
