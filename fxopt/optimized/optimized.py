@@ -92,7 +92,7 @@ class Optimized(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What every pass did, refused, claimed and measured, and which calls each program is for."""
+        """What every pass did, refused, claimed and measured; which calls each program takes."""
         report = self._done().report
         further = [one.outcome.report.domains for one in self._programs.valid()]
         return replace(report, domains=sum(further, report.domains))
