@@ -337,7 +337,7 @@ def _user_line(error: BaseException) -> str:
 def _fixed_size_notes(program: Program) -> list[str]:
     """What calls must keep: axes of 1, which can't be traced as dynamic, and those fixed by code.
 
-    A loop over time steps, a reshape to numbers and the width of a weight fix sizes alike.
+    A loop over time steps and a reshape to numbers fix sizes. So does a weight; its width is no news.
     """
     notes = [
         f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
@@ -345,12 +345,14 @@ def _fixed_size_notes(program: Program) -> list[str]:
         for axis, size in enumerate(tensor.sizes)
         if size == 1
     ]
+    widths = {0, 1, *(size for tensor in program.state.values() for size in tensor.shape)}
     for tensor in program.signature.tensors:
-        fixed = [(axis, size) for axis, size in enumerate(tensor.sizes) if size not in (0, 1)]
-        axes = [f"{size} on axis {axis}" for axis, size in fixed if isinstance(size, int)]
+        sizes = enumerate(tensor.sizes)
+        fixed = [(axis, size) for axis, size in sizes if isinstance(size, int)]
+        axes = [f"{size} on axis {axis}" for axis, size in fixed if size not in widths]
         if axes:
             notes.append(
                 f"the model fixes the size of {tensor.path} to {', '.join(axes)}: a call with "
-                "another is refused"
+                "another needs a program of its own"
             )
     return notes
