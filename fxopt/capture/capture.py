@@ -337,7 +337,7 @@ def _user_line(error: BaseException) -> str:
 def _fixed_size_notes(program: Program) -> list[str]:
     """What calls must keep: axes of 1, which can't be traced as dynamic, and those fixed by code.
 
-    A loop over time steps and a reshape to numbers fix sizes. So does a weight; its width is no news.
+    A loop over time steps and a reshape to numbers fix sizes. So does a weight, which is no news.
     """
     notes = [
         f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
