@@ -55,7 +55,7 @@ def saved(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "saved"))
 
 
-def fault_of(folder: Path) -> str:
+def fault_of(folder: Path, load: Callable[[Path], Any] = load) -> str:
     with pytest.raises(SaveError) as caught:
         load(folder)
     return str(caught.value)
@@ -70,13 +70,13 @@ def seal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def forge(folder: Path, edit: Callable[[Any], object]) -> str:
+def forge(folder: Path, edit: Callable[[Any], object], load: Callable[[Path], Any] = load) -> str:
     """The error that loading gives after `edit(graph)` on the graph file, checksums made good."""
     graph = json.loads((folder / "graph.json").read_text())
     edit(graph)
     (folder / "graph.json").write_text(json.dumps(graph))
     seal(folder)
-    return fault_of(folder)
+    return fault_of(folder, load)
 
 
 def node(graph: Any, target: str) -> Any:
