@@ -154,7 +154,7 @@ def _encoder_inputs(model: nn.Module) -> dict[str, Tensor]:
 
     if main == "input_ids" and hasattr(config, "vocab_size"):
         return _text_inputs(config, names)
-    seeing = config if hasattr(config, "image_size") else getattr(config, "encoder", None)
+    seeing: Any = config if hasattr(config, "image_size") else getattr(config, "encoder", None)
     if main == "pixel_values" and hasattr(seeing, "image_size"):
         size = seeing.image_size
         height, width = (size, size) if isinstance(size, int) else size
