@@ -77,7 +77,7 @@ def capture(
         exported = _export(model, named)
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
-        program = with_returned_places(program, _eager_memory(model, program))
+        program = with_returned_places(program, *_eager_memory(model, program))
     notes += _fixed_size_notes(program)
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))
@@ -93,6 +93,8 @@ def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
     try:
         return _export_dynamic(model, named)
+    except InputError:
+        raise
     except Exception as error:
         _blame_inputs(model, named)
         raise _capture_error(model, error) from error
@@ -226,14 +228,17 @@ def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
     return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
 
 
-def _eager_memory(model: nn.Module, program: Program) -> Labels:
-    """Which memory the outputs of an eager call on the example are in."""
+def _eager_memory(model: nn.Module, program: Program) -> tuple[Labels, list[bool]]:
+    """Which memory the outputs of an eager call on the example are in, and which of them are all
+    of an input or of a state tensor, as it is."""
     inputs = [tensor.clone() for tensor in program.example]
     args, kwargs = program.signature.arguments(inputs)
     with in_mode(model, program.mode), left_alone(model), torch.no_grad():
         leaves = pytree.tree_leaves(model(*args, **kwargs))
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return observed(outputs, inputs, program.state)
+    known = [*inputs, *(one for one in program.state.values() if isinstance(one, Tensor))]
+    whole = [any(map(output.is_set_to, known)) for output in outputs]
+    return observed(outputs, inputs, program.state), whole
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
