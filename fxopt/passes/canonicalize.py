@@ -74,6 +74,8 @@ class DropIdentity(Rule):
         copies = match.root.target in _COPIES or may_copy(match.root)
         if copies and reaches_output(match.root):
             return "the copy is an output, which must not share memory with an input"
+        if copies and any(user.target is aten.copy_.default for user in match.root.users):
+            return "the copy is written to state, after what it copies may have been written too"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fxopt
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.capture.writes import writes
@@ -20,7 +21,7 @@ from fxopt.evaluate import evaluate
 from fxopt.graph_text import text
 from fxopt.passes import Canonicalize
 from fxopt.program import Program
-from tests.rewriting.functions import calls
+from tests.rewriting.functions import calls, program_of
 
 aten = torch.ops.aten
 
@@ -197,3 +198,37 @@ def test_each_step_in_place_leaves_the_graph_of_its_twin(name: str) -> None:
 )
 def test_drawn_steps_in_place_leave_the_graph_of_their_twin(start: str, names: list[str]) -> None:
     assert_same_as_twin(start, names)
+
+
+class Swap(nn.Module):
+    """Two buffers that change places at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.zeros(4))
+        self.register_buffer("two", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.one.clone()
+        self.one.copy_(self.two)
+        self.two.copy_(old)
+        return x + self.one
+
+
+def test_buffers_that_change_places_are_read_before_they_are_written() -> None:
+    opt = fxopt.transform(Swap().eval(), [Canonicalize()], example_inputs=torch.zeros(2, 4))
+    eager, x = Swap(), torch.randn(3, 4)
+    for _ in range(3):
+        assert torch.equal(opt(x), eager(x))
+
+
+def test_a_write_that_no_view_leads_back_from_is_torchs_to_undo() -> None:
+    def windows(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.as_strided((2, 2), (1, 2)).mul_(2)
+        return y
+
+    x = torch.randn(3, 4)
+    program = program_of(windows, x)
+    wellformed.check(program)
+    assert torch.equal(evaluate(program, (x,))[0], windows(x))
