@@ -32,6 +32,7 @@ METADATA = "fxopt.int8_weights"
 """The key under which a file says on which CPUs its int8 products are exact."""
 
 _EVERYWHERE = "exact on every CPU"
+_WITH_DOT_PRODUCT = "exact on CPUs with an int8 dot product alone"
 _VIEWS = ("Transpose", "Unsqueeze", "Squeeze", "Reshape")
 _PRODUCTS = ("MatMul", "Gemm")
 _ZERO_POINTS = {"DequantizeLinear": 2, "MatMulInteger": 3}
@@ -53,9 +54,7 @@ def write_int8_weights(model: Any, target: Device | None) -> str | None:
             if not all(map(_is_integer, readers)) or not (narrow or relied_on):
                 _make_unsigned(model, weight, (node, place), readers)
             elif relied_on is not None and not narrow:
-                said = (
-                    f"exact with an int8 dot product, wrong without: written for {relied_on.spec}"
-                )
+                said = f"{_WITH_DOT_PRODUCT}, such as {relied_on.spec}"
     return said
 
 

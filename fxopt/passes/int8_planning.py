@@ -114,7 +114,7 @@ class _Planning:
         self.scheme = replace(self.scheme, bits=bits)
         if bits == 8 or not self.linears:
             return
-        why = "this CPU has no int8 dot product" if needed else "range=7"
+        why = "this CPU has no int8 dot product" if given == "auto" else "range=7"
         weights = {weight_key(linear): linear for linear in self.linears}.values()
         seven, eight = (rounding_db(map(self._rows_of, weights), each) for each in (7, 8))
         self.details.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt import Int8Linear, Sqnr
+from fxopt import Int8Linear, PassError, Sqnr
 from fxopt.analyses import quantize_rows
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.evaluate import evaluate
 from fxopt.measure import Latency, summarize, timings_in
-from fxopt.program import Program
+from fxopt.passes import int8_planning
+from fxopt.program import Program, materialize
 from tests.check import check
 from tests.models import SharedLinear
 
@@ -209,3 +211,70 @@ def test_the_report_keeps_table_and_reasons() -> None:
     assert "sensitivity of the outputs to 3 candidates" in printed
     assert "leaves 1 of 3 groups in float" in printed
     assert "dB alone: left in float by max_layers=1" in printed
+
+
+# How many bits of an int8 the weights use
+
+
+def weights_of(pass_: Int8Linear, model: nn.Module, calibration: Any = None) -> list[Tensor]:
+    program, plan = planned(pass_, model, calibration)
+    state = pass_.apply(program, plan).state
+    return [materialize(tensor) for name, tensor in state.items() if name.endswith("_int8")]
+
+
+@pytest.fixture(params=[True, False], ids=["saturating", "dot-product"])
+def saturating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU is one without an int8 dot product."""
+    monkeypatch.setattr(int8_planning, "saturates", lambda device: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("weights", ["nearest", "gptq"])
+@pytest.mark.parametrize("mode", ["dynamic", "static", "weight_only"])
+def test_the_range_is_that_of_exact_products_on_the_device(
+    saturating: bool, mode: Any, weights: Any
+) -> None:
+    bits = 7 if saturating and mode != "weight_only" else 8
+    pass_ = Int8Linear(mode=mode, weights=weights)
+    largest = {int(w.abs().max()) for w in weights_of(pass_, mlp(), [(X,)])}
+    assert largest == {2 ** (bits - 1) - 1}
+    _, plan = planned(pass_, mlp(), [(X,)])
+    told = [line for line in plan.details if line.startswith("weights of 7 bits")]
+    assert len(told) == (bits == 7)
+    for line in told:
+        assert line.startswith("weights of 7 bits (this CPU has no int8 dot product): rounding")
+        seven, eight = map(float, re.findall(r"([\d.]+) dB", line))
+        assert 4.0 < eight - seven < 8.0
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_given_range_is_kept(saturating: bool, bits: Any) -> None:
+    pass_ = Int8Linear(range=bits, where="always")
+    assert {int(w.abs().max()) for w in weights_of(pass_, mlp())} == {2 ** (bits - 1) - 1}
+    check(pass_, mlp(), (X,), 3)
+
+
+def test_eight_bits_are_refused_untimed_where_they_would_saturate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
+        raise AssertionError(f"timed {key}")
+
+    monkeypatch.setattr(int8_planning, "saturates", lambda device: True)
+    with timings_in(None, never):
+        _, plan = planned(Int8Linear(range=8), mlp())
+    assert not plan.sites
+    assert {refusal.reason for refusal in plan.refusals} == {
+        "no faster in int8 here: this CPU has no int8 dot product, so weights of 8 bits are "
+        "multiplied in float32 (range=7 is exact and faster; where='always' rewrites it all the "
+        "same)"
+    }
+
+
+@pytest.mark.parametrize("given", [6, 9, "7", None])
+def test_a_range_that_there_is_not(given: Any) -> None:
+    with pytest.raises(PassError) as caught:
+        Int8Linear(range=given)
+    assert str(caught.value) == (
+        f"Int8Linear(range={given!r}): range must be one of ('auto', 7, 8)."
+    )
