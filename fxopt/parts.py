@@ -23,7 +23,7 @@ Zeros alone are a part only beside one that is equal bit for bit, as a mask of 0
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,8 @@ class Part:
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Both as flat float64 (or complex128) pieces, side by side; entries outside are zero."""
         if self.scale is None:
-            yield from pieces(self.reference, self.output)
+            for ref, out in pieces(self.reference, self.output):
+                yield ref, out
             return
         for ref, out, scale in pieces(self.reference, self.output, self.scale):
             outside = self._is_outside(scale)
@@ -189,7 +190,7 @@ class _Lines:
             magnitude.where(noisy, math.inf),
         )
 
-    def over(self, axes: Sequence[int]) -> _Lines:
+    def over(self, axes: list[int]) -> _Lines:
         """Lines along these axes together, which are kept with size 1."""
         if not axes:
             return self

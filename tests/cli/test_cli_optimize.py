@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import fxopt
-from fxopt.cli import optimizing
+from fxopt.cli import destinations, optimizing
 from fxopt.report import Report
 from tests.cli.command import SIZES, refused, run
 
@@ -90,7 +90,7 @@ def test_a_claim_that_fails_exits_with_one(
     assert "guilty node" in printed
 
 
-@pytest.mark.parametrize("suffix", optimizing.REPORT_SUFFIXES)
+@pytest.mark.parametrize("suffix", destinations.SUFFIXES)
 def test_every_suffix_that_is_let_through_can_be_written(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"report{suffix}"
     Report("Nothing", 0.0, ()).save(path)
