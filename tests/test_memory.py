@@ -179,7 +179,7 @@ def test_a_part_of_an_input_that_is_written_is_still_a_part_of_it() -> None:
 def test_a_part_that_the_graph_can_not_tell_is_refused() -> None:
     program = capture(AddsToInput(), (X.clone(),))
     with pytest.raises(CaptureError, match=r"(?s)a part of x, which it writes.*with \.clone\(\)"):
-        with_returned_places(program, ("output 0", "input 0"))
+        with_returned_places(program, ("output 0", "input 0"), [False, False])
 
 
 def test_a_rule_that_takes_a_view_away_is_named() -> None:

@@ -101,7 +101,7 @@ def _captured(
         exported, guards = _export(model, named)
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
-        program = with_returned_places(program, _eager_memory(model, program))
+        program = with_returned_places(program, *_eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
     zeros = zeros_when_left_out(model, named)
     convention = replace(program.signature, zeros=zeros, guards=guards, added=added)
@@ -123,6 +123,8 @@ def _export(
                 return exported, guards
     try:
         return _export_dynamic(model, named)
+    except InputError:
+        raise
     except Exception as error:
         _blame_inputs(model, named)
         raise _capture_error(model, error) from error
@@ -291,14 +293,17 @@ def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
     return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
 
 
-def _eager_memory(model: nn.Module, program: Program) -> Labels:
-    """Which memory the outputs of an eager call on the example are in."""
+def _eager_memory(model: nn.Module, program: Program) -> tuple[Labels, list[bool]]:
+    """Which memory the outputs of an eager call on the example are in, and which of them are all
+    of an input or of a state tensor, as it is."""
     inputs = [tensor.clone() for tensor in program.example]
     args, kwargs = program.signature.arguments(inputs)
     with in_mode(model, program.mode), left_alone(model), torch.no_grad():
         leaves = pytree.tree_leaves(model(*args, **kwargs))
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return observed(outputs, inputs, program.state)
+    known = [*inputs, *(one for one in program.state.values() if isinstance(one, Tensor))]
+    whole = [any(map(output.is_set_to, known)) for output in outputs]
+    return observed(outputs, inputs, program.state), whole
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
