@@ -1,4 +1,4 @@
-"""A transform leaves the model, its Python attributes, the inputs and the generators as they were."""
+"""A transform leaves the model, its attributes, the inputs and the generators as they were."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import keyword
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,6 +162,12 @@ def _named_keywords(model: nn.Module, named: Mapping[str, Any]) -> Iterator[insp
     signature = forward_signature(model)
     known = signature.parameters
     collected = [name for name in named if name not in known]
+    for name in collected:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise InputError(
+                f"{name!r} can't be the name of a captured argument, since Python takes it for no "
+                "name; let forward take it under another"
+            )
     if not collected:
         yield signature
         return
