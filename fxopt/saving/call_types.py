@@ -29,9 +29,9 @@ _WORD = 2**63
 _LARGEST_EXPONENT = 16
 _HIGHEST_RANK = 64
 _MOST_PARTS = 4_096
-_CALLS_OF_A_GRAPH = 8_192
+_CALLS_OF_A_FILE = 8_192
 _CALLS_OF_A_NODE = 200
-_RESULTS_OF_A_GRAPH = 16_384
+_RESULTS_OF_A_FILE = 16_384
 _RESULTS_OF_A_NODE = 4
 _GETITEM = SIZE_FUNCTIONS["operator.getitem"]
 _POWER = SIZE_FUNCTIONS["operator.pow"]
@@ -63,12 +63,15 @@ class BoundedFakeMode(FakeTensorMode):
 
 
 class CallTypes:
-    """The fake values of the calls of a saved graph of `nodes` nodes; equal calls are run once."""
+    """The fake values of the calls of a saved graph of `nodes` nodes; equal calls are run once.
 
-    def __init__(self, nodes: int) -> None:
-        self.mode = BoundedFakeMode(_CALLS_OF_A_GRAPH + nodes * _CALLS_OF_A_NODE)
+    It is one of `programs` in its file, which share what any file may take.
+    """
+
+    def __init__(self, nodes: int, programs: int = 1) -> None:
+        self.mode = BoundedFakeMode(_CALLS_OF_A_FILE // programs + nodes * _CALLS_OF_A_NODE)
         self._known = KnownCalls(self._run)
-        self._results = _RESULTS_OF_A_GRAPH + nodes * _RESULTS_OF_A_NODE
+        self._results = _RESULTS_OF_A_FILE // programs + nodes * _RESULTS_OF_A_NODE
 
     def of(self, node: fx.Node) -> Any:
         """The fake value of a call; `SaveError` where it can't be made, or not within bounds."""

@@ -29,13 +29,13 @@ def decode_nodes(
     state: Mapping[str, Tensor],
     example: tuple[Tensor, ...],
     namespaces: Collection[str] | None,
+    types: CallTypes,
 ) -> fx.Graph:
     """The graph that `encode_nodes` wrote, with fake values of dynamic sizes.
 
     Nothing is computed: operators run on fake tensors only. Raises `SaveError` for an operator that
     isn't on the list of `operators.resolve`, and for arguments that an operator rejects.
     """
-    types = CallTypes(len(data))
     inputs = iter(fake_inputs(types.mode, signature, example))
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
+from fxopt.saving.call_types import CallTypes
 from fxopt.saving.further import decode_further, first_of, tensors_of
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
@@ -135,12 +136,13 @@ def _programs(
 ) -> tuple[Program, ...]:
     """All programs of a graph file, the first one first."""
 
-    def decode(document: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Program:
-        return from_document(document, tensors, inputs, namespaces)
+    further = data.get("further", [])  # folders of earlier versions hold one program
+    count = 1 + (len(further) if isinstance(further, list) else 0)
 
-    first = decode(data, first_of(state), example)
-    # Folders of earlier versions hold one program.
-    return (first, *decode_further(data.get("further", []), state, decode))
+    def decode(document: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Program:
+        return from_document(document, tensors, inputs, namespaces, count)
+
+    return (decode(data, first_of(state), example), *decode_further(further, state, decode))
 
 
 def to_document(program: Program) -> dict[str, Any]:
@@ -163,17 +165,20 @@ def from_document(
     state: Mapping[str, Tensor],
     example: tuple[Tensor, ...],
     namespaces: Collection[str] | None = None,
+    programs: int = 1,
 ) -> Program:
     """The program whose document `to_document` made, over its tensors, checked as by `load`.
 
-    It may call operators of `namespaces`; of any where they are left out.
+    It may call operators of `namespaces`; of any where they are left out. Where it is one of
+    several `programs`, they share what a file may take.
     """
     mode: Any = field(data, "mode", str)
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
+    types = CallTypes(len(field(data, "nodes", list)), programs)
     program = Program(
-        graph=decode_nodes(field(data, "nodes", list), signature, state, example, namespaces),
+        graph=decode_nodes(data["nodes"], signature, state, example, namespaces, types),
         state=state,
         signature=signature,
         example=example,
