@@ -165,7 +165,7 @@ class MonteCarlo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.out, self.drop = nn.Linear(4, 8), nn.Linear(8, 4), nn.Dropout(0.3)
+        self.fc, self.out, self.drop = nn.Linear(4, 64), nn.Linear(64, 4), nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         kept = functional.dropout(functional.relu(self.fc(x)), 0.5, training=True)

@@ -152,7 +152,8 @@ def _put_back(content: Any, before: Any) -> None:
     if isinstance(content, dict):
         # Past what a subclass makes of it: a ModelOutput lets nothing be deleted.
         kind = OrderedDict if isinstance(content, OrderedDict) else dict
-        for key in [key for key in content if key not in before]:
+        moved = [key for key in content if key in before] != list(before)
+        for key in [key for key in content if moved or key not in before]:
             kind.__delitem__(content, key)
         for key, value in before.items():
             kind.__setitem__(content, key, value)
