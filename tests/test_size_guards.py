@@ -374,3 +374,13 @@ def test_the_report_says_for_which_calls_it_holds() -> None:
     assert "x.shape[1] != 1" in opt.report.to_html()
     refused = _transform(Sized(_one_step), 4, 12, recapture="error").report
     assert "refused by an InputError that names the relation" in " ".join(str(refused).split())
+
+
+def test_the_example_is_within_its_own_program() -> None:
+    """A batch of one is captured as two, and of two torch finds that the branch takes only two."""
+    model = Sized(lambda y, x: y * 2 if (x.shape[0] + 1) // 2 == 1 else y + 1)
+    opt = _transform(model, 1, 12, recapture="error")
+    torch.testing.assert_close(opt(_x(1, 12)), model(_x(1, 12)))
+    opt = _transform(model, 1, 12)
+    for shape in ((1, 12), (2, 12), (3, 12), (1, 5)):
+        torch.testing.assert_close(opt(_x(*shape)), model(_x(*shape)))

@@ -7,7 +7,7 @@ import io
 import keyword
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_lef
 from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
 from fxopt.capture.returned_places import returns_written, with_returned_places
-from fxopt.capture.size_guards import guards_of
+from fxopt.capture.size_guards import admits, guards_of
 from fxopt.capture.surroundings import callers_device, callers_modes_off
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
@@ -121,7 +121,9 @@ def _export(
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
         else:
-            if _keeps(guards, named):
+            leaves = pytree.tree_leaves(dict(named))
+            shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
+            if admits(exported, guards, shapes):
                 return exported, guards
     try:
         return _export_dynamic(model, named)
@@ -130,12 +132,6 @@ def _export(
     except Exception as error:
         _blame_inputs(model, named)
         raise _capture_error(model, error) from error
-
-
-def _keeps(guards: Sequence[Guard], named: Mapping[str, Any]) -> bool:
-    """Whether the guards of a capture on other sizes hold of `named` too."""
-    shapes = [leaf.shape for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
-    return all(guard.is_kept(shapes) for guard in guards if guard.origin != "helper")
 
 
 def _export_dynamic(

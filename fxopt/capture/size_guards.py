@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_symbols
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -73,6 +73,22 @@ def guards_of(exported: ExportedProgram, questions: Sequence[Question]) -> tuple
     return tuple(found.values())
 
 
+def admits(
+    exported: ExportedProgram, guards: Sequence[Guard], shapes: Sequence[Sequence[int]]
+) -> bool:
+    """Whether the exported program with these guards takes inputs of other shapes.
+
+    A helper's guard is no obstacle: a trial may drop it.
+    """
+    values = [value for _, value in _inputs(exported)]
+    fixed = all(
+        has_free_symbols(wanted) or int(wanted) == size
+        for value, shape in zip(values, shapes, strict=True)
+        for wanted, size in zip(value.shape, shape, strict=True)
+    )
+    return fixed and all(guard.is_kept(shapes) for guard in guards if guard.origin != "helper")
+
+
 def _asks_about_none(questions: Sequence[Question]) -> str:
     """The first line of the model that asks what torch answers alike for all sizes above 0."""
     return next(
@@ -89,20 +105,25 @@ def _places(exported: ExportedProgram) -> tuple[Places, ShapeEnv | None]:
     """{symbol: the first input axis that it was made for}, and the symbols' environment."""
     places: dict[Any, tuple[str, int, int]] = {}
     environment = None
-    nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    index = 0
-    for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
-        value = node.meta.get("val")
-        if spec.kind != InputKind.USER_INPUT or not isinstance(value, Tensor):
-            continue
-        assert isinstance(spec.arg, TensorArgument)
+    for index, value in _inputs(exported):
         for axis, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
                 # What the size was called before torch found it equal to another, or a constant.
                 places.setdefault(size.node._expr, ("size", index, axis))
-        index += 1
     return places, environment
+
+
+def _inputs(exported: ExportedProgram) -> Iterator[tuple[int, Tensor]]:
+    """The fake tensors of the user's inputs, numbered."""
+    nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    specs = exported.graph_signature.input_specs
+    values = [
+        node.meta["val"]
+        for node, spec in zip(nodes, specs, strict=True)
+        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]
+    yield from enumerate(values)
 
 
 def _is_broadcast(relation: Any) -> bool:

@@ -95,7 +95,7 @@ class Optimized(nn.Module):
         """What every pass did, refused, claimed and measured; which calls each program takes."""
         report = self._done().report
         further = [one.outcome.report.domains for one in self._programs.valid()]
-        return replace(report, domains=sum(further, report.domains))
+        return replace(report, domains=sum(further, report.domains)) if further else report
 
     @property
     def steps(self) -> tuple[OptimizedStep, ...]:
