@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.training import training_program
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
 from fxopt.signature import forward_signature, unbind
@@ -71,34 +72,37 @@ def capture(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with in_mode(model, mode):
-        exported = _export(model, named)
-    program = to_program(exported, model, signature, named, mode)
+        exported = _export(model, named, mode)
+    if mode == "train":
+        program = training_program(exported, model, signature, named)
+    else:
+        program = to_program(exported, model, signature, named, mode)
     notes += _fixed_size_notes(program)
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))
 
 
-def _export(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _export(model: nn.Module, named: Mapping[str, Any], mode: Mode) -> ExportedProgram:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            return _export_dynamic(model, doubled)
+            return _export_dynamic(model, doubled, mode)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
     try:
-        return _export_dynamic(model, named)
+        return _export_dynamic(model, named, mode)
     except Exception as error:
         _blame_inputs(model, named)
         raise _capture_error(model, error) from error
 
 
-def _export_dynamic(model: nn.Module, named: Mapping[str, Any]) -> ExportedProgram:
+def _export_dynamic(model: nn.Module, named: Mapping[str, Any], mode: Mode) -> ExportedProgram:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
-        torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
+        torch.set_grad_enabled(mode == "train"),
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -70,10 +70,10 @@ def to_program(
     """
     if not all(is_local_write(node) for node in exported.graph.nodes if writes(node)):
         exported = exported.run_decompositions({})
-    return _Translation(exported, model, mode).program(forward, named)
+    return Translation(exported, model, mode).program(forward, named)
 
 
-class _Translation:
+class Translation:
     """One walk over an exported graph that builds the program's graph node by node."""
 
     def __init__(self, exported: ExportedProgram, model: nn.Module, mode: Mode) -> None:
@@ -114,6 +114,7 @@ class _Translation:
                 )
         for node, target in pending:
             self._attribute(node, target)
+        self._begin(placeholders)
         body = [n for n in self.exported.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
@@ -138,6 +139,9 @@ class _Translation:
             module_types=self.module_types,
         )
         return program.with_graph(self.graph)
+
+    def _begin(self, placeholders: Sequence[fx.Node]) -> None:
+        """Called once inputs and state are in the graph."""
 
     def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
         value = node.meta["val"]
@@ -221,8 +225,8 @@ class _Translation:
     def _value(self, node: Any) -> Any:
         return self.nodes[node] if isinstance(node, fx.Node) else node
 
-    def _inline_region(self, node: fx.Node) -> None:
-        """Replace a no_grad or autocast region by its body."""
+    def _region(self, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+        """The body of a no_grad or autocast region, and the operands that it is called with."""
         kind = node.target.name()  # type: ignore[union-attr]
         skip = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(kind)
         if skip is None or (kind == "wrap_with_autocast" and node.args[2]):
@@ -237,15 +241,18 @@ class _Translation:
             )
         module = self._value(node.args[skip])
         assert isinstance(module, fx.GraphModule)
+        return module, node.args[skip + 1 :]
+
+    def _inline_region(self, node: fx.Node) -> None:
+        """Replace a no_grad or autocast region by its body."""
+        module, operands = self._region(node)
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
-        for placeholder, argument in zip(inner, node.args[skip + 1 :], strict=True):
-            self.nodes[placeholder] = self._value(argument)
+        for placeholder, operand in zip(inner, operands, strict=True):
+            self.nodes[placeholder] = self._value(operand)
         body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, module)
         (results,) = next(iter(reversed(module.graph.nodes))).args
         values = [self._value(result) for result in results]
-        if kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train":
-            values = [self._detach(value) for value in values]
         self.nodes[node] = values
         for user in node.users:
             assert user.target.__name__ == "getitem"  # type: ignore[union-attr]
@@ -259,11 +266,6 @@ class _Translation:
         inner = [n for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes]
         sources = (_source(n.meta.get("stack_trace")) for n in (region, *inner))
         return next(filter(None, sources), "")
-
-    def _detach(self, value: fx.Node) -> fx.Node:
-        new = self.graph.call_function(aten.detach.default, (value,))
-        new.meta = dict(value.meta)
-        return new
 
     def _outputs(self) -> dict[int, object]:
         """Close the graph with its state writes and output; return the constant output leaves."""
@@ -289,9 +291,13 @@ class _Translation:
                     f"the graph returns a {spec.kind.name.lower()}; only tensors can be"
                 )
             assert not isinstance(spec.arg, SymIntArgument) or isinstance(value, fx.Node)
+        self._writes_followed()
         output = self.graph.output(tuple(outputs))
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
         return constants
+
+    def _writes_followed(self) -> None:
+        """Where writes are followed by this walk itself, put them at the end of the graph."""
 
     def _check_output(self, node: fx.Node) -> None:
         if not isinstance(node.meta["val"], Tensor):
@@ -307,6 +313,9 @@ class _Translation:
             place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
         else:
             place = self.nodes[names[spec.target]]
+        self._store(place, value)
+
+    def _store(self, place: fx.Node, value: fx.Node) -> None:
         new = self.graph.call_function(aten.copy_.default, (place, value))
         new.meta = {
             "val": place.meta["val"],

@@ -7,11 +7,20 @@ it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
+from fxopt.program import arguments
+
 aten = torch.ops.aten
 
+_OTHERWISE_NAMED = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.normal_.default: aten.normal_functional.default,
+    aten.zero_.default: aten.zeros_like.default,
+}
 _TRAINING_ARGUMENT = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
 
 
@@ -43,6 +52,34 @@ def functional(node: fx.Node) -> torch._ops.OpOverload | None:
         return None
     packet = getattr(aten, base[:-1], None)
     return getattr(packet, overload, None)
+
+
+def functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
+    """`functional(node)`, for calls with `out=` too: `aten.div.out` -> `aten.div.Tensor`."""
+    if node.target in _OTHERWISE_NAMED:
+        return _OTHERWISE_NAMED[node.target]
+    if "out" not in node.kwargs or not isinstance(node.target, torch._ops.OpOverload):
+        return functional(node)
+    given = [(a.name, str(a.type)) for a in node.target._schema.arguments if a.name != "out"]
+    packet = node.target.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        if not other._schema.is_mutable and given == [
+            (a.name, str(a.type)) for a in other._schema.arguments
+        ]:
+            return other  # type: ignore[no-any-return]
+    return None
+
+
+def functional_arguments(
+    node: fx.Node, target: torch._ops.OpOverload
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an in-place `node` as its functional form `target` takes them."""
+    if node.target not in _OTHERWISE_NAMED:
+        return node.args, {name: value for name, value in node.kwargs.items() if name != "out"}
+    given = arguments(node)
+    names = [argument.name for argument in target._schema.arguments if not argument.kwarg_only]
+    return tuple(given[name] for name in names), {}
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
