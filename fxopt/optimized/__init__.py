@@ -2,13 +2,15 @@
 
 from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
-from fxopt.optimized.optimized import Optimized, make_optimized
-from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.optimized import Optimized, evaluation_of, make_optimized
+from fxopt.optimized.outcome import Evaluation, OptimizedStep, Outcome
 
 __all__ = [
+    "Evaluation",
     "Optimized",
     "OptimizedStep",
     "Outcome",
+    "evaluation_of",
     "graph_module",
     "graph_over",
     "load",

@@ -26,10 +26,24 @@ class OptimizedStep:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """A model in evaluation: `program` left out is the training program's own evaluation graph.
+
+    `missing` says why there is none. `make` gives the program for other arguments of a call, over
+    the tensors of a training program; None where the model is gone.
+    """
+
+    program: Program | None = None
+    missing: str = ""
+    make: Callable[[tuple[Any, ...], dict[str, Any], Program], Program] | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
-    `config` is the model's, where cutting channels has changed its sizes.
+    `config` is the model's, where cutting channels has changed its sizes. `evaluation` is what the
+    model of a program that trains computes in evaluation.
     """
 
     program: Program
@@ -39,3 +53,4 @@ class Outcome:
     compiled: Callable[..., Any] | None = None
     module: fx.GraphModule | None = None
     config: Any = None
+    evaluation: Evaluation = Evaluation()

@@ -1,7 +1,7 @@
 """Oracle, judge and bisection: every step is shown to compute the same thing."""
 
 from fxopt.verify.bisect import Blame, blame, judge_nodes
-from fxopt.verify.gradients import judge_gradients
+from fxopt.verify.gradients import judge_gradients, judge_learning
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
     RunAll,
@@ -28,6 +28,7 @@ __all__ = [
     "is_random",
     "judge",
     "judge_gradients",
+    "judge_learning",
     "judge_nodes",
     "one_by_one",
     "output_names",

@@ -71,22 +71,27 @@ def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: R
 
 def run_model(model: nn.Module, program: Program) -> Run:
     """The eager original as a function of the graph's input tensors; leaves the model as it was."""
-    signature = program.signature
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        remaining = iter(inputs)
-        leaves = [
-            next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
-        ]
-        args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
         grad = torch.set_grad_enabled(program.mode == "train")
         with in_mode(model, program.mode), state_kept(program, inputs) as kept, same_draws(), grad:
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
-            outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            outputs = call_model(model, program, inputs)
             # An output may be the very tensor that is about to be put back.
             return [output.clone() for output in outputs] if kept else outputs
 
     return run
+
+
+def call_model(model: nn.Module, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What `model`, as it is, answers to the graph's input tensors."""
+    signature = program.signature
+    remaining = iter(inputs)
+    leaves = [
+        next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
+    ]
+    args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
+    answers = pytree.tree_leaves(model(*args, **kwargs))
+    return [answer for answer in answers if isinstance(answer, Tensor)]
 
 
 def run_program(program: Program) -> RunAll:
