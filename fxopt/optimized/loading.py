@@ -9,7 +9,7 @@ from typing import Any
 from fxopt.errors import SaveError
 from fxopt.lower import Lower
 from fxopt.optimized.optimized import Optimized, optimized_like
-from fxopt.optimized.outcome import Outcome
+from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.report import Report
 from fxopt.saving import load as read
 from fxopt.spec import parse_passes
@@ -32,7 +32,13 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     program = saved.program
     carried = {} if saved.config is None else {"config": _config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
-    twin.install(Outcome(program, Report.from_json(saved.report_json), (), lowering))
+    report = Report.from_json(saved.report_json)
+    evaluation = Evaluation()
+    if isinstance(saved.evaluation, str):
+        evaluation = Evaluation(missing=saved.evaluation)
+    elif saved.evaluation is not None:
+        evaluation = Evaluation(saved.evaluation)
+    twin.install(Outcome(program, report, (), lowering, evaluation=evaluation))
     return twin
 
 

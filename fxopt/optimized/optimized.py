@@ -199,7 +199,19 @@ class Optimized(nn.Module):
         report = outcome.report.to_json()
         config: Any = getattr(self, "config", None)
         known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
-        save(self.program, folder, lowering=lowering, report_json=report, config=known)
+        evaluation: Program | str | None = None
+        if self.training and outcome.evaluation.program is not None:
+            evaluation = self._over_present(outcome.evaluation.program)
+        elif self.training:
+            evaluation = outcome.evaluation.missing or None
+        save(
+            self.program,
+            folder,
+            lowering=lowering,
+            report_json=report,
+            config=known,
+            evaluation=evaluation,
+        )
 
     def train(self, mode: bool = True) -> Optimized:
         """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.

@@ -25,8 +25,14 @@ _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _PADDED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
+@dataclass(frozen=True)
 class FoldBatchNorm(Rule):
-    """batch_norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + beta)"""
+    """batch_norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + beta)
+
+    `learning` names the state that is trained: s W would take other steps than W and gamma do.
+    """
+
+    learning: frozenset[str] = frozenset()
 
     pattern = op(
         aten.batch_norm.default,
@@ -61,6 +67,8 @@ class FoldBatchNorm(Rule):
             value = match[name]
             if value is not None and (not isinstance(value, fx.Node) or value.op != "get_attr"):
                 return f"its {name} is computed, not constant"
+            if value is not None and str(value.target) in self.learning:
+                return f"its {name} is trained, and would take other steps folded"
         if match["mean"] is None or match["var"] is None:
             return "the batch norm has no running statistics"
         layer = match["layer"]
@@ -91,7 +99,10 @@ class FuseConvBatchNorm(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule for convolutions of any rank and linears."""
-        return (FoldBatchNorm(),)
+        if program.mode == "eval":
+            return (FoldBatchNorm(),)
+        learning = {name for name, tensor in program.state.items() if tensor.requires_grad}
+        return (FoldBatchNorm(frozenset(learning | program.written)),)
 
 
 def _fold(match: Match, edit: Edit) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,16 @@ from fxopt.rewriting.pattern import Target
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
 class FuseSiblings(Rule):
-    """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])"""
+    """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])
+
+    Where the program `trains`, all of a fused tensor learns or none of it: `trained` names the
+    state that does.
+    """
+
+    trains: bool = False
+    trained: frozenset[str] = frozenset()
 
     def targets(self) -> tuple[Target, ...]:
         return (aten.linear.default,)
@@ -53,6 +61,15 @@ class FuseSiblings(Rule):
             reason = refuse_shared_weight(linear, match.roots.__contains__)
             if reason is not None:
                 return reason
+        return self._refuse_to_train(match["linears"]) if self.trains else None
+
+    def _refuse_to_train(self, linears: Sequence[Linear]) -> str | None:
+        if len({linear.bias is None for linear in linears}) > 1:
+            return "some of them have no bias, and would learn one"
+        for operands in ([one.weight for one in linears], [one.bias for one in linears]):
+            learn = {one is not None and str(one.target) in self.trained for one in operands}
+            if len(learn) > 1:
+                return "some of them are frozen, and would learn"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:
@@ -82,7 +99,8 @@ class FuseLinears(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule for any number of siblings."""
-        return (FuseSiblings(),)
+        trained = (name for name, tensor in program.state.items() if tensor.requires_grad)
+        return (FuseSiblings(program.mode == "train", frozenset(trained)),)
 
 
 def _fits(first: Linear, other: Linear) -> bool:

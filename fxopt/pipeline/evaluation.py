@@ -166,7 +166,7 @@ class Evaluator:
             raise self._not_carried(f"{name} has become another tensor in each of them")
         if own and name not in self.captured.state:
             return tensor
-        raise self._not_carried(f"{name} is no longer a tensor of the training graph")
+        raise self._not_carried(f"it reads {name}, which is no tensor of the training graph")
 
     def _not_carried(self, why: str) -> ModelError:
         passes = ", ".join(pass_.name for pass_, _ in self.taken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,18 +114,6 @@ class OnSequence(nn.Module):
         return self.norm(x.unflatten(1, (2, WIDTH // 2))).flatten(1)
 
 
-class Output(NamedTuple):
-    """What a model that is evaluated gives; one that trains gives more."""
-
-    logits: Tensor
-
-
-class TrainOutput(NamedTuple):
-    logits: Tensor
-    auxiliary: Tensor
-    loss: Tensor | None
-
-
 PIECES = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
     "unbiased linear": lambda: nn.Linear(WIDTH, WIDTH, bias=False),
@@ -156,15 +144,17 @@ class Composed(nn.Module):
         self.head = nn.Linear(WIDTH, 2)
         self.auxiliary = nn.Linear(WIDTH, 2) if auxiliary else None
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> TrainOutput | Output | Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         hidden = self.body(x)
         logits = self.head(hidden)
-        loss = None if labels is None else functional.cross_entropy(logits, labels)
-        if self.auxiliary is None:
-            return logits if loss is None else TrainOutput(logits, logits, loss)
-        if self.training:
-            return TrainOutput(logits, self.auxiliary(hidden), loss)
-        return Output(logits.softmax(-1))
+        outputs = {"logits": logits}
+        if self.auxiliary is not None:
+            if not self.training:
+                return (logits.softmax(-1),)
+            outputs["auxiliary"] = self.auxiliary(hidden)
+        if labels is not None:
+            outputs["loss"] = functional.cross_entropy(logits, labels)
+        return outputs
 
 
 def composed(*pieces: str, auxiliary: bool = False, seed: int = 0) -> Composed:
