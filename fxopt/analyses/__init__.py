@@ -9,6 +9,7 @@ from fxopt.analyses.cast_placement import (
     sure_high,
 )
 from fxopt.analyses.casts import Casts, autocast_casts, counted_casts, graph_casts
+from fxopt.analyses.constant_expressions import is_computed_constant, stored
 from fxopt.analyses.extremes import Extremes, extremes, past_range
 from fxopt.analyses.histogram import RangeMethod
 from fxopt.analyses.linears import (
@@ -35,12 +36,14 @@ from fxopt.analyses.operator_precision import (
     operator_precision,
 )
 from fxopt.analyses.precision import rounds_activations, rounds_to_integers
+from fxopt.analyses.products import PRODUCT_TARGETS, why_no_linear
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
 from fxopt.analyses.speed import BreakEven, linear_speeds
 from fxopt.analyses.weights import quantize_rows
 
 __all__ = [
     "LINEAR_TARGETS",
+    "PRODUCT_TARGETS",
     "UNLISTED",
     "BreakEven",
     "Candidate",
@@ -70,6 +73,7 @@ __all__ = [
     "counted_casts",
     "extremes",
     "graph_casts",
+    "is_computed_constant",
     "linear_speeds",
     "measure_sensitivity",
     "measured_batches",
@@ -81,5 +85,7 @@ __all__ = [
     "refuse_shared_weight",
     "rounds_activations",
     "rounds_to_integers",
+    "stored",
     "sure_high",
+    "why_no_linear",
 ]

@@ -20,7 +20,6 @@ from torch.export import Dim, ExportedProgram
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
-from fxopt.capture.training import training_program
 from fxopt.errors import CaptureError, InputError
 from fxopt.program import Mode, Program
 from fxopt.signature import forward_signature, unbind
@@ -73,10 +72,7 @@ def capture(
     _check_devices(model, named)
     with in_mode(model, mode):
         exported = _export(model, named, mode)
-    if mode == "train":
-        program = training_program(exported, model, signature, named)
-    else:
-        program = to_program(exported, model, signature, named, mode)
+    program = to_program(exported, model, signature, named, mode)
     notes += _fixed_size_notes(program)
     convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
     return replace(program, signature=convention, notes=tuple(notes))

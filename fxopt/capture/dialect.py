@@ -5,15 +5,16 @@ tied parameters        -> one get_attr name, the others recorded as aliases
 guards, assertions     -> dropped (the signature checks the inputs of every call)
 no_grad, autocast off  -> their bodies inlined
 dropout in eval        -> dropped
-view                   -> reshape, which a rewrite of strides can't break
-in-place operators     -> functional ones; writes to buffers become copy_ nodes at the end
+second spellings       -> the first (see `spelling`)
+in-place operators     -> functional ones, none decomposed (see `functionalization`); writes to
+                          buffers and inputs become copy_ nodes at the end
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -30,7 +31,8 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
-from fxopt.capture.writes import functional, is_local_write, writes
+from fxopt.capture.functionalization import UnknownWriteError, functionalized
+from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
 from fxopt.program import Mode, Program, drop_dead_nodes
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
@@ -50,8 +52,11 @@ _DROPOUT = {
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout_.default,
+    aten.feature_alpha_dropout_.default,
 }
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
@@ -68,12 +73,14 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
-    if not all(is_local_write(node) for node in exported.graph.nodes if writes(node)):
-        exported = exported.run_decompositions({})
-    return Translation(exported, model, mode).program(forward, named)
+    try:
+        return _Translation(exported, model, mode).program(forward, named)
+    except UnknownWriteError:
+        decomposed = exported.run_decompositions({})
+        return _Translation(decomposed, model, mode).program(forward, named)
 
 
-class Translation:
+class _Translation:
     """One walk over an exported graph that builds the program's graph node by node."""
 
     def __init__(self, exported: ExportedProgram, model: nn.Module, mode: Mode) -> None:
@@ -84,7 +91,8 @@ class Translation:
         self.state: dict[str, Tensor] = {}
         self.module_types: dict[str, str] = {"": type(model).__name__}
         self.nodes: dict[fx.Node, Any] = {}
-        self.same_tensor: dict[fx.Node, list[fx.Node]] = {}
+        self.stopped = 0  # how many regions without gradients the walk stands in
+        self.shares: dict[fx.Node, fx.Node] = {}
         self.canonical, self.aliases = _tied_names(model)
 
     def program(self, forward: inspect.Signature, named: Mapping[str, Any]) -> Program:
@@ -114,11 +122,11 @@ class Translation:
                 )
         for node, target in pending:
             self._attribute(node, target)
-        self._begin(placeholders)
         body = [n for n in self.exported.graph.nodes if n.op not in ("placeholder", "output")]
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
-        drop_dead_nodes(self.graph, self.mode)
+        graph = functionalized(self.graph, self.shares)
+        drop_dead_nodes(graph, self.mode)
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
@@ -128,7 +136,7 @@ class Translation:
         }
         signature = Signature(forward, in_spec, tuple(inputs), ranges, out_spec, out_constants)
         program = Program(
-            graph=self.graph,
+            graph=graph,
             state=self.state,
             signature=signature,
             example=tuple(example),
@@ -138,10 +146,7 @@ class Translation:
             non_persistent=frozenset(_non_persistent(self.model)),
             module_types=self.module_types,
         )
-        return program.with_graph(self.graph)
-
-    def _begin(self, placeholders: Sequence[fx.Node]) -> None:
-        """Called once inputs and state are in the graph."""
+        return program.with_graph(graph)
 
     def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
         value = node.meta["val"]
@@ -180,31 +185,34 @@ class Translation:
                 continue
             elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
                 self.nodes[node] = self._value(node.args[0])
-            elif writes(node):
-                self._copy_functional(node)
+            elif (norm := brought_back(node)) is not None:
+                self._bring_back(node, *norm)
             else:
                 self._copy(node)
 
-    def _copy_functional(self, node: fx.Node) -> None:
-        """`x.op_(...)` as `op(x, ...)`: later uses of x, under any of its names, see the result."""
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
-        names = self.same_tensor.setdefault(written, [written])
-        names.append(node)
-        self.same_tensor[node] = names
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
-        target = functional(node)
-        assert target is not None
-        new = self.graph.call_function(target, args, kwargs)
-        new.meta = self._meta(node)
-        self.nodes.update(dict.fromkeys(names, new))
+    def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+        """One operator for `node`, of which the first result is read."""
+        new = self.graph.call_function(target, fx.map_arg(args, self._value))
+        new.meta = {**self._meta(node), "val": node.meta["val"][0]}
+        for user in node.users:
+            self.nodes[user] = new
 
     def _copy(self, node: fx.Node) -> None:
-        new = self.graph.node_copy(node, self._value)
-        if new.target in _VIEWS:
-            new.target = aten.reshape.default
+        new = self.graph.node_copy(node, self._operands(node))
+        respell(new)
         new.meta = self._meta(node)
         self.nodes[node] = new
+        shared = _sharing_operand(node)
+        operand = None if shared is None else self.nodes[shared]
+        if isinstance(operand, fx.Node):
+            self.shares[new] = operand
+
+    def _operands(self, node: fx.Node) -> Callable[[fx.Node], Any]:
+        """How `node` reads its operands: where gradients are off, what it writes carries none."""
+        if not self.stopped or not _is_mutable(node):
+            return self._value
+        places = [node.kwargs.get("out", node.args[0])]
+        return lambda one: self._value(one) if one in places else self._detached(self._value(one))
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         stack = node.meta.get("nn_module_stack") or {}
@@ -225,8 +233,8 @@ class Translation:
     def _value(self, node: Any) -> Any:
         return self.nodes[node] if isinstance(node, fx.Node) else node
 
-    def _region(self, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-        """The body of a no_grad or autocast region, and the operands that it is called with."""
+    def _inline_region(self, node: fx.Node) -> None:
+        """Replace a no_grad or autocast region by its body."""
         kind = node.target.name()  # type: ignore[union-attr]
         skip = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(kind)
         if skip is None or (kind == "wrap_with_autocast" and node.args[2]):
@@ -241,18 +249,21 @@ class Translation:
             )
         module = self._value(node.args[skip])
         assert isinstance(module, fx.GraphModule)
-        return module, node.args[skip + 1 :]
-
-    def _inline_region(self, node: fx.Node) -> None:
-        """Replace a no_grad or autocast region by its body."""
-        module, operands = self._region(node)
+        stops = kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train"
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
-        for placeholder, operand in zip(inner, operands, strict=True):
-            self.nodes[placeholder] = self._value(operand)
+        for placeholder, argument in zip(inner, node.args[skip + 1 :], strict=True):
+            self.nodes[placeholder] = self._value(argument)
         body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
+        self.stopped += stops
         self._inline(body, module)
+        self.stopped -= stops
         (results,) = next(iter(reversed(module.graph.nodes))).args
-        values = [self._value(result) for result in results]
+        # What a region hands through is the caller's own tensor, with its gradient.
+        values = [
+            self._detached(self._value(result)) if stops and result not in inner
+            else self._value(result)
+            for result in results
+        ]  # fmt: skip
         self.nodes[node] = values
         for user in node.users:
             assert user.target.__name__ == "getitem"  # type: ignore[union-attr]
@@ -266,6 +277,18 @@ class Translation:
         inner = [n for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes]
         sources = (_source(n.meta.get("stack_trace")) for n in (region, *inner))
         return next(filter(None, sources), "")
+
+    def _detached(self, value: Any) -> Any:
+        """`value` without the gradient that it may carry."""
+        if not isinstance(value, fx.Node) or value.target is aten.detach.default:
+            return value
+        tensor = value.meta["val"]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return value
+        new = self.graph.call_function(aten.detach.default, (value,))
+        new.meta = dict(value.meta)
+        self.shares[new] = value
+        return new
 
     def _outputs(self) -> dict[int, object]:
         """Close the graph with its state writes and output; return the constant output leaves."""
@@ -291,13 +314,9 @@ class Translation:
                     f"the graph returns a {spec.kind.name.lower()}; only tensors can be"
                 )
             assert not isinstance(spec.arg, SymIntArgument) or isinstance(value, fx.Node)
-        self._writes_followed()
         output = self.graph.output(tuple(outputs))
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
         return constants
-
-    def _writes_followed(self) -> None:
-        """Where writes are followed by this walk itself, put them at the end of the graph."""
 
     def _check_output(self, node: fx.Node) -> None:
         if not isinstance(node.meta["val"], Tensor):
@@ -313,15 +332,28 @@ class Translation:
             place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
         else:
             place = self.nodes[names[spec.target]]
-        self._store(place, value)
-
-    def _store(self, place: fx.Node, value: fx.Node) -> None:
         new = self.graph.call_function(aten.copy_.default, (place, value))
         new.meta = {
             "val": place.meta["val"],
             "module_path": value.meta["module_path"],
             "source": value.meta["source"],
         }
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _sharing_operand(node: fx.Node) -> fx.Node | None:
+    """The operand whose memory the result of `node` is, by the storages of the trace."""
+    own = _storages(node)
+    return next((used for used in node.all_input_nodes if own & _storages(used)), None)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _tied_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:

@@ -42,13 +42,23 @@ _MAY_BE_IDENTITY = (
     aten.lift_fresh_copy.default,
     aten.permute.default,
     aten.flatten.using_ints,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
 )
-_COPIES = (aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default)
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_COPIES = (
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.lift_fresh_copy.default,
+    *_PADS,
+)
 
 
 @dataclass(frozen=True)
 class DropIdentity(Rule):
     """cast(x) = x, view(x) = x, x[0:] = x, copy(x) = x where type, sizes and strides stay.
+
+    pad(x, [0, 0, ...]) = x
 
     detach(x) has the value of x and none of its gradient: it is x where nothing learns.
     """
@@ -188,6 +198,8 @@ def _same_value(node: fx.Node, source: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         given = arguments(node)
         return given["start"] in (0, None) and given["step"] == 1
+    if node.target in _PADS:
+        return all(isinstance(size, int) and size == 0 for size in node.args[1])  # type: ignore[union-attr]
     if node.target is aten.permute.default:
         return list(node.args[1]) == list(range(old.ndim))  # type: ignore[arg-type]
     return same_sizes(new.stride(), old.stride())

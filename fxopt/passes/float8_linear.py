@@ -24,7 +24,7 @@ from fxopt.analyses import Linear, reads_as_linear, refuse_shared_weight
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Device
 from fxopt.kernels.float8 import FLOAT8, quantize_weight_float8
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_rule import ProductRule
 from fxopt.passes.selection import checked_globs, refuse_by_path, refuse_weight
 from fxopt.program import Program, materialize
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dtype, hole, op
@@ -32,7 +32,7 @@ from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dt
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
 
-class QuantizeFloat8Linear(LinearRule):
+class QuantizeFloat8Linear(ProductRule):
     """x @ Wᵀ + b ~ dq(q(x)) @ dq(q(W))ᵀ + b"""
 
     def __init__(self, options: Float8Linear) -> None:
@@ -72,7 +72,7 @@ class QuantizeFloat8Linear(LinearRule):
         if key not in self.weights:
             rows = linear.rows_first(edit.state(linear.weight))
             values, scale = quantize_weight_float8(materialize(rows).detach())
-            name = str(linear.weight.target)
+            name = linear.name
             self.weights[key] = (
                 edit.constant(f"{name}_float8", values),
                 edit.constant(f"{name}_scale", scale),

@@ -3,6 +3,8 @@
     gamma * (W * x + b - mean) / sqrt(var + eps) + beta  =  (s W) * x + (s (b - mean) + beta)
     with s = gamma / sqrt(var + eps), one factor per output channel
 
+    conv(pad(x, p), padding q)  =  conv(x, padding p + q)      see `fold_padding`
+
 Claim: close; the scale is applied to the weights, computed in float64, instead of the outputs.
 """
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
+from fxopt.passes.fold_padding import FoldPadding
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments, either, hole, op
 
@@ -60,7 +63,14 @@ class FoldBatchNorm(Rule):
         hole("cudnn"),
     )
 
+    def match(self, node: fx.Node) -> Match | None:
+        """A batch norm: after a layer that it can fold into, or after anything else."""
+        match = super().match(node)
+        return match if match is not None else Match((node,), {"layer": None})
+
     def refuse(self, match: Match) -> str | None:
+        if match["layer"] is None:
+            return _unfolded(match.root)
         if match["training"]:
             return "the batch norm is in train mode: its statistics come from the batch"
         for name in ("weight", "bias", "gamma", "beta", "mean", "var"):
@@ -91,18 +101,26 @@ class FoldBatchNorm(Rule):
 
 @dataclass(frozen=True, repr=False)
 class FuseConvBatchNorm(RulePass):
-    """A batch norm in eval mode folds into the convolution or linear before it. Claim: close."""
+    """A batch norm in eval mode folds into the convolution or linear before it, and zero padding
+    into the convolution behind it. Claim: close."""
 
     name: ClassVar[str] = "fuse-conv-batch-norm"
     stage: ClassVar[Stage] = Stage.STRUCTURE
     claim: Claim = Close()
 
     def rules(self, program: Program) -> Sequence[Rule]:
-        """One rule for convolutions of any rank and linears."""
-        if program.mode == "eval":
-            return (FoldBatchNorm(),)
+        """One rule each, for convolutions of any rank and linears."""
         learning = {name for name, tensor in program.state.items() if tensor.requires_grad}
-        return (FoldBatchNorm(frozenset(learning | program.written)),)
+        trained = learning | program.written if program.mode == "train" else frozenset()
+        return (FoldBatchNorm(frozenset(trained)), FoldPadding())
+
+
+def _unfolded(norm: fx.Node) -> str:
+    x = norm.args[0]
+    assert isinstance(x, fx.Node)
+    kind = str(x.target).removeprefix("aten.").partition(".")[0]
+    made = f"the input {x.name}" if x.op == "placeholder" else f"the result of {kind}"
+    return f"it normalises {made}, which is no convolution and no linear"
 
 
 def _fold(match: Match, edit: Edit) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses import Linear, as_linear, refuse_shared_weight
+from fxopt.analyses import (
+    PRODUCT_TARGETS,
+    Linear,
+    as_linear,
+    is_computed_constant,
+    refuse_shared_weight,
+    why_no_linear,
+)
 from fxopt.claim import Claim, Close
-from fxopt.program import Program, Recipe
+from fxopt.program import Mode, Program, Recipe
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage
 from fxopt.rewriting.pattern import Target
 
@@ -36,16 +43,22 @@ class FuseSiblings(Rule):
     trains: bool = False
     trained: frozenset[str] = frozenset()
 
+    mode: Mode = "eval"
+
+    def see(self, program: Program) -> None:
+        """In train mode a weight that is computed from parameters stays so."""
+        self.mode = program.mode
+
     def targets(self) -> tuple[Target, ...]:
-        return (aten.linear.default,)
+        return PRODUCT_TARGETS
 
     def match(self, node: fx.Node) -> Match | None:
-        first = as_linear(node)
+        first = self._as_linear(node)
         if first is None:
-            return None
+            return self._match_misfit(node)
         siblings = [
             sibling
-            for sibling in map(as_linear, first.x.users)
+            for sibling in map(self._as_linear, first.x.users)
             if sibling is not None and _fits(first, sibling)
         ]
         if len(siblings) < 2 or siblings[0].node is not node:
@@ -53,12 +66,31 @@ class FuseSiblings(Rule):
         roots = tuple(sibling.node for sibling in siblings)
         return Match(roots, {"linears": tuple(siblings)})
 
+    def _as_linear(self, node: fx.Node) -> Linear | None:
+        """A linear of constant weight and bias; in train mode, of parameters."""
+        linear = as_linear(node, computed=self.mode == "eval")
+        if linear is None or linear.bias is None or linear.bias.op == "get_attr":
+            return linear
+        return linear if is_computed_constant(linear.bias) else None
+
+    def _match_misfit(self, node: fx.Node) -> Match | None:
+        """A product that shares an input with a linear, and is none that could join it."""
+        others = (user for used in node.all_input_nodes for user in used.users if user is not node)
+        if not any(map(self._as_linear, others)):
+            return None
+        if as_linear(node, computed=True) is not None and self.mode == "eval":
+            return Match((node,), {"misfit": "its bias is computed from the inputs"})
+        reason = why_no_linear(node, self.mode)
+        return None if reason is None else Match((node,), {"misfit": reason})
+
     def refuse(self, match: Match) -> str | None:
+        if "misfit" in match.bound:
+            return str(match["misfit"])
         weights = [linear.weight for linear in match["linears"]]
         if len(set(weights)) < len(weights):
             return "two of them share one weight"
         for linear in match["linears"]:
-            reason = refuse_shared_weight(linear, match.roots.__contains__)
+            reason = refuse_shared_weight(linear, lambda user: _reads_for(user, match.roots))
             if reason is not None:
                 return reason
         return self._refuse_to_train(match["linears"]) if self.trains else None
@@ -74,8 +106,8 @@ class FuseSiblings(Rule):
 
     def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:
         linears: tuple[Linear, ...] = match["linears"]
-        name = _shared_name([str(linear.weight.target) for linear in linears])
-        weight = edit.constant(f"{name}.weight", _joined([edit.state(n.weight) for n in linears]))
+        name = _shared_name([linear.name for linear in linears])
+        weight = edit.constant(f"{name}.weight", _joined([_rows(edit, n) for n in linears]))
         bias = None
         if any(linear.bias is not None for linear in linears):
             bias = edit.constant(f"{name}.bias", _joined([_bias(edit, n) for n in linears]))
@@ -103,11 +135,14 @@ class FuseLinears(RulePass):
         return (FuseSiblings(program.mode == "train", frozenset(trained)),)
 
 
+def _reads_for(user: fx.Node, roots: Sequence[fx.Node]) -> bool:
+    """Whether a reader of a weight is one of the products, or transposes it for them alone."""
+    return user in roots or (bool(user.users) and all(one in roots for one in user.users))
+
+
 def _fits(first: Linear, other: Linear) -> bool:
     return (
-        other.node.target is first.node.target
-        and other.x is first.x
-        and not other.transposed
+        other.x is first.x
         and other.dtype == first.dtype
         and other.weight.meta["val"].device == first.weight.meta["val"].device
     )
@@ -124,6 +159,10 @@ def _joined(parts: Sequence[Tensor | Recipe]) -> Recipe:
 def concatenate(*parts: Tensor) -> Tensor:
     """The parts one below the other."""
     return torch.cat(parts)
+
+
+def _rows(edit: Edit, linear: Linear) -> Tensor | Recipe:
+    return linear.rows_first(edit.state(linear.weight))
 
 
 def _bias(edit: Edit, linear: Linear) -> Tensor | Recipe:

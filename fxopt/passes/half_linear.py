@@ -18,13 +18,14 @@ import torch
 from torch import fx
 
 from fxopt.analyses import (
-    LINEAR_TARGETS,
+    PRODUCT_TARGETS,
     Extremes,
     as_linear,
     extremes,
     past_range,
     reads_as_linear,
     refuse_shared_weight,
+    why_no_linear,
 )
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import checked_device
@@ -32,7 +33,7 @@ from fxopt.passes.half_choice import HalfDtype, checked_flags, checked_half_dtyp
 from fxopt.passes.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.half_values import HALF
 from fxopt.passes.selection import checked_globs, refuse_path
-from fxopt.program import Program, module_path
+from fxopt.program import Mode, Program, module_path
 from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
 from fxopt.rewriting.pattern import Target
 
@@ -73,9 +74,12 @@ class Layer:
         return {**named, self.node: ""}
 
 
-def as_layer(node: fx.Node) -> Layer | None:
-    """The linear layer or convolution that `node` computes, or None."""
-    linear = as_linear(node)
+def as_layer(node: fx.Node, computed: bool) -> Layer | None:
+    """The linear layer or convolution that `node` computes, or None.
+
+    With `computed`, weights that are computed from state alone count as well.
+    """
+    linear = as_linear(node, computed)
     if linear is not None:
         return Layer(node, linear.x, linear.weight, linear.bias, True)
     if node.target not in _CONVOLUTIONS:
@@ -96,21 +100,26 @@ class RoundLayer(ComputeInHalf):
     """op(x, W, b) ~ float32(op(half(x), half(W), half(b)))"""
 
     def __init__(
-        self, options: HalfLinear, choice: torch.dtype | str, past: Mapping[str, str], mode: str
+        self, options: HalfLinear, choice: torch.dtype | str, past: Mapping[str, str], mode: Mode
     ) -> None:
         super().__init__((), choice if isinstance(choice, torch.dtype) else torch.bfloat16)
         self.options, self.choice, self.past, self.mode = options, choice, past, mode
 
     def targets(self) -> tuple[Target, ...]:
-        return (*LINEAR_TARGETS, *_CONVOLUTIONS)
+        return (*PRODUCT_TARGETS, *_CONVOLUTIONS)
 
     def match(self, node: fx.Node) -> Match | None:
-        layer = as_layer(node)
-        if layer is None or layer.weight.meta["val"].dtype in HALF:
+        layer = as_layer(node, self.mode == "eval")
+        if layer is None:
+            reason = why_no_linear(node, self.mode)
+            return None if reason is None else Match((node,), {"node": node, "no_linear": reason})
+        if layer.weight.meta["val"].dtype in HALF:
             return None
         return Match((node,), {"node": node, "layer": layer})
 
     def refuse(self, match: Match) -> str | None:
+        if "no_linear" in match.bound:
+            return str(match["no_linear"])
         layer: Layer = match["layer"]
         path = module_path(layer.node)
         unfit = refuse_path(path, self.options.include, self.options.exclude)
@@ -123,7 +132,7 @@ class RoundLayer(ComputeInHalf):
 
     def _refuse_tied(self, layer: Layer) -> str | None:
         """In train mode the weight stays one parameter, whoever reads it."""
-        linear = as_linear(layer.node)
+        linear = as_linear(layer.node, computed=True)
         if linear is None or self.options.tied or self.mode == "train":
             return None
         return refuse_shared_weight(linear, reads_as_linear)
@@ -203,7 +212,7 @@ class HalfLinear(Pass):
         """Why layers can't be in float16, by their nodes' names; and what makes that doubtful."""
         rules = self._rules(program, torch.float16, {})
         chosen = {site.node for site in plan_rules(program, rules[:1], "").sites}
-        layers = [as_layer(node) for node in program.graph.nodes if node.name in chosen]
+        layers = [as_layer(node, True) for node in program.graph.nodes if node.name in chosen]
         parts = {layer.node: layer.parts for layer in layers if layer is not None}
         found = extremes(program, (part for named in parts.values() for part in named))
         return _reasons(parts, found), found.warnings
@@ -220,7 +229,7 @@ def _reasons(parts: Mapping[fx.Node, Mapping[fx.Node, str]], found: Extremes) ->
 
 def _refuse_weight(layer: Layer) -> str | None:
     weight = layer.weight.meta["val"]
-    if layer.weight.op != "get_attr":
+    if layer.weight.op != "get_attr" and not layer.is_linear:
         return f"its weight {layer.weight.name} is computed, not constant"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}; only float32 is rounded to half precision"

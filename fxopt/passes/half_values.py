@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.analyses import is_computed_constant
 from fxopt.program import Recipe
 from fxopt.rewriting import Edit
 
@@ -57,7 +58,7 @@ class HalfValues:
         value, copies = self._origin(x)
         if self._is_rounded(value):
             result: Any = value.args[0]
-        elif edit.program.is_constant(value):
+        elif edit.program.is_constant(value) or self._is_computed(value, edit):
             result = self._constant(value, edit)
         else:
             return self.call(edit, root, aten.to.dtype, x, self.dtype)
@@ -107,8 +108,12 @@ class HalfValues:
     def _is_rounded(self, x: fx.Node) -> bool:
         return is_cast(x, torch.float32) and is_tensor_of(x.args[0], self.dtype)
 
+    def _is_computed(self, x: fx.Node, edit: Edit) -> bool:
+        """Whether `x` is the same in every call, but no state."""
+        return edit.program.mode == "eval" and is_computed_constant(x)
+
     def _constant(self, x: fx.Node, edit: Edit) -> fx.Node:
-        name = str(x.target)
+        name = str(x.target) if x.op == "get_attr" else x.name
         if name not in self.constants:
             self.constants[name] = edit.constant(
                 f"{name}_{str(self.dtype).removeprefix('torch.')}",

@@ -24,13 +24,14 @@ from torch import Tensor, fx
 from fxopt.analyses import (
     Linear,
     SecondMoment,
-    as_linear,
     quantize_rows,
+    stored,
 )
 from fxopt.analyses.weights import Rounding
 from fxopt.claim import Claim, Sqnr
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
+from fxopt.passes.linear_rule import chosen_linears
 from fxopt.passes.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
 from fxopt.passes.selection import Selection, checked_selections
 from fxopt.passes.weight_inputs import watch_inputs
@@ -97,8 +98,8 @@ class QuantizeInt4Linear(QuantizeLinear):
                 values = self.options.round(linear, rows, None)
             packed, scale = values
             self.constants[key] = (
-                edit.constant(f"{linear.weight.target}_int4", packed),
-                edit.constant(f"{linear.weight.target}_scale", scale),
+                edit.constant(f"{linear.name}_int4", packed),
+                edit.constant(f"{linear.name}_scale", scale),
             )
         return self.constants[key]
 
@@ -216,12 +217,12 @@ class Int4Linear(Pass):
 
     def plan(self, program: Program) -> Plan:
         """The linears that will be rewritten, and why the others will not."""
-        plan = plan_rules(program, (QuantizeInt4Linear(self),), repr(self))
+        rule = QuantizeInt4Linear(self)
+        plan = plan_rules(program, (rule,), repr(self))
         if self.weights == "nearest" or not plan.sites:
             return plan
-        chosen = {site.node for site in plan.sites}
-        found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
-        weights, warnings = _round_by_inputs(self, program, [one for one in found if one])
+        linears = chosen_linears(program, rule, plan.sites)
+        weights, warnings = _round_by_inputs(self, program, linears)
         return Int4Plan(
             plan.spec, plan.sites, plan.refusals, warnings=tuple(warnings), weights=weights
         )
@@ -241,8 +242,7 @@ def _round_by_inputs(
     for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
         warnings.update(dict.fromkeys(_few(layers, moment)))
         for linear in layers:
-            state = program.state[str(linear.weight.target)]
-            rows = materialize(linear.rows_first(state))
+            rows = materialize(linear.rows_first(stored(program, linear.weight)))
             matrix = moment.matrix if moment.rows else None
             rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings

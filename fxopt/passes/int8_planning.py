@@ -23,15 +23,16 @@ from fxopt.analyses import (
     Observer,
     SecondMoment,
     Sensitivity,
-    as_linear,
     calibration_warnings,
     linear_speeds,
     measure_sensitivity,
     measured_batches,
     observe,
     quantize_rows,
+    stored,
 )
 from fxopt.kernels.onednn import dense_linear
+from fxopt.passes.linear_rule import chosen_linears
 from fxopt.passes.quantize_linear import (
     QuantizeLinear,
     Rounded,
@@ -73,10 +74,9 @@ class _Planning:
         self.warnings: list[str] = []
         self.details: list[str] = []
         self.sensitivity: Sensitivity | None = None
-        sites = plan_rules(program, (QuantizeLinear(scheme),), "").sites
-        chosen = {site.node for site in sites}
-        found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
-        self.linears = [linear for linear in found if linear is not None]
+        rule = QuantizeLinear(scheme)
+        sites = plan_rules(program, (rule,), "").sites
+        self.linears = chosen_linears(program, rule, sites)
 
     def plan(self, spec: str) -> Int8Plan:
         base = plan_rules(self.program, (QuantizeLinear(self.scheme),), spec)
@@ -229,7 +229,7 @@ class _Planning:
 
     def _rows_of(self, linear: Linear) -> Tensor:
         """W [N, K]."""
-        state = self.program.state[str(linear.weight.target)]
+        state = stored(self.program, linear.weight)
         return materialize(linear.rows_first(state)).detach()
 
     def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import fx
 
 from fxopt.analyses import (
     LINEAR_TARGETS,
+    PRODUCT_TARGETS,
     Linear,
     Observer,
     as_linear,
     calibration_warnings,
     observe,
+    why_no_linear,
 )
-from fxopt.program import Program, module_path
-from fxopt.rewriting import Match, Rule, plan_rules
+from fxopt.program import Mode, Program, module_path
+from fxopt.rewriting import Match, Rule, Site, plan_rules
 from fxopt.rewriting.pattern import Target
 
 Seen = TypeVar("Seen", bound=Observer)
@@ -33,6 +35,42 @@ class LinearRule(Rule):
         """The linear layer that `node` computes, or None."""
         linear = as_linear(node)
         return None if linear is None else Match((node,), {"linear": linear})
+
+
+class ProductRule(LinearRule):
+    """Matches each matrix product: one of a constant weight, computed ones included, as `linear`;
+    of any other it says why it is none."""
+
+    mode: Mode = "eval"
+
+    def see(self, program: Program) -> None:
+        """In train mode a weight that is computed from parameters stays so."""
+        self.mode = program.mode
+
+    def targets(self) -> tuple[Target, ...]:
+        """Every operator that is a matrix product."""
+        return PRODUCT_TARGETS
+
+    def match(self, node: fx.Node) -> Match | None:
+        """The linear layer that `node` computes, or the product that is none."""
+        linear = as_linear(node, computed=self.mode == "eval")
+        if linear is not None:
+            return Match((node,), {"linear": linear})
+        reason = why_no_linear(node, self.mode)
+        return None if reason is None else Match((node,), {"no_linear": reason})
+
+    def reason_to_refuse(self, match: Match) -> str | None:
+        """Why the product is no linear layer, or what the rule has against the linear layer."""
+        reason: str | None = match.bound.get("no_linear")
+        return reason or super().reason_to_refuse(match)
+
+
+def chosen_linears(program: Program, rule: LinearRule, sites: Sequence[Site]) -> list[Linear]:
+    """The linears at the sites that a plan of `rule` has."""
+    chosen = {site.node for site in sites}
+    rule.see(program)
+    found = (rule.match(node) for node in program.graph.nodes if node.name in chosen)
+    return [match["linear"] for match in found if match is not None]
 
 
 def path_of(linear: Linear) -> str:

@@ -28,7 +28,7 @@ from fxopt.kernels.attention import LANES
 from fxopt.kernels.native import load as load_native
 from fxopt.passes.activations import ACTIVATIONS, activation_name
 from fxopt.passes.half_values import is_cast
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_rule import ProductRule
 from fxopt.program import Program, same_sizes, size_at_capture
 from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -40,7 +40,7 @@ _MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
 _MOST_WRITTEN_SCORES = 1 << 20
 
 
-class PackLinear(LinearRule):
+class PackLinear(ProductRule):
     """linear(x, W, b) = packed_linear(x, W, b, "none")"""
 
     def __init__(self) -> None:
@@ -71,11 +71,11 @@ class PackLinear(LinearRule):
         )
 
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
-        if not linear.transposed:
+        if not linear.transposed and linear.weight.op == "get_attr":
             return linear.weight
         if linear.weight not in self.weights:
             rows = linear.rows_first(edit.state(linear.weight))
-            self.weights[linear.weight] = edit.constant(f"{linear.weight.target}_rows", rows)
+            self.weights[linear.weight] = edit.constant(f"{linear.name}_rows", rows)
         return self.weights[linear.weight]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses import Linear, quantize_rows, reads_as_linear, refuse_shared_weight
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_rule import ProductRule
 from fxopt.passes.selection import Selection, refuse_by_path, refuse_weight
 from fxopt.passes.split_outliers import is_outlying
 from fxopt.program import materialize
@@ -125,7 +125,7 @@ class Scheme:
         return call(ops.dequantize.default, q, scale, dtype, *rest)
 
 
-class QuantizeLinear(LinearRule):
+class QuantizeLinear(ProductRule):
     """x @ Wᵀ + b ~ dq(q(x)) @ dq(q(W))ᵀ + b"""
 
     def __init__(self, scheme: Scheme) -> None:
@@ -182,7 +182,7 @@ class QuantizeLinear(LinearRule):
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(W)) [N, K]; the int8 weight is made once for linears that share it."""
         key = weight_key(linear)
-        name = str(linear.weight.target)
+        name = linear.name
         if key not in self.weights:
             values, scale = self.scheme.stored(self._rounded_weight(linear, edit))
             q = edit.constant(f"{name}_int8", values)
@@ -200,4 +200,4 @@ class QuantizeLinear(LinearRule):
 
 def weight_key(linear: Linear) -> WeightKey:
     """One tensor can serve as W here and as Wᵀ there; their rows are not the same."""
-    return str(linear.weight.target), linear.transposed
+    return linear.name, linear.transposed

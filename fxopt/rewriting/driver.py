@@ -41,6 +41,7 @@ class _Driver:
         self.edit = Edit(program)
         self.rules: dict[Target, list[Rule]] = defaultdict(list)
         for rule in rules:
+            rule.see(program)
             for target in rule.targets():
                 self.rules[target].append(rule)
         self.anywhere = [rule for rule in rules if not rule.targets()]

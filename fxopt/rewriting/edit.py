@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.analyses.constant_expressions import as_recipe
 from fxopt.program import Program, Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
 
@@ -94,7 +95,9 @@ class Edit:
         return node
 
     def state(self, node: fx.Node) -> Tensor | Recipe:
-        """The tensor or recipe behind a `get_attr` node."""
+        """The tensor or recipe behind a `get_attr` node, or the recipe of a computed constant."""
+        if node.op != "get_attr":
+            return as_recipe(node, self.state)
         name = str(node.target)
         return self.added[name] if name in self.added else self.program.state[name]
 

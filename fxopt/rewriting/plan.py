@@ -154,6 +154,7 @@ def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
     by_target: dict[Any, list[Rule]] = {}
     anywhere = [rule for rule in rules if not rule.targets()]
     for rule in rules:
+        rule.see(program)
         for target in rule.targets():
             by_target.setdefault(target, []).append(rule)
     sites: list[Site] = []

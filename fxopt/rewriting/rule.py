@@ -9,7 +9,7 @@ from torch import fx
 
 from fxopt.claim import Claim, Close
 from fxopt.errors import RewriteError
-from fxopt.program import label
+from fxopt.program import Program, label
 from fxopt.rewriting.edit import Edit
 from fxopt.rewriting.pattern import Match, Op, Pattern, Target, find
 
@@ -32,6 +32,9 @@ class Rule:
     def name(self) -> str:
         """The rule's name in plans and reports."""
         return type(self).__name__
+
+    def see(self, program: Program) -> None:
+        """Look at the program as a whole before its nodes are matched."""
 
     def targets(self) -> tuple[Target, ...]:
         """The operators that a match's root can be; empty for a rule that looks at every call."""
