@@ -127,6 +127,8 @@ class _Translation:
         out_constants = self._outputs()
         graph = functionalized(self.graph, self.shares)
         drop_dead_nodes(graph, self.mode)
+        if self.mode == "train":
+            self._refuse_written_parameters(graph)
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
@@ -317,6 +319,16 @@ class _Translation:
         output = self.graph.output(tuple(outputs))
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
         return constants
+
+    def _refuse_written_parameters(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+            place = node.args[0]
+            if isinstance(self.state.get(str(place.target)), nn.Parameter):
+                raise CaptureError(
+                    f"{type(self.model).__name__} writes to its parameter {place.target} in "
+                    f"forward (at {node.meta['source'] or 'an unknown line'}), which a graph that "
+                    "trains can't hold. Write it between the calls, or make it a buffer."
+                )
 
     def _check_output(self, node: fx.Node) -> None:
         if not isinstance(node.meta["val"], Tensor):

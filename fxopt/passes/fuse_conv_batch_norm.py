@@ -28,14 +28,14 @@ _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _PADDED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
-@dataclass(frozen=True)
 class FoldBatchNorm(Rule):
-    """batch_norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + beta)
+    """batch_norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + beta)"""
 
-    `learning` names the state that is trained: s W would take other steps than W and gamma do.
-    """
+    moving: frozenset[str] = frozenset()
 
-    learning: frozenset[str] = frozenset()
+    def see(self, program: Program) -> None:
+        """In train mode s W would take other steps than W and gamma do."""
+        self.moving = program.learning | program.written
 
     pattern = op(
         aten.batch_norm.default,
@@ -77,7 +77,7 @@ class FoldBatchNorm(Rule):
             value = match[name]
             if value is not None and (not isinstance(value, fx.Node) or value.op != "get_attr"):
                 return f"its {name} is computed, not constant"
-            if value is not None and str(value.target) in self.learning:
+            if value is not None and str(value.target) in self.moving:
                 return f"its {name} is trained, and would take other steps folded"
         if match["mean"] is None or match["var"] is None:
             return "the batch norm has no running statistics"
@@ -110,9 +110,7 @@ class FuseConvBatchNorm(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule each, for convolutions of any rank and linears."""
-        learning = {name for name, tensor in program.state.items() if tensor.requires_grad}
-        trained = learning | program.written if program.mode == "train" else frozenset()
-        return (FoldBatchNorm(frozenset(trained)), FoldPadding())
+        return (FoldBatchNorm(), FoldPadding())
 
 
 def _unfolded(norm: fx.Node) -> str:

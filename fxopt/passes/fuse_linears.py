@@ -32,22 +32,17 @@ from fxopt.rewriting.pattern import Target
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
 class FuseSiblings(Rule):
-    """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])
-
-    Where the program `trains`, all of a fused tensor learns or none of it: `trained` names the
-    state that does.
-    """
-
-    trains: bool = False
-    trained: frozenset[str] = frozenset()
+    """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])"""
 
     mode: Mode = "eval"
+    learning: frozenset[str] = frozenset()
 
     def see(self, program: Program) -> None:
-        """In train mode a weight that is computed from parameters stays so."""
+        """In train mode a weight that is computed from parameters stays so, and what is joined
+        learns as a whole or not at all."""
         self.mode = program.mode
+        self.learning = program.learning
 
     def targets(self) -> tuple[Target, ...]:
         return PRODUCT_TARGETS
@@ -93,13 +88,13 @@ class FuseSiblings(Rule):
             reason = refuse_shared_weight(linear, lambda user: _reads_for(user, match.roots))
             if reason is not None:
                 return reason
-        return self._refuse_to_train(match["linears"]) if self.trains else None
+        return self._refuse_to_train(match["linears"]) if self.mode == "train" else None
 
     def _refuse_to_train(self, linears: Sequence[Linear]) -> str | None:
         if len({linear.bias is None for linear in linears}) > 1:
             return "some of them have no bias, and would learn one"
         for operands in ([one.weight for one in linears], [one.bias for one in linears]):
-            learn = {one is not None and str(one.target) in self.trained for one in operands}
+            learn = {one is not None and str(one.target) in self.learning for one in operands}
             if len(learn) > 1:
                 return "some of them are frozen, and would learn"
         return None
@@ -131,8 +126,7 @@ class FuseLinears(RulePass):
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule for any number of siblings."""
-        trained = (name for name, tensor in program.state.items() if tensor.requires_grad)
-        return (FuseSiblings(program.mode == "train", frozenset(trained)),)
+        return (FuseSiblings(),)
 
 
 def _reads_for(user: fx.Node, roots: Sequence[fx.Node]) -> bool:

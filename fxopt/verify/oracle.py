@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,11 +73,20 @@ def run_model(model: nn.Module, program: Program) -> Run:
     """The eager original as a function of the graph's input tensors; leaves the model as it was."""
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        grad = torch.set_grad_enabled(program.mode == "train")
-        with in_mode(model, program.mode), state_kept(program, inputs) as kept, same_draws(), grad:
+        trains = program.mode == "train"
+        grad = torch.set_grad_enabled(trains)
+        # Of a model that trains also what the capture may have failed to see written.
+        buffers = tensors_kept(model.buffers() if trains else ())
+        with (
+            in_mode(model, program.mode),
+            state_kept(program, inputs) as kept,
+            buffers,
+            same_draws(),
+            grad,
+        ):
             outputs = call_model(model, program, inputs)
             # An output may be the very tensor that is about to be put back.
-            return [output.clone() for output in outputs] if kept else outputs
+            return [output.clone() for output in outputs] if kept or trains else outputs
 
     return run
 
@@ -191,9 +200,17 @@ def state_kept(
     for node, tensor in zip(program.placeholders, inputs, strict=False):
         if any(user.target is torch.ops.aten.copy_.default for user in node.users):
             written.append(tensor)
+    with tensors_kept(written):
+        yield bool(written)
+
+
+@contextmanager
+def tensors_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What is written to `tensors` inside is put back."""
+    written = list(tensors)
     before = [tensor.detach().clone() for tensor in written]
     try:
-        yield bool(written)
+        yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(written, before, strict=True):
