@@ -3,8 +3,13 @@
 All three compare one tensor of the reference with one of the rewritten program:
 
     Exact           out = ref, bit for bit (a NaN never passes)
-    Close(r, a)     max|out - ref| <= a + r * max|ref|          relative to the tensor's own scale
+    Close(r, a)     max|out - ref| <= a + r * max|ref|          relative to the part's own scale
     Sqnr(d)         10 log10( sum ref^2 / sum (out - ref)^2 ) >= d       decibels, higher is truer
+
+the last two in each part P of the tensor by itself, so that none hides another: sums and maxima are
+over P. An ordinary output is one part. Sentinels (-1e9, the least number of a dtype) are one of
+their own, as is a row or channel far above the rest; `fxopt.parts` says which. A sentinel that the
+output has lost passes no claim.
 
 NaN and infinity pass no claim unless the reference holds the same infinity at the same place (an
 attention mask does, legitimately). Integer and boolean outputs can't be "close": they must be
@@ -15,7 +20,7 @@ noise amplitude ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import PassError
+from fxopt.parts import Part, split
 
 # A reassociated sum of n products errs by about sqrt(n) eps; these leave a few hundred eps, which
 # is what a deep model accumulates, and a planted fault exceeds by orders of magnitude.
@@ -36,6 +42,9 @@ _RTOL = {
 # Two float64 pieces and their difference stay in a core's cache.
 _CACHED_ELEMENTS = 1 << 15
 _DEVICE_ELEMENTS = 1 << 24
+
+# The square of a float64 above overflows.
+_SQUARED = 1e100
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Close:
-    """The outputs agree up to rounding, measured against each tensor's largest magnitude.
+    """The outputs agree up to rounding, measured against the largest magnitude of each part.
 
     `rtol` left out is taken from the dtype: 1e-9 for float64, 1e-4 for float32, 5e-3 for float16
     and 4e-2 for bfloat16. `atol` counts in the outputs' own unit.
@@ -87,17 +96,21 @@ class Close:
         fault = _fault(reference, output)
         if fault:
             return Measured(False, math.inf, fault)
-        error = _largest_difference(reference, output)
-        if not (reference.is_floating_point() or reference.is_complex()):
+        if not _is_inexact(reference):
+            error = _largest_difference(reference, output)
             return Measured(error == 0.0, error, f"largest integer difference {error:g}")
-        scale = _largest_magnitude(reference)
         rtol = _RTOL.get(reference.dtype.to_real(), 1e-4) if self.rtol is None else self.rtol
+        parts = split(reference, output)
+        judged = [self._measure_part(part, rtol, parts) for part in parts]
+        return max(judged, key=lambda one: (not one.holds, one.value))
+
+    def _measure_part(self, part: Part, rtol: float, parts: Sequence[Part]) -> Measured:
+        error = _largest_difference(part.reference, part.output)
+        scale = _largest_magnitude(part.reference)
         relative = error / scale if scale else (0.0 if error == 0.0 else math.inf)
-        return Measured(
-            error <= self.atol + rtol * scale,
-            relative,
-            f"relative error {relative:.2e} (allowed {rtol:g})",
-        )
+        holds = error <= self.atol + rtol * scale and not part.lost
+        text = f"relative error {relative:.2e} (allowed {rtol:g}){_where(part, parts)}"
+        return Measured(holds, relative, text)
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class Sqnr:
         fault = _fault(reference, output)
         if fault:
             return Measured(False, -math.inf, fault)
-        if not (reference.is_floating_point() or reference.is_complex()):
+        if not _is_inexact(reference):
             equal = int((reference == output).sum())
             share = equal / reference.numel() if reference.numel() else 1.0
             floor = 1.0 - 10.0 ** (-self.db / 20.0)
@@ -130,20 +143,31 @@ class Sqnr:
             return Measured(
                 share >= floor, math.inf if share == 1.0 else -20 * math.log10(1 - share), text
             )
-        value = sqnr(reference, output)
-        return Measured(value >= self.db, value, f"{value:.1f} dB")
+        parts = split(reference, output)
+        judged = [(_decibels_of(part), part) for part in parts]
+        value, worst = min(judged, key=lambda one: one[0])
+        return Measured(value >= self.db, value, f"{value:.1f} dB{_where(worst, parts)}")
 
 
 Claim: TypeAlias = Exact | Close | Sqnr
 
 
 def sqnr(reference: Tensor, output: Tensor) -> float:
-    """10 log10(sum ref^2 / sum (out - ref)^2) in decibels over all finite entries; inf when equal.
+    """min over parts P of 10 log10(sum_P ref^2 / sum_P (out - ref)^2) in decibels; inf when equal.
 
-    Summed in float64; entries where both hold the same infinity count as equal.
+    Summed in float64; entries where both hold the same infinity count as equal. -inf where a
+    sentinel is lost.
     """
+    return min(map(_decibels_of, split(reference, output)))
+
+
+def powers(part: Part) -> tuple[float, float]:
+    """sum ref^2 and sum (out - ref)^2 of a part, in float64 and in units of `unit(part.high)`^2."""
     noise = signal = 0.0
-    for ref, out in _pieces(reference, output):
+    scale = 1.0 / unit(part.high)
+    for ref, out in _pieces(part.reference, part.output):
+        if scale != 1.0:
+            ref, out = ref * scale, out * scale
         difference = out - ref
         power = _power(difference)
         if not math.isfinite(power):
@@ -152,7 +176,30 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
             power = _power(difference)
         noise += power
         signal += _power(ref)
-    return decibels(signal, noise)
+    return signal, noise
+
+
+def unit(magnitude: float) -> float:
+    """A power of two for squares of numbers up to `magnitude`: 1 unless they would overflow."""
+    return 1.0 if magnitude < _SQUARED else 2.0 ** (math.frexp(magnitude)[1] - 1)
+
+
+def _decibels_of(part: Part) -> float:
+    return -math.inf if part.lost else decibels(*powers(part))
+
+
+def _where(part: Part, parts: Sequence[Part]) -> str:
+    """Which of several parts it is that was measured."""
+    if part.lost:
+        return f"; {part.lost} entries are small where the original has {part.high:.3g}"
+    if len(parts) == 1:
+        return ""
+    count, whole = part.reference.numel(), sum(one.reference.numel() for one in parts)
+    return f" among {count} of {whole} entries, those of magnitudes up to {part.high:.3g}"
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -210,9 +257,7 @@ def _fault(reference: Tensor, output: Tensor) -> str | None:
 def _largest_difference(reference: Tensor, output: Tensor) -> float:
     if not reference.numel():
         return 0.0
-    if reference.dtype == torch.bool or not (
-        reference.is_floating_point() or reference.is_complex()
-    ):
+    if not _is_inexact(reference):
         different = reference != output
         if not bool(different.any()):
             return 0.0

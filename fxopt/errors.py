@@ -13,6 +13,10 @@ class InputError(FxoptError, ValueError):
     """The inputs of a call don't fit the captured program: structure, dtype, rank, size, device."""
 
 
+class OutsideError(InputError):
+    """A call that another program of the same model could answer: of other sizes or constants."""
+
+
 class ModelError(FxoptError, TypeError):
     """What was handed over as a model can't be transformed as it is."""
 

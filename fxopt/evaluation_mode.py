@@ -98,7 +98,9 @@ class _Derivation:
         self.new: dict[fx.Node, fx.Node] = {}
         self.counters: set[str] = set()
         for node in program.graph.nodes:
-            if not self._is_training_write(node):
+            if self._is_training_write(node):
+                self.new[node] = self._value(node, 0)
+            else:
                 self.new[node] = self._derived(node)
 
     def _derived(self, node: fx.Node) -> fx.Node:

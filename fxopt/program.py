@@ -14,16 +14,21 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.calibration import Calibration
 from fxopt.errors import FxoptError
 from fxopt.signature import Signature
 
 Mode = Literal["eval", "train"]
+
+UNKNOWN_SIZE = 64
+"""What a cost is estimated for where a size depends on data that nobody has seen."""
 
 
 @dataclass(frozen=True)
@@ -302,9 +307,19 @@ def _same_size(one: Any, other: Any) -> bool:
 
 
 def size_at_capture(size: Any) -> int:
-    """A size as it was in the example, also where it is dynamic. Records no guard."""
+    """A size as it was in the example, also where it is dynamic. Records no guard.
+
+    One that depends on data is as `observe_sizes` saw it, or `UNKNOWN_SIZE` where nothing has.
+    """
     if not isinstance(size, torch.SymInt):
         return int(size)
     node = size.node
-    hint = node.hint if node.has_hint() else None
-    return int(hint) if hint is not None else int(node.shape_env.size_hint(node.expr))
+    if node.has_hint() and node.hint is not None:
+        return int(node.hint)
+    env = node.shape_env
+    observed = {
+        symbol: sympy.Integer(env.var_to_hint_override.get(symbol, UNKNOWN_SIZE))
+        for symbol in free_unbacked_symbols(size)
+    }
+    hint = getattr(env, "guarding_hint_or_throw", None) or env.size_hint  # torch renamed it
+    return int(hint(node.expr.xreplace(observed)))

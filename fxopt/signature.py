@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.errors import InputError
+from fxopt.errors import InputError, OutsideError
+from fxopt.guards import Guard, Shapes, SizeCheck
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Range:
 class Signature:
     """The calling convention of a captured model: calls into leaves, leaves into outputs.
 
-    `zeros` names arguments that, left out of a call, are zeros of the shape of another one.
+    `zeros` names arguments that, left out of a call, are zeros of the shape of another one;
+    `guards` are what the sizes of a call must satisfy beside `ranges` and fixed sizes.
     """
 
     forward: inspect.Signature
@@ -60,6 +62,7 @@ class Signature:
     out_spec: pytree.TreeSpec
     out_constants: Mapping[int, object]
     zeros: Mapping[str, str] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorInput, ...]:
@@ -81,6 +84,24 @@ class Signature:
             if not any(isinstance(leaf, TensorInput) for leaf in pytree.tree_leaves(value))
         }
 
+    @property
+    def paths(self) -> list[str]:
+        """What messages call each placeholder."""
+        return [tensor.path for tensor in self.tensors]
+
+    @cached_property
+    def _check(self) -> SizeCheck:
+        highest = {name: r.high for name, r in self.ranges.items() if r.high is not None}
+        return SizeCheck([tensor.sizes for tensor in self.tensors], highest, self.guards)
+
+    def accepts(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the sizes of these tensors, in placeholder order, are within the guards."""
+        return self.fit([tensor.shape for tensor in tensors])
+
+    def fit(self, shapes: Shapes) -> bool:
+        """Whether tensors of these shapes, in placeholder order, are within the guards."""
+        return self._check.fits(shapes)
+
     def on_device(self, device: torch.device) -> Signature:
         """This convention for tensors on `device`."""
         leaves = tuple(
@@ -93,25 +114,48 @@ class Signature:
         """The tensors of a call in placeholder order.
 
         Raises `InputError` when the call doesn't fit what was captured: another structure, another
-        constant, or a tensor of another dtype, device, rank or fixed size.
+        constant, or a tensor of another dtype, device, rank or fixed size; `OutsideError`, which is
+        one, where sizes or constants ask for another program of the same model.
         """
         if not args and self._is_plain(kwargs):
             leaves: list[Any] = [kwargs[name] for name in self.names]
         else:
             leaves = self._leaves(args, kwargs)
-        tensors = []
-        sizes: dict[str, tuple[int, str]] = {}
+        tensors: list[Tensor] = []
+        shapes: list[torch.Size] = []
         for leaf, expected in zip(leaves, self.leaves, strict=True):
             if isinstance(expected, TensorInput):
-                self._check_tensor(leaf, expected, sizes)
+                self._check_tensor(leaf, expected)
                 tensors.append(leaf)
+                shapes.append(leaf.shape)
             elif isinstance(leaf, Tensor) or leaf != expected:
-                raise InputError(
+                raise OutsideError(
                     f"{self._path_of(expected)} is {leaf!r} in this call, but the graph was "
                     f"captured with {expected!r}. Transform the model again with example_inputs "
                     "that hold the new value."
                 )
+        if not self._check.fits(shapes):
+            self._refuse(shapes)
         return tensors
+
+    def _refuse(self, shapes: Shapes) -> NoReturn:
+        """Raise the `OutsideError` that names the first relation which these shapes break."""
+        paths = self.paths
+        for guard in self.guards:
+            if guard.origin != "operator" and not guard.is_kept(shapes):
+                raise OutsideError(self._broken_text(guard, paths))
+        sizes: dict[str, tuple[int, str]] = {}
+        for shape, expected in zip(shapes, self.tensors, strict=True):
+            for axis, (size, wanted) in enumerate(zip(shape, expected.sizes, strict=True)):
+                self._check_size(expected, axis, size, wanted, sizes)
+        broken = next(guard for guard in self.guards if not guard.is_kept(shapes))
+        raise OutsideError(self._broken_text(broken, paths))
+
+    def _broken_text(self, guard: Guard, paths: Sequence[str]) -> str:
+        return (
+            f"{guard.broken_text(paths)}; the graph was captured where {guard.text(paths)}. "
+            "Transform the model again with example_inputs of these sizes."
+        )
 
     def _is_plain(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether the call names each argument, and each is a tensor as it was at capture."""
@@ -138,6 +182,14 @@ class Signature:
                 f"{self.in_spec}. Transform the model again with example_inputs of that structure."
             )
         return leaves
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) of the model's own call on `tensors`, given in placeholder order."""
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in self.leaves
+        ]
+        return unbind(self.forward, pytree.tree_unflatten(leaves, self.in_spec))
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The model's own output type, made of the graph's output tensors."""
@@ -168,9 +220,7 @@ class Signature:
             "example_inputs that hold these."
         )
 
-    def _check_tensor(
-        self, value: object, expected: TensorInput, sizes: dict[str, tuple[int, str]]
-    ) -> None:
+    def _check_tensor(self, value: object, expected: TensorInput) -> None:
         if not isinstance(value, Tensor):
             raise InputError(f"{expected.path} must be a tensor ({expected}), not {value!r:.80}")
         if value.dtype != expected.dtype:
@@ -188,8 +238,6 @@ class Signature:
                 f"{expected.path} has rank {value.ndim} and shape {tuple(value.shape)}, but the "
                 f"graph takes rank {len(expected.sizes)}: {expected}."
             )
-        for axis, (size, wanted) in enumerate(zip(value.shape, expected.sizes, strict=True)):
-            self._check_size(expected, axis, size, wanted, sizes)
 
     def _check_size(
         self,
@@ -201,20 +249,20 @@ class Signature:
     ) -> None:
         if isinstance(wanted, int):
             if size != wanted:
-                raise InputError(
+                raise OutsideError(
                     f"{expected.path} has size {size} on axis {axis}, but the model fixes it to "
                     f"{wanted}: {expected}."
                 )
             return
         known, path = sizes.setdefault(wanted, (size, f"{expected.path} axis {axis}"))
         if known != size:
-            raise InputError(
+            raise OutsideError(
                 f"{expected.path} has size {size} on axis {axis}, but {path} has {known}; "
                 "the model needs them equal."
             )
         limit = self.ranges.get(wanted)
         if limit is not None and limit.high is not None and size > limit.high:
-            raise InputError(
+            raise OutsideError(
                 f"{expected.path} has size {size} on axis {axis}; the model takes at most "
                 f"{limit.high} there."
             )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from fxopt import loading
 from fxopt.errors import CalibrationError, InputError, ModelError
 from fxopt.loading import TextBatches, load_model, real_sentences
+from tests.seq2seq import SEQ2SEQ
 
 _SMALL = {
     "hidden_size": 8,
@@ -45,7 +48,7 @@ def test_a_folder_gives_its_own_architecture_in_eval_mode(bert: Path) -> None:
 
 def test_weights_are_those_of_the_folder(bert: Path) -> None:
     saved = transformers.BertForSequenceClassification.from_pretrained(bert)
-    loaded = load_model(str(bert)).model.state_dict()
+    loaded = load_model(str(bert), length=12).model.state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.state_dict().items())
 
 
@@ -127,6 +130,136 @@ def test_an_architecture_that_transformers_does_not_know(bert: Path, tmp_path: P
         load_model(str(tmp_path))
 
 
+def _with_config(folder: Path, **changes: Any) -> None:
+    """Entries of the folder's config.json changed, or left out where they are None."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value}))
+
+
+def test_a_class_that_transformers_does_not_have_is_not_replaced(speaking: Path) -> None:
+    _with_config(speaking, architectures=["BertForTheirOwnTask"])
+    with pytest.raises(ModelError) as caught:
+        load_model(str(speaking))
+    assert str(caught.value) == (
+        f"{speaking} holds a BertForTheirOwnTask, which transformers {transformers.__version__} "
+        "doesn't have. Another class would leave out what is its own, such as its head. Build the "
+        "model in Python with its own code, and call fxopt.transform() on it."
+    )
+
+
+def test_a_head_that_no_class_is_named_for_is_not_left_out(speaking: Path) -> None:
+    _with_config(speaking, architectures=None)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(speaking))
+    text = str(caught.value)
+    assert "config.json names no class under 'architectures', and BertModel has no place" in text
+    assert "for 2 weights of the file (classifier.bias, classifier.weight)" in text
+    _with_config(speaking, architectures=["BertForSequenceClassification"])
+    assert load_model(str(speaking), batch=2, length=8).warnings == ()
+
+
+def test_a_head_that_the_named_class_lacks_is_a_warning(speaking: Path) -> None:
+    _with_config(speaking, architectures=["BertModel"])
+    (warning,) = load_model(str(speaking), batch=2, length=8).warnings
+    assert warning == (
+        f"2 weights of {speaking} have no place in BertModel: classifier.bias, classifier.weight"
+    )
+
+
+def test_weights_that_the_file_lacks_are_never_random(speaking: Path) -> None:
+    weights = load_file(speaking / "model.safetensors")
+    lacking = {name: value for name, value in weights.items() if "query" not in name}
+    save_file(lacking, speaking / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load_model(str(speaking))
+    text = str(caught.value)
+    assert text.startswith(f"{speaking} lacks 2 weights of BertForSequenceClassification (bert.")
+    assert "attention.self.query.bias" in text
+    assert text.endswith("and call fxopt.transform() on it.")
+
+
+def test_more_tokens_than_positions_name_the_option(speaking: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_model(str(speaking), length=128)
+    assert str(caught.value) == (
+        "BertForSequenceClassification can't read 128 tokens a row: it takes 32 at most. Give "
+        "--length 32 or less."
+    )
+    assert load_model(str(speaking), length=32).inputs["input_ids"].shape == (8, 32)
+
+
+def test_a_decoder_of_few_positions_names_the_option(tmp_path: Path) -> None:
+    SEQ2SEQ["whisper"]().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"takes 19 at most\. Give --length 19 or less"):
+        load_model(str(tmp_path), length=64)
+    inputs = load_model(str(tmp_path), batch=3, length=19).inputs
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
+        "input_features": (3, 4, 20),
+        "decoder_input_ids": (3, 14),
+    }
+
+
+def _words(folder: Path, count: int, **special: str) -> None:
+    vocabulary = {f"w{index}": index for index in range(count)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_tokenizer_without_padding_and_end_pads_with_any_token(
+    bert: Path, tmp_path: Path
+) -> None:
+    transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
+    _words(tmp_path, 20)
+    inputs = load_model(str(tmp_path), batch=8, length=30).inputs
+    padded = inputs["attention_mask"] == 0
+    assert padded.any()
+    assert (inputs["input_ids"][padded] == 0).all()
+
+
+def test_a_tokenizer_of_another_model_is_refused(bert: Path, tmp_path: Path) -> None:
+    transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
+    _words(tmp_path, 99, pad_token="w98")
+    with pytest.raises(ModelError) as caught:
+        load_model(str(tmp_path), length=30)
+    assert str(caught.value) == (
+        f"the tokenizer of {tmp_path} gives the id 98, and the model has 40: they don't belong "
+        "together. Save the model's own tokenizer in the folder."
+    )
+
+
+def test_a_damaged_tokenizer(speaking: Path) -> None:
+    for file in speaking.glob("tokenizer*"):
+        file.write_text("{not json")
+    with pytest.raises(ModelError, match=r"transformers can't load the tokenizer of .*: "):
+        load_model(str(speaking))
+
+
+def test_text_goes_through_an_encoder_and_is_what_the_decoder_has_written(tmp_path: Path) -> None:
+    SEQ2SEQ["t5"]().save_pretrained(tmp_path)
+    _words(tmp_path, 30, pad_token="w0")
+    loaded = load_model(str(tmp_path), batch=2, length=12)
+    read, written = loaded.inputs["input_ids"], loaded.inputs["decoder_input_ids"]
+    assert written.shape == (2, 9)
+    assert (written[:, 0] == 0).all()
+    assert torch.equal(written[:, 1:], read[:, :8])
+    file = tmp_path / "texts.txt"
+    file.write_text("w4 w5 w6 w7\n" * 3)
+    (batch,) = TextBatches(loaded, file, 12)
+    assert batch["decoder_input_ids"].tolist() == [[0, 4, 5]] * 3
+
+
+def test_texts_for_a_model_that_reads_none_are_refused(tmp_path: Path) -> None:
+    SEQ2SEQ["whisper"]().save_pretrained(tmp_path)
+    _words(tmp_path, 30, pad_token="w0")
+    loaded = load_model(str(tmp_path), batch=2, length=12)
+    assert set(loaded.inputs) == {"input_features", "decoder_input_ids"}
+    with pytest.raises(CalibrationError, match="WhisperForConditionalGeneration doesn't read text"):
+        TextBatches(loaded, tmp_path / "texts.txt", 12)
+
+
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF but not really")
@@ -154,7 +287,7 @@ def test_a_device_that_does_not_exist(bert: Path) -> None:
 
 
 def test_without_the_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_DEMO", "no_such_package_of_anyone")
+    monkeypatch.setattr("fxopt.loading.loading._DEMO", "no_such_package_of_anyone")
     with pytest.raises(ModelError) as caught:
         load_model(None)
     assert str(caught.value) == (

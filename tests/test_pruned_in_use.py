@@ -83,7 +83,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "after",
-    ["fuse-linears, int8-linear{where=always}", "fuse-linears, autocast{dtype=bfloat16}"],
+    [
+        "fuse-linears, int8-linear{where=always}",
+        "fuse-linears, autocast{dtype=bfloat16, device=cpu:avx512_bf16}",
+    ],
 )
 def test_other_passes_take_a_pruned_model(after: str) -> None:
     case, opt = pruned("bert", HALF, after)

@@ -38,12 +38,13 @@ from fxopt.analyses.operator_precision import (
 from fxopt.analyses.precision import rounds_activations, rounds_to_integers
 from fxopt.analyses.products import PRODUCT_TARGETS, why_no_linear
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
-from fxopt.analyses.speed import BreakEven, linear_speeds
+from fxopt.analyses.speed import ROWS, BreakEven, linear_speeds
 from fxopt.analyses.weights import quantize_rows
 
 __all__ = [
     "LINEAR_TARGETS",
     "PRODUCT_TARGETS",
+    "ROWS",
     "UNLISTED",
     "BreakEven",
     "Candidate",

@@ -4,6 +4,9 @@
 
 A language model's logits are eighty times as wide as what they are made of: the product is a large
 part of a run, and three runs of logits are most of its memory. WᵀW [K, K] is computed once.
+
+A head whose weights or bias reach 256 is computed in full: it may ban an output by a bias of -1e9,
+and the outputs must be measured in parts (`fxopt.parts`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, fx
 from fxopt.analyses.linears import Linear, as_linear
 from fxopt.claim import Sqnr, decibels
 from fxopt.evaluate import Override
+from fxopt.parts import LARGE, peak
 from fxopt.program import Program, materialize
 
 _WIDE = 8
@@ -40,7 +44,7 @@ class OutputNoise:
         heads = {
             place: linear
             for place, node in enumerate(outputs)
-            if node not in rewritten and (linear := _as_head(node)) is not None
+            if node not in rewritten and (linear := _as_head(program, node)) is not None
         }
         self.override: Override = {linear.node: _input_of(linear) for linear in heads.values()}
         self._grams = {place: _gram(program, linear) for place, linear in heads.items()}
@@ -59,13 +63,17 @@ class OutputNoise:
         return decibels(_form(torch.nn.functional.pad(ref, (0, 1), value=1.0), gram), noise)
 
 
-def _as_head(node: fx.Node) -> Linear | None:
-    """The linear that `node` is, if it is wide and nothing but an output reads it."""
+def _as_head(program: Program, node: fx.Node) -> Linear | None:
+    """The linear that `node` is, if it is wide, an output alone reads it, and it bans none."""
     linear = as_linear(node)
     if linear is None or len(node.users) != 1 or linear.dtype not in _DTYPES:
         return None
     wide = linear.out_features >= _WIDE * linear.in_features
-    return linear if wide and linear.x.meta["val"].ndim > 1 else None
+    if not wide or linear.x.meta["val"].ndim < 2:
+        return None
+    operands = [one for one in (linear.weight, linear.bias) if one is not None]
+    largest = max(peak(program.tensor(str(one.target))) for one in operands)
+    return linear if largest < LARGE else None
 
 
 def _input_of(linear: Linear) -> Callable[..., Tensor]:

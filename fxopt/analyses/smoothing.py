@@ -41,8 +41,9 @@ def smoothing_scale(activations: Tensor, weights: Tensor, ties: Tensor, alpha: f
     if not bool(alive.any()):
         return torch.ones_like(a)
     logarithm = alpha * a.clamp_min(_SMALLEST).log2() - (1 - alpha) * w.clamp_min(_SMALLEST).log2()
-    scale = torch.exp2(logarithm - logarithm[alive].median())
-    return torch.where(alive, scale.clamp(1 / _WIDEST, _WIDEST), 1.0)
+    scale = torch.exp2(logarithm - logarithm[ties][alive[ties]].median())
+    # Taken by tie, not computed by channel: a vector's remainder may be rounded another way.
+    return torch.where(alive, scale.clamp(1 / _WIDEST, _WIDEST), 1.0)[ties]
 
 
 def choose_alpha(
@@ -75,8 +76,9 @@ def largest_per_channel(weight: Tensor) -> Tensor:
 
 
 def _tied_largest(values: Tensor, ties: Tensor) -> Tensor:
+    """The largest of the values of each tie, at its number; 0 at the numbers that no tie has."""
     values = values.double()
-    return torch.zeros_like(values).scatter_reduce(0, ties, values, "amax")[ties]
+    return torch.zeros_like(values).scatter_reduce(0, ties, values, "amax")
 
 
 def _int8_error(

@@ -6,7 +6,7 @@ import inspect
 import io
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.questions import recorded
+from fxopt.capture.returned_places import returns_written, with_returned_places
+from fxopt.capture.size_guards import guards_of
+from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
+from fxopt.guards import Guard
 from fxopt.program import Mode, Program
+from fxopt.sharing import Labels, observed
 from fxopt.signature import forward_signature, unbind
 
 _ADVICE = (
@@ -70,22 +77,30 @@ def capture(
         named["use_cache"] = False
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
-    with in_mode(model, mode):
-        exported = _export(model, named, mode)
-    program = to_program(exported, model, signature, named, mode)
-    notes += _fixed_size_notes(program)
-    convention = replace(program.signature, zeros=zeros_when_left_out(model, named))
+    with attributes_kept(model), in_mode(model, mode):
+        exported, guards = _export(model, named, mode)
+    program = to_program(exported, model, signature, _copied(named), mode)
+    if returns_written(program):
+        program = with_returned_places(program, _eager_memory(model, program))
+    notes += [*_fixed_size_notes(program), *observe_sizes(program)]
+    zeros = zeros_when_left_out(model, named)
+    convention = replace(program.signature, zeros=zeros, guards=guards)
     return replace(program, signature=convention, notes=tuple(notes))
 
 
-def _export(model: nn.Module, named: Mapping[str, Any], mode: Mode) -> ExportedProgram:
+def _export(
+    model: nn.Module, named: Mapping[str, Any], mode: Mode
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            return _export_dynamic(model, doubled, mode)
+            exported, guards = _export_dynamic(model, doubled, mode)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
+        else:
+            if _keeps(guards, named):
+                return exported, guards
     try:
         return _export_dynamic(model, named, mode)
     except Exception as error:
@@ -93,15 +108,25 @@ def _export(model: nn.Module, named: Mapping[str, Any], mode: Mode) -> ExportedP
         raise _capture_error(model, error) from error
 
 
-def _export_dynamic(model: nn.Module, named: Mapping[str, Any], mode: Mode) -> ExportedProgram:
+def _keeps(guards: Sequence[Guard], named: Mapping[str, Any]) -> bool:
+    """Whether the guards of a capture on other sizes hold of `named` too."""
+    shapes = [leaf.shape for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
+    return all(guard.is_kept(shapes) for guard in guards if guard.origin != "helper")
+
+
+def _export_dynamic(
+    model: nn.Module, named: Mapping[str, Any], mode: Mode
+) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
         torch.set_grad_enabled(mode == "train"),
+        recorded() as questions,
     ):
         shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return exported, guards_of(exported, questions)
 
 
 @contextmanager
@@ -179,7 +204,8 @@ def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False) or getattr(config, "is_decoder", None) is False:
+    writes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
+    if not getattr(config, "use_cache", False) or writes is False:
         return False
     takes_cache = "past_key_values" in forward_signature(model).parameters
     return takes_cache and "use_cache" not in named and "past_key_values" not in named
@@ -198,9 +224,9 @@ def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:
 
 def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
     """Raise `InputError` when the eager model can't take the inputs either."""
-    args, kwargs = unbind(forward_signature(model), named)
+    args, kwargs = unbind(forward_signature(model), _copied(named))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), left_alone(model):
             model(*args, **kwargs)
     except Exception as error:
         raise InputError(
@@ -208,6 +234,27 @@ def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
             f"{type(error).__name__}: {_first_line(error)} (at {_user_line(error)}). Give inputs "
             "that the model accepts."
         ) from error
+
+
+def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with a copy in place of each tensor: what the model writes isn't the user's."""
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+    return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
+
+
+def _eager_memory(model: nn.Module, program: Program) -> Labels:
+    """Which memory the outputs of an eager call on the example are in."""
+    inputs = [tensor.clone() for tensor in program.example]
+    args, kwargs = program.signature.arguments(inputs)
+    with in_mode(model, program.mode), left_alone(model), torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return observed(outputs, inputs, program.state)
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -244,9 +291,22 @@ def _user_line(error: BaseException) -> str:
 
 
 def _fixed_size_notes(program: Program) -> list[str]:
-    return [
+    """What calls must keep: axes of 1, which can't be traced as dynamic, and those fixed by code.
+
+    A loop over time steps, a reshape to numbers and the width of a weight fix sizes alike.
+    """
+    notes = [
         f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
         for tensor in program.signature.tensors
         for axis, size in enumerate(tensor.sizes)
         if size == 1
     ]
+    for tensor in program.signature.tensors:
+        fixed = [(axis, size) for axis, size in enumerate(tensor.sizes) if size not in (0, 1)]
+        axes = [f"{size} on axis {axis}" for axis, size in fixed if isinstance(size, int)]
+        if axes:
+            notes.append(
+                f"the model fixes the size of {tensor.path} to {', '.join(axes)}: a call with "
+                "another is refused"
+            )
+    return notes

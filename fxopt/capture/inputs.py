@@ -17,7 +17,7 @@ from fxopt.errors import InputError, NotCapturedError
 from fxopt.signature import bind, describe_leaves
 
 _TOKEN_TYPES = "token_type_ids"
-_BATCH, _LENGTH, _SAMPLES = 2, 16, 4000
+_BATCH, _LENGTH, _DECODER_LENGTH, _SAMPLES = 2, 16, 12, 4000
 
 
 def normalize_inputs(
@@ -51,14 +51,54 @@ def normalize_inputs(
 
 
 def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Example inputs of a transformers text, vision, audio-encoder or decoder model.
+    """Example inputs of a transformers text, vision or audio model, encoder, decoder or both.
 
     Text: `input_ids`, `attention_mask` and, where the model knows token types, `token_type_ids`
     int64[2, 16], the second row padded at its end; vision:
     `pixel_values` float[2, channels, height, width]; audio: `input_features` float[2, mels,
-    frames] or `input_values` float[2, samples]. Raises `NotCapturedError` when the config
-    doesn't say what the inputs are; a shape is never guessed.
+    frames] or `input_values` float[2, samples]. What has an encoder and a decoder gets
+    `decoder_input_ids` int64[2, 12] besides, which open with the decoder's start token. Raises
+    `NotCapturedError` when the config doesn't say what the inputs are; a shape is never guessed.
     """
+    inputs = _encoder_inputs(model)
+    if inputs and takes_decoder_ids(model):
+        decoder = _decoder_config(model)
+        if not hasattr(decoder, "vocab_size"):
+            inputs = {}
+        else:
+            inputs["decoder_input_ids"] = _ids(decoder, (_BATCH, _decoder_length(decoder)), seed=1)
+            inputs["decoder_input_ids"][:, 0] = decoder_start(model)
+    if not inputs:
+        raise NotCapturedError(
+            f"no example inputs can be derived from {type(model).__name__}: it has no transformers "
+            "config that says what its inputs are. Pass example_inputs=(...) or call the "
+            "result once; the capture then uses the inputs of that call."
+        )
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def takes_decoder_ids(model: nn.Module) -> bool:
+    """Whether `model` has an encoder and a decoder, each with ids or other inputs of its own."""
+    config: Any = getattr(model, "config", None)
+    names = inspect.signature(model.forward).parameters
+    return bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in names
+
+
+def decoder_start(model: nn.Module) -> int:
+    """The id that opens what the decoder of `model` writes, as its configs have it."""
+    decoder = _decoder_config(model)
+    configs = (model.config, getattr(model, "generation_config", None), decoder)
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for config in configs:
+            found = getattr(config, name, None)
+            if isinstance(found, int) and 0 <= found < decoder.vocab_size:
+                return found
+    return 0
+
+
+def _encoder_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """What the model is given first; nothing where its config doesn't say."""
     config: Any = getattr(model, "config", None)
     names = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None)
@@ -68,36 +108,51 @@ def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(floating)
 
-    inputs: dict[str, Tensor] = {}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        pass
-    elif main == "input_ids" and hasattr(config, "vocab_size"):
-        length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH) or _LENGTH)
-        low = min(3, config.vocab_size - 1)
-        shape = (_BATCH, length)
-        inputs["input_ids"] = torch.randint(low, config.vocab_size, shape, generator=generator)
-        if "attention_mask" in names:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-            inputs["attention_mask"][-1, (3 * length) // 4 :] = 0
-        if _TOKEN_TYPES in names and getattr(config, "type_vocab_size", None):
-            inputs[_TOKEN_TYPES] = torch.zeros(shape, dtype=torch.int64)
-    elif main == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        return _text_inputs(config, names)
+    seeing = config if hasattr(config, "image_size") else getattr(config, "encoder", None)
+    if main == "pixel_values" and hasattr(seeing, "image_size"):
+        size = seeing.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = draw(_BATCH, getattr(config, "num_channels", 3), height, width)
-    elif "input_features" in names and hasattr(config, "num_mel_bins"):
+        return {"pixel_values": draw(_BATCH, getattr(seeing, "num_channels", 3), height, width)}
+    if "input_features" in names and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 1500)
-        inputs["input_features"] = draw(_BATCH, config.num_mel_bins, frames)
-    elif main == "input_values" and hasattr(config, "conv_stride"):
-        inputs["input_values"] = draw(_BATCH, _SAMPLES)
-    if not inputs:
-        raise NotCapturedError(
-            f"no example inputs can be derived from {type(model).__name__}: it has no transformers "
-            "config that says what its inputs are. Pass example_inputs=(...) or call the "
-            "result once; the capture then uses the inputs of that call."
-        )
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+        return {"input_features": draw(_BATCH, config.num_mel_bins, frames)}
+    if main == "input_values" and hasattr(config, "conv_stride"):
+        return {"input_values": draw(_BATCH, _SAMPLES)}
+    return {}
+
+
+def _text_inputs(config: Any, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH) or _LENGTH)
+    shape = (_BATCH, length)
+    inputs = {"input_ids": _ids(config, shape, seed=0)}
+    if "attention_mask" in names:
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+        inputs["attention_mask"][-1, (3 * length) // 4 :] = 0
+    if _TOKEN_TYPES in names and getattr(config, "type_vocab_size", None):
+        inputs[_TOKEN_TYPES] = torch.zeros(shape, dtype=torch.int64)
+    return inputs
+
+
+def _ids(config: Any, shape: tuple[int, int], seed: int) -> Tensor:
+    """Ids of the vocabulary; the first few are mostly not text."""
+    generator = torch.Generator().manual_seed(seed)
+    low = min(3, config.vocab_size - 1)
+    return torch.randint(low, config.vocab_size, shape, generator=generator)
+
+
+def _decoder_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return getattr(config, "decoder", None) or config
+
+
+def _decoder_length(config: Any) -> int:
+    """Another than the encoder's, from which the capture could not tell it otherwise."""
+    names = ("max_target_positions", "max_position_embeddings")
+    found = [getattr(config, name, None) for name in names]
+    positions = [one for one in found if isinstance(one, int) and one > 0]
+    return min([_DECODER_LENGTH, *(max(1, (3 * one) // 4) for one in positions)])
 
 
 def zeros_when_left_out(model: nn.Module, named: Mapping[str, Any]) -> dict[str, str]:

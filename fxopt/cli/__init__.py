@@ -3,7 +3,8 @@
 Exit codes: 0 done; 1 a claim failed, or a list couldn't be compared; 2 bad usage or input; 130
 interrupted by Ctrl-C. What was measured until then is printed, and a second Ctrl-C leaves at once.
 With --json the standard output holds one JSON document and nothing else, or nothing after an error;
-progress goes to the standard error.
+progress goes to the standard error. Where something is to be written is tried before any work; if
+writing fails all the same, what was found is printed before the error.
 """
 
 from __future__ import annotations

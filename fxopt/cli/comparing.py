@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.optimizing import check_suffix
+from fxopt.cli.destinations import check_file
 from fxopt.cli.options import (
     AsJson,
     Batch,
@@ -53,7 +53,7 @@ def compare(
     exit code is 130 then. A list that can't be applied is told with its reason, and the exit code
     is 1.
     """
-    check_suffix(out, "--out")
+    check_file(out, "--out")
     lists = named_lists(passes, _ORIGINAL)
     with steps() as say:
         loaded = load(model, batch, length, device, say)

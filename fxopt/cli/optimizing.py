@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxopt.cli.destinations import check_file, check_folder
 from fxopt.cli.options import (
     DEFAULT_PASSES,
     AsJson,
@@ -18,10 +19,10 @@ from fxopt.cli.options import (
     Passes,
 )
 from fxopt.cli.preparing import load, texts
-from fxopt.cli.progress import steps
+from fxopt.cli.progress import Say, steps
+from fxopt.errors import SaveError
+from fxopt.optimized import Optimized
 from fxopt.transform import transform
-
-REPORT_SUFFIXES = (".html", ".json", ".txt")
 
 
 def optimize(
@@ -43,7 +44,8 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Transform a model, print what was done, claimed and measured, and save the result."""
-    check_suffix(report, "--report")
+    check_folder(out, "--out")
+    check_file(report, "--report")
     with steps() as say:
         loaded = load(model, batch, length, device, say)
         optimized = transform(
@@ -54,23 +56,29 @@ def optimize(
             on_violation=on_violation,  # type: ignore[arg-type]
             progress=say,
         )
-        if out is not None:
-            say(f"saving to {out}")
-            optimized.save(out)
-        if report is not None:
-            optimized.report.save(report)
-    if as_json:
-        typer.echo(optimized.report.to_json())
-        return
-    typer.echo(str(optimized.report))
+        failed = _save(optimized, out, report, say)
+    typer.echo(optimized.report.to_json() if as_json else str(optimized.report))
     for what, path in (("program", out), ("report", report)):
-        if path is not None:
+        if path is not None and what not in failed and not as_json:
             typer.echo(f"{what} saved to {path}")
+    for error in failed.values():
+        raise error
 
 
-def check_suffix(path: Path | None, option: str) -> None:
-    """Refuse, before any work is done, a file that couldn't be written by its suffix."""
-    if path is not None and path.suffix.lower() not in REPORT_SUFFIXES:
-        raise typer.BadParameter(
-            f"end {path.name!r} in {', '.join(REPORT_SUFFIXES)}", param_hint=f"'{option}'"
-        )
+def _save(
+    optimized: Optimized, out: Path | None, report: Path | None, say: Say
+) -> dict[str, SaveError]:
+    """Write what was asked for; why something couldn't be, after the report was printed."""
+    failed = {}
+    if out is not None:
+        say(f"saving to {out}")
+        try:
+            optimized.save(out)
+        except SaveError as error:
+            failed["program"] = error
+    if report is not None:
+        try:
+            optimized.report.save(report)
+        except SaveError as error:
+            failed["report"] = error
+    return failed

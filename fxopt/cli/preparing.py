@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import typer
+
 from fxopt.cli.options import DEFAULT_PASSES
 from fxopt.cli.progress import Say
 from fxopt.errors import FxoptError, PassError
@@ -29,9 +31,12 @@ class Prepared:
 
 
 def load(model: str | None, batch: int, length: int, device: str, say: Say) -> Loaded:
-    """The model of the command's argument, with example inputs."""
+    """The model of the command's argument, with example inputs; its warnings are printed."""
     say(f"loading {model or 'the demo model'}")
-    return load_model(model, batch, length, device)
+    loaded = load_model(model, batch, length, device)
+    for warning in loaded.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return loaded
 
 
 def texts(loaded: Loaded, file: Path | None, length: int) -> TextBatches | None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from fxopt.device import Device
 from fxopt.errors import ExportError
+from fxopt.export.int8_weights import METADATA, write_int8_weights
 from fxopt.export.naming import axis_names, input_names, renamed, result_names
 from fxopt.export.operators import translations
 from fxopt.export.products import speed_up_products
@@ -23,9 +25,10 @@ _SCALE_SHAPERS = ("Reshape", "Squeeze")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def onnx_graph(program: Program, opset: int) -> Any:
-    """The `onnxscript.ir.Model` of `program`: named inputs, outputs and sizes, and no traces of
-    where it was made. Raises `ExportError` for what has no ONNX form."""
+def onnx_graph(program: Program, opset: int, target: Device | None = None) -> Any:
+    """The `onnxscript.ir.Model` of `program`: named inputs, outputs and sizes, int8 weights that
+    are exact on `target` (None: on every CPU), and no traces of where it was made. Raises
+    `ExportError` for what has no ONNX form."""
     with _quiet_exporter():
         exported = _exported(program)
         try:
@@ -44,10 +47,13 @@ def onnx_graph(program: Program, opset: int) -> Any:
     model = result.model
     _fold_scale_shapes(model)
     speed_up_products(model)
+    exactness = write_int8_weights(model, target)
     _tidy(model)
     _name_sizes(model, program)
     _name_ends(model, program)
     _strip(model, program.name)
+    if exactness is not None:
+        model.metadata_props[METADATA] = exactness
     return model
 
 

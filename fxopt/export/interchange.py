@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-from fxopt.errors import ExportError
+from fxopt.device import Device, checked_device
+from fxopt.errors import ExportError, PassError
 from fxopt.export.files import LARGEST_IN_ONE_FILE, check_path, write
 from fxopt.export.graph import onnx_graph
 from fxopt.export.numerics import check_operators, numerics_program
@@ -23,6 +24,7 @@ def to_onnx(
     *,
     opset: int = 21,
     external_data: bool | Literal["auto"] = "auto",
+    device: str | Device | None = None,
 ) -> Path:
     """Write `opt` to `path` as an ONNX model and return the path.
 
@@ -34,9 +36,13 @@ def to_onnx(
     activations quantized per token are written as MatMulInteger. bfloat16 stays bfloat16, for which
     ONNX Runtime has no products on a CPU.
 
+    int8 weights beyond 7 bits are written as uint8, since runtimes saturate products of uint8 and
+    int8 on CPUs without an int8 dot product; `device="cpu:avx512_vnni"` keeps them int8, for CPUs
+    like that alone. The file's metadata says which under "fxopt.int8_weights".
+
     Raises `ExportError` for anything but an `Optimized`, an operator without an ONNX form, a
-    missing package, an unknown opset or a path that can't be written, and `NotCapturedError` where
-    the graph doesn't exist yet.
+    missing package, an unknown opset or device, or a path that can't be written, and
+    `NotCapturedError` where the graph doesn't exist yet.
     """
     if not isinstance(opt, Optimized):
         raise ExportError(
@@ -49,6 +55,10 @@ def to_onnx(
         )
     if external_data not in (True, False, "auto"):
         raise ExportError(f"external_data={external_data!r}: must be True, False or 'auto'")
+    try:
+        described = checked_device("to_onnx", device)
+    except PassError as error:
+        raise ExportError(str(error)) from None
     target = check_path(path)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -57,5 +67,6 @@ def to_onnx(
     program = numerics_program(opt, known)
     check_operators(program, known)
     large = program.parameter_bytes() > LARGEST_IN_ONE_FILE
-    write(onnx_graph(program, opset), target, large if external_data == "auto" else external_data)
+    model = onnx_graph(program, opset, None if described is None else Device.parse(described))
+    write(model, target, large if external_data == "auto" else external_data)
     return target

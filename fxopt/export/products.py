@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_SHIFT = 128
+from fxopt.export.unsigned import SHIFT, unsigned_constant
 
 
 def speed_up_products(model: Any) -> None:
@@ -90,8 +90,8 @@ def _integer_product(op: Any, rounded: Any, weight: Any) -> Any:
     import numpy as np
     from onnxscript import ir
 
-    unsigned = op.Add(rounded, op.Constant(value=ir.tensor(np.float32(_SHIFT))))
-    zero_point = op.Constant(value=ir.tensor(np.uint8(_SHIFT)))
+    unsigned = op.Add(rounded, op.Constant(value=ir.tensor(np.float32(SHIFT))))
+    zero_point = op.Constant(value=ir.tensor(np.uint8(SHIFT)))
     q = op.Cast(unsigned, to=_UINT8)
     return op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero_point)
 
@@ -120,7 +120,9 @@ def _make_activations_unsigned(model: Any) -> None:
         users = [user for user, _ in node.outputs[0].uses()]
         if node.outputs[0].is_graph_output() or not _all_dequantize(users, node):
             continue
-        zero_point = _shifted(model, node.inputs[2])
+        given = node.inputs[2]
+        values = given.const_value.numpy()
+        zero_point = unsigned_constant(model, f"{given.name}_uint8", values)
         for one in (node, *users):
             one.replace_input_with(2, zero_point)
         node.outputs[0].dtype = ir.DataType.UINT8
@@ -145,23 +147,3 @@ def _same_constant(one: Any, other: Any) -> bool:
     if one is None or one.const_value is None:
         return False
     return bool(np.array_equal(one.const_value.numpy(), other.const_value.numpy()))
-
-
-def _shifted(model: Any, zero_point: Any) -> Any:
-    """The zero point as uint8, 128 higher: an initializer made once."""
-    import numpy as np
-    from onnxscript import ir
-
-    name = f"{zero_point.name}_uint8"
-    initializers = model.graph.initializers
-    if name not in initializers:
-        values = zero_point.const_value.numpy().astype(np.int16) + _SHIFT
-        tensor = ir.tensor(values.astype(np.uint8), name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(values.shape),
-            type=ir.TensorType(ir.DataType.UINT8),
-            const_value=tensor,
-        )
-        initializers[name] = value
-    return initializers[name]

@@ -61,6 +61,7 @@ from fxopt.kernels import (
     packed,
     quantization,
     quantize_tokens,
+    recurrent,
     sparse24,
 )
 from fxopt.kernels.int4 import pack_int4
@@ -83,6 +84,10 @@ SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.fxopt.quantize_per_token.default: quantization.type_of_quantized,
     torch.ops.fxopt.quantize_per_token_affine.default: quantization.type_of_quantized_affine,
     torch.ops.fxopt.quantize_float8.default: float8.type_of_quantized_float8,
+    torch.ops.aten.lstm.input: recurrent.type_of_lstm,
+    torch.ops.aten.gru.input: recurrent.type_of_gru,
+    torch.ops.aten.rnn_tanh.input: recurrent.type_of_rnn,
+    torch.ops.aten.rnn_relu.input: recurrent.type_of_rnn,
 }
 
 GENERATED_AS: dict[OpOverload, str] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import dense_linear
+from fxopt.kernels.onednn_int8 import product_without_dot_product, takes_full_range
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N divisible by 8.
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
@@ -92,6 +93,9 @@ def _product_on_cpu(q: Tensor, weight: Tensor) -> Tensor:
         # torch._int_mm on the CPU returns wrong numbers for an inner size of 1 (seen in 2.13).
         return q.to(torch.int32) * weight.reshape(-1).to(torch.int32)
     rows = q.reshape(-1, q.shape[-1]).contiguous()
+    if not takes_full_range():
+        # torch._int_mm is a scalar loop there, 25 times as slow as float32.
+        return product_without_dot_product(rows, weight).view(shape)
     return torch._int_mm(rows, weight.contiguous().t()).view(shape)
 
 

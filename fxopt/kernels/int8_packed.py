@@ -7,24 +7,20 @@ for q 8-bit `[..., K]` with one scale s and zero point z, and W int8 `[N, K]` wi
 `[N, 1]` per output channel. With an output scale the next layer's integers leave the product's
 epilogue, and no float lies between two layers. The sum is exact in int32; the epilogue is float32.
 
-Off the CPU, and where the CPU has no int8 dot product (there oneDNN saturates in 16 bits), the
-operator is the equation. Inference only: rounding has no gradient.
+Off the CPU, and where oneDNN's sum would not be exact (`fxopt.kernels.onednn_int8`), the operator
+is the equation. Inference only: rounding has no gradient.
 Source: oneDNN, "Quantization" and "Primitive Attributes: Post-ops".
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from fxopt.device import Device
 from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
-from fxopt.kernels.onednn import has_onednn
+from fxopt.kernels.onednn_int8 import no_zero_points, packed_exactly
 from fxopt.kernels.packed import ONEDNN_POST_OPS, activate
-from fxopt.kernels.packing import PACKED_WEIGHTS
 
 POST_OPS = frozenset(ONEDNN_POST_OPS) - {"add"}
 
@@ -116,20 +112,21 @@ def _on_cpu(
     out_zero_point: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not _runs_on_onednn(q, weight, out_zero_point):
+    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
+    packed = packed_exactly(weight) if _runs_on_onednn(q, out_zero_point) else None
+    if packed is None:
         return _reference(
             q, scale, zero_point, weight, weight_scale, bias, post_op,
             out_scale, out_zero_point, dtype,
         )  # fmt: skip
-    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
     attribute, algorithm = ONEDNN_POST_OPS[post_op]
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         q.contiguous(),
         scale.item(),
         zero_point.item(),
-        PACKED_WEIGHTS.get(weight, _pack),
+        packed,
         weight_scale.reshape(-1),
-        _no_zero_points(weight.shape[0]),
+        no_zero_points(weight.shape[0]),
         None if bias is None else bias.to(torch.float32).contiguous(),
         1.0 if out_scale is None else out_scale.item(),
         0 if out_zero_point is None else out_zero_point.item(),
@@ -141,31 +138,9 @@ def _on_cpu(
     return y
 
 
-def _runs_on_onednn(q: Tensor, weight: Tensor, out_zero_point: Tensor | None) -> bool:
-    return (
-        q.dtype == torch.uint8
-        and q.numel() > 0
-        and weight.numel() > 0
-        and (out_zero_point is None or out_zero_point.dtype == torch.uint8)
-        and has_onednn()
-        and not weight.is_inference()
-        and _has_int8_products()
-    )
-
-
-@functools.cache
-def _has_int8_products() -> bool:
-    return bool(Device.describe("cpu").accelerates(torch.int8))
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    return packed
-
-
-@functools.cache
-def _no_zero_points(channels: int) -> Tensor:
-    return torch.zeros(channels, dtype=torch.int32)
+def _runs_on_onednn(q: Tensor, out_zero_point: Tensor | None) -> bool:
+    unsigned_out = out_zero_point is None or out_zero_point.dtype == torch.uint8
+    return q.dtype == torch.uint8 and q.numel() > 0 and unsigned_out
 
 
 def _fake(

@@ -124,8 +124,9 @@ def compile_program(
 ) -> Lowered:
     """Compile `module`, the materialised `program`, for the shapes of the program's example.
 
-    The example is run once; buffers that the program writes are put back. Raises `LowerError`
-    where there is no compiler, no CUDA where it is asked for, or, with `strict`, a lost kernel.
+    A copy of the example is run once; buffers that the program writes are put back. Raises
+    `LowerError` where there is no compiler, no CUDA where it is asked for, or, with `strict`, a
+    lost kernel.
     """
     say = progress or (lambda line: None)
     start = time.perf_counter()
@@ -181,7 +182,13 @@ def _eager(module: fx.GraphModule) -> Callable[..., Any]:
 def _run_once(compiled: Compiled, module: fx.GraphModule, program: Program) -> None:
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in program.written}
     before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    compiled(*program.example)
+    # Copies, for what the program writes; of tensors apart, as the inputs of calls are.
+    compiled(
+        *(
+            tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for tensor in program.example
+        )
+    )
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(before[name])

@@ -4,19 +4,57 @@ SQNR     10 log10( sum ref² / sum (out - ref)² )            decibels
 cosine   ref · out / (|ref| |out|)                           of each row
 KL       sum p (log p - log q),  p = softmax(ref)            nats, of each row
 top-1    argmax ref = argmax out                             share of the rows
+
+SQNR and cosine are taken in each part of the entries that stands apart in magnitude
+(`fxopt.parts`), of which the worst counts: a banned logit of -1e9 would hide all others.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fxopt.claim import decibels
+from fxopt.claim import decibels, powers, unit
+from fxopt.parts import GAP, Part, divided, labels
 
 # A float64 piece of each of the two, whatever the size of the batch: 32 MB.
 _PIECE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The powers of one part over all rows seen, in units of `unit(high)`^2, and its scales."""
+
+    low: float
+    high: float
+    signal: float
+    noise: float
+
+    @property
+    def db(self) -> float:
+        """Decibels of signal over noise."""
+        return decibels(self.signal, self.noise)
+
+    @staticmethod
+    def of(part: Part) -> Tally:
+        """The tally of one batch's part; infinitely noisy where a sentinel is lost."""
+        signal, noise = powers(part)
+        return Tally(part.low, part.high, signal, math.inf if part.lost else noise)
+
+    def plus(self, other: Tally) -> Tally:
+        """Both together."""
+        high = max(self.high, other.high)
+        mine, others = ((unit(one.high) / unit(high)) ** 2 for one in (self, other))
+        return Tally(
+            min(self.low, other.low),
+            high,
+            self.signal * mine + other.signal * others,
+            self.noise * mine + other.noise * others,
+        )
 
 
 class Agreement:
@@ -30,7 +68,8 @@ class Agreement:
     def __init__(self) -> None:
         self.rows = self.blind = self.broken = 0
         self.features = 0
-        self._signal = self._noise = self._cosines = self._divergence = 0.0
+        self.tallies: list[Tally] = []
+        self._cosines = self._divergence = 0.0
         self._lowest = math.inf
         self._agreed = 0
 
@@ -44,8 +83,10 @@ class Agreement:
 
     @property
     def sqnr_db(self) -> float:
-        """Decibels over all entries; inf when equal, -inf where the candidate holds a NaN."""
-        return decibels(self._signal, math.inf if self.broken else self._noise)
+        """Decibels of the worst part; inf when equal, -inf where the candidate holds a NaN."""
+        if self.broken:
+            return -math.inf
+        return min((tally.db for tally in self.tallies), default=math.inf)
 
     @property
     def cosine_mean(self) -> float | None:
@@ -87,11 +128,32 @@ class Agreement:
             self._divergence += float(_divergence(ref, out).sum())
             self._agreed += int((ref.argmax(-1) == out.argmax(-1)).sum())
         ref, out = ref.masked_fill(same, 0.0), out.masked_fill(same, 0.0)
-        self._signal += float(ref.square().sum())
-        self._noise += float((out - ref).square().sum())
-        cosine = _cosine(ref, out)
+        places, ranges = labels(ref, out)
+        tallies = map(Tally.of, divided(ref, out, places, ranges))
+        self.tallies = _merged([*self.tallies, *tallies])
+        cosine = _least_cosine(ref, out, places, len(ranges))
         self._cosines += float(cosine.sum())
         self._lowest = min(self._lowest, float(cosine.min()))
+
+
+def _merged(tallies: Iterable[Tally]) -> list[Tally]:
+    """Those of different batches that would be one part in a batch of all rows, added up."""
+    merged: list[Tally] = []
+    for tally in sorted(tallies, key=lambda one: one.low):
+        if merged and tally.low <= GAP * merged[-1].high:
+            merged[-1] = merged[-1].plus(tally)
+        else:
+            merged.append(tally)
+    return merged
+
+
+def _least_cosine(ref: Tensor, out: Tensor, places: Tensor | None, parts: int) -> Tensor:
+    """Of each row, in that of its parts where it is the least."""
+    if places is None:
+        return _cosine(ref, out)
+    others = [places != part for part in range(parts)]
+    cosines = [_cosine(ref.masked_fill(o, 0.0), out.masked_fill(o, 0.0)) for o in others]
+    return torch.stack(cosines).amin(0)
 
 
 def _cosine(ref: Tensor, out: Tensor) -> Tensor:

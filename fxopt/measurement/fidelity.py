@@ -91,9 +91,10 @@ def fidelity(
     Models are modules (put in eval mode for this) or any callables; batches are tensors, tuples of
     positional or dicts of keyword arguments. Compared are the `logits` of what the models return,
     or else the first floating-point tensor. SQNR is over all entries, cosine by row: the last axis
-    of an output of two or three axes. Rows of padding, by the batch's `attention_mask`, are left
-    out. KL of the softmax and agreement of the largest entry are taken of logits, and of outputs
-    of two or three axes that have no name.
+    of an output of two or three axes; both in the worst part where sentinels or the like stand
+    apart (`fxopt.parts`). Rows of padding, by the batch's `attention_mask`, are left out. KL of the
+    softmax and agreement of the largest entry are taken of logits, and of outputs of two or three
+    axes that have no name.
 
     For a causal language model, perplexity of both: the labels are the batch's `input_ids`, each
     predicted from those before it, within the mask. For a classifier, `labels` gives the classes
@@ -294,6 +295,12 @@ def _notes(seen: Agreement, labels_ignored: bool) -> tuple[str, ...]:
     if seen.blind:
         notes.append(
             f"{seen.blind} rows are left out: the reference itself holds NaN or infinity there"
+        )
+    if len(seen.tallies) > 1:
+        figures = ", ".join(f"{one.db:.1f} dB up to {one.high:.3g}" for one in seen.tallies)
+        notes.append(
+            f"the entries stand apart by magnitude in {len(seen.tallies)} parts ({figures}); SQNR "
+            "and cosine are those of the worst"
         )
     if labels_ignored:
         notes.append("the labels were not used: what is compared are no logits")

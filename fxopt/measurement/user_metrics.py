@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from fxopt.errors import MeasureError
+from fxopt.errors import FxoptError, MeasureError
 
 Metric: TypeAlias = Callable[[Any, Iterable[Any]], "float | Mapping[str, float]"]
 Metrics: TypeAlias = "Metric | Mapping[str, Metric]"
@@ -30,11 +30,18 @@ def scores(
 ) -> dict[str, float]:
     """What the metrics say of `model`, by name; a metric that returns a dict names its own.
 
-    Raises `MeasureError` where one returns no number.
+    Raises `MeasureError` where one returns no number, or raises what isn't fxopt's.
     """
     found: dict[str, float] = {}
     for name, metric in metrics.items():
-        result: Any = metric(model, data)
+        try:
+            result: Any = metric(model, data)
+        except FxoptError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise MeasureError(
+                f"the metric {name!r} raised {type(error).__name__} for {who}: {error}"
+            ) from error
         parts = dict(result) if isinstance(result, Mapping) else {name: result}
         for part, value in parts.items():
             try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from fxopt.errors import SaveError
+from fxopt.errors import FxoptError, SaveError
 from fxopt.lower import Lower
+from fxopt.optimized.configs import read_config
 from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.report import Report
+from fxopt.rewriting import Pass
 from fxopt.saving import load as read
 from fxopt.spec import parse_passes
 
@@ -25,30 +26,26 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     if saved.report_json is None:
         raise SaveError(f"{folder} holds no report; save the module with its save method")
     lowering = None
-    for pass_ in parse_passes(saved.lowering or ""):
+    for pass_ in _passes(saved.lowering or "", folder):
         if not isinstance(pass_, Lower):
             raise SaveError(f"{folder} names {pass_!r} as its lowering; only Lower can be one")
         lowering = pass_
     program = saved.program
-    carried = {} if saved.config is None else {"config": _config(saved.config, folder)}
+    carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
+    evaluation = Evaluation.saved(saved.evaluation)
     report = Report.from_json(saved.report_json)
-    evaluation = Evaluation()
-    if isinstance(saved.evaluation, str):
-        evaluation = Evaluation(missing=saved.evaluation)
-    elif saved.evaluation is not None:
-        evaluation = Evaluation(saved.evaluation)
-    twin.install(Outcome(program, report, (), lowering, evaluation=evaluation))
+    outcome = Outcome(program, report, (), lowering, evaluation=evaluation)
+    try:
+        twin.install(outcome)
+    except Exception as error:  # names of tensors that can't stand beside one another, and the like
+        reason = f"{type(error).__name__}: {error!s:.200}"
+        raise SaveError(f"{folder} holds a program that makes no module: {reason}") from error
     return twin
 
 
-def _config(saved: Mapping[str, Any], folder: str | Path) -> Any:
-    """The transformers config of a saved model; its class is one that transformers registers."""
-    from transformers import CONFIG_MAPPING
-
+def _passes(spec: str, folder: str | Path) -> tuple[Pass, ...]:
     try:
-        return CONFIG_MAPPING[saved["model_type"]].from_dict(dict(saved))
-    except Exception as error:  # the file may be hostile: any value may stand anywhere
-        raise SaveError(
-            f"{folder} holds a model config that transformers can't read: {error!s:.200}"
-        ) from error
+        return parse_passes(spec)
+    except FxoptError as error:
+        raise SaveError(f"{folder} names a lowering that can't be read: {error!s:.200}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from fxopt.errors import InputError, ModelError, NotCapturedError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.optimized.outcome import OptimizedStep, Outcome
@@ -192,25 +192,20 @@ class Optimized(nn.Module):
         """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
         The program is that of the present mode: saved in evaluation mode it is for inference alone.
-        Holds no code and no pickle. Raises `SaveError` where something can't be saved.
+        Holds no code and no pickle. Raises `SaveError` where something can't be saved, before
+        `folder` is changed. A config that transformers doesn't register is left out.
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
         report = outcome.report.to_json()
-        config: Any = getattr(self, "config", None)
-        known = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
-        evaluation: Program | str | None = None
-        if self.training and outcome.evaluation.program is not None:
-            evaluation = self._over_present(outcome.evaluation.program)
-        elif self.training:
-            evaluation = outcome.evaluation.missing or None
+        config = saved_config(getattr(self, "config", None))
         save(
             self.program,
             folder,
             lowering=lowering,
             report_json=report,
-            config=known,
-            evaluation=evaluation,
+            config=config,
+            evaluation=self._apart() if self.training else None,
         )
 
     def train(self, mode: bool = True) -> Optimized:
@@ -260,6 +255,11 @@ class Optimized(nn.Module):
         object.__setattr__(twin, "_wanted", self.training)
         twin.install(self._renewed(replace(program, state=state), evaluation))
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from fxopt.optimized.pickling import reduced  # which imports this file
+
+        return reduced(self._present(), self._apart(), self._done(), self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -311,6 +311,14 @@ class Optimized(nn.Module):
         missing = self._done().evaluation.missing
         if missing:
             raise ModelError(f"this module has no evaluation mode: {missing}")
+
+    def _apart(self) -> Program | str | None:
+        """The evaluation program where it doesn't follow from the training program, or why there is
+        none."""
+        evaluation = self._done().evaluation
+        if evaluation.program is None:
+            return evaluation.missing or None
+        return self._over_present(evaluation.program)
 
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""

@@ -37,6 +37,11 @@ class Evaluation:
     missing: str = ""
     make: Callable[[tuple[Any, ...], dict[str, Any], Program], Program] | None = None
 
+    @classmethod
+    def saved(cls, kept: Program | str | None) -> Evaluation:
+        """The evaluation that was saved as a program, or as the reason why there is none."""
+        return cls(missing=kept) if isinstance(kept, str) else cls(kept)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -19,6 +19,7 @@ from fxopt.passes.known_masks import CountsFromThere, DropTrue
 from fxopt.program import Program, draws_random, is_pure, same_sizes
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
+from fxopt.sharing import may_alias, may_copy, reaches_output
 
 aten = torch.ops.aten
 
@@ -77,7 +78,8 @@ class DropIdentity(Rule):
         return Match((node,), {"x": source})
 
     def refuse(self, match: Match) -> str | None:
-        if match.root.target in _COPIES and any(user.op == "output" for user in match.root.users):
+        copies = match.root.target in _COPIES or may_copy(match.root)
+        if copies and reaches_output(match.root):
             return "the copy is an output, which must not share memory with an input"
         return None
 
@@ -123,6 +125,13 @@ class MergeDuplicate(Rule):
                 return Match((node,), {"twin": twin})
         return None
 
+    def refuse(self, match: Match) -> str | None:
+        node, twin = match.root, match["twin"]
+        is_view = may_alias(node) and not may_copy(node)
+        if not is_view and reaches_output(node) and reaches_output(twin):
+            return "both are outputs, which must not share memory with each other"
+        return None
+
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         twin: fx.Node = match["twin"]
         return twin
@@ -148,6 +157,8 @@ class FoldConstant(Rule):
 
     def refuse(self, match: Match) -> str | None:
         value = match.root.meta["val"]
+        if reaches_output(match.root):
+            return "it is an output, which must not share memory with what later calls read"
         if value.numel() > _LARGEST_FOLD:
             return f"folding would store {value.numel()} numbers"
         for operand in match.root.all_input_nodes:

@@ -7,15 +7,17 @@ so on this machine; which ranges their inputs have (calibration); which cost too
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.analyses import (
+    ROWS,
     BreakEven,
     Candidate,
     Histogram,
@@ -46,6 +48,11 @@ from fxopt.rewriting import Plan, plan_rules
 
 _KERNELS = {"dynamic": "int8", "static": "int8_static", "weight_only": "weight_only"}
 """The name under which a mode's kernel is timed."""
+
+_UNSEEN = (
+    "no value reached it on the calibration inputs, so its range isn't known: give calibration= "
+    "inputs that use it, or mode='dynamic'"
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,11 @@ class _Planning:
         scales = {
             x: StaticScale.of_range(*seen.range(observer, symmetric), self.scheme.activations)
             for x, seen in histograms.items()
+            if seen.count
         }
+        if histograms:
+            unseen = [one.node.name for one in self.linears if one.x not in scales]
+            self._keep(dict.fromkeys(unseen, _UNSEEN))
         self.scheme = replace(
             self.scheme,
             scales={one.node.name: scales[one.x] for one in self.linears if one.x in scales},
@@ -233,7 +244,11 @@ class _Planning:
         return materialize(linear.rows_first(state)).detach()
 
     def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:
-        """Each weight rounded for all the inputs that meet it: their moments are summed."""
+        """Each weight rounded for all the inputs that meet it: their moments are summed.
+
+        Where none came, as in an expert that got no token, there is nothing to round for but
+        itself.
+        """
         meeting: dict[WeightKey, dict[fx.Node, SecondMoment]] = {}
         linears: dict[WeightKey, Linear] = {}
         for linear in self.linears:
@@ -241,12 +256,12 @@ class _Planning:
             linears.setdefault(weight_key(linear), linear)
         rounded = {}
         for key, linear in linears.items():
-            moment = sum((seen.matrix for seen in meeting[key].values()), torch.zeros(()))
+            seen = [one.matrix for one in meeting[key].values() if one.rows]
             rounded[key] = quantize_rows(
                 self._rows_of(linear),
                 group=self.scheme.group,
-                method="gptq",
-                second_moment=moment,
+                method="gptq" if seen else "nearest",
+                second_moment=sum(seen[1:], seen[0]) if seen else None,
                 order=True,
             )
         return rounded
@@ -269,7 +284,13 @@ def _run(target: Callable[..., Any], *args: Any) -> Any:
 
 
 def _rows(linear: Linear) -> int:
-    rows = 1
-    for size in linear.x.meta["val"].shape[:-1]:
-        rows *= size_at_capture(size)
+    """The example's number of rows; the nearest of `ROWS` where it is another at each call.
+
+    Such a number depends on data. Each expert of a mixture has its own, and timing all of them
+    would cost a second each.
+    """
+    sizes = linear.x.meta["val"].shape[:-1]
+    rows = max(math.prod(map(size_at_capture, sizes)), 1)
+    if any(free_unbacked_symbols(size) for size in sizes):
+        return min(ROWS, key=lambda count: abs(math.log(count / rows)))
     return rows

@@ -17,6 +17,7 @@ from torch import fx
 from fxopt.program import arguments, same_sizes
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
+from fxopt.sharing import reaches_output
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ class DropTrue(Rule):
         return None
 
     def refuse(self, match: Match) -> str | None:
-        if any(user.op == "output" for user in match.root.users):
+        if reaches_output(match.root):
             return "it is an output, which must not share memory with another value"
         return None
 

@@ -119,7 +119,9 @@ def _judged(
     """`tried` with the verdict on it, where `outputs` are those of the program before it."""
     before, after, oracle = compared
     reference = outputs_of(oracle, trials) if oracle is not None else outputs
-    verdict, kept = judge(pass_.claim, trials, reference, run_program(after), output_names(after))
+    verdict, kept = judge(
+        pass_.claim, trials, reference, run_program(after), output_names(after), after.state
+    )
     details = (_intent(outputs, kept),) if oracle is not None else ()
     rounded = not isinstance(pass_.claim, Exact) and rounds_activations(before)
     nodes = judge_nodes(pass_.claim, before, after, trials, oracle) if rounded else None

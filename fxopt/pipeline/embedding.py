@@ -179,6 +179,7 @@ def is_whole(part: Part, program: Program) -> bool:
         and mine.out_spec == other.out_spec
         and mine.out_constants == other.out_constants
         and mine.constants == other.constants
+        and all(guard in other.guards for guard in mine.guards)
     )
 
 

@@ -14,6 +14,7 @@ from fxopt.analyses import rounds_activations, rounds_to_integers
 from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
+from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, FxoptError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
@@ -37,11 +38,13 @@ from fxopt.verify import (
     is_random,
     judge,
     judge_learning,
+    note_on_attributes,
     one_by_one,
     output_names,
     run_model,
     run_program,
     trials,
+    with_edges,
 )
 
 OnViolation = Literal["raise", "revert"]
@@ -96,10 +99,13 @@ class Pipeline:
         self.inputs = inputs
         if isinstance(self.model, Optimized) and self.model.is_captured:
             program = replace(self.model.program, changes=Changes())
+            observe_sizes(program)
         else:
             program = capture(self.model, inputs, mode)
         wellformed.check(program)
         self.capture_ms = since(start)
+        if self.verify:
+            program = with_edges(program, run_model(self.model, program))
         if calibration is not None:
             self.calibration = Calibration(calibration, program.signature, self.progress)
             program = replace(program, calibration=self.calibration)
@@ -119,8 +125,12 @@ class Pipeline:
         if not self.verify:
             return claim, None
         program = self.program
-        extra = [self._flat(one) for one in more]
-        found, skipped = trials(program, run_model(self.model, program), extra)
+        extra = [[tensor.clone() for tensor in self._flat(one)] for one in more]
+        changed: set[str] = set()
+        reference = run_model(self.model, program, changed)
+        found, skipped = trials(program, reference, extra)
+        if changed:
+            self.notes.append(note_on_attributes(self.model, program, changed))
         # One other size a step keeps judging cheap; the whole list is judged on both.
         self.trials = found[:-1] if len(found) == len(extra) + 3 else found
         self.last_trials = found[len(self.trials) :]
@@ -131,7 +141,11 @@ class Pipeline:
             self.unrounded = (claim, self.outputs)
             # What comes now decides ties otherwise, and so differs as far as rounding goes.
             self.standard = self.standard.plus(claim)
-        verdict, self.outputs = self._judge(claim, self.outputs, run_program(program))
+        # All of them now: a size at which the graph fails must not show at the end of the list.
+        reference = [trial.outputs for trial in found]
+        names = output_names(program)
+        verdict, outputs = judge(claim, found, reference, run_program(program), names)
+        self.outputs = outputs[: len(self.trials)]
         if program.mode == "train" and verdict.holds and self.unrounded is None:
             learnt = judge_learning(claim, self.model, program, self.trials[0])
             verdict = learnt if learnt is not None and not learnt.holds else verdict
@@ -206,7 +220,8 @@ class Pipeline:
     def _judge(
         self, claim: Claim, reference: Sequence[Sequence[Tensor]], run: RunAll
     ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
-        return judge(claim, self.trials, reference, run, output_names(self.program))
+        names = output_names(self.program)
+        return judge(claim, self.trials, reference, run, names, self.program.state)
 
     def _revert(
         self, pass_: Pass, plan: Plan, verdict: Verdict, blames: Sequence[Blame]

@@ -22,10 +22,11 @@ from fxopt.report import Report, Step, picture
 from fxopt.verify import (
     Trial,
     Verdict,
+    call_model,
     judge,
+    model_kept,
     one_by_one,
     output_names,
-    run_model,
     run_program,
     state_kept,
 )
@@ -60,7 +61,8 @@ class Result:
                 run = one_by_one(runner(self.compiled, self.program, self.module))
             outputs += run([trial.inputs for trial in last])
         names = output_names(self.program)
-        verdict, _ = judge(claim, trials, held.outputs(trials), lambda batches: outputs, names)
+        reference, state = held.outputs(trials), self.program.state
+        verdict, _ = judge(claim, trials, reference, lambda batches: outputs, names, state)
         if not verdict.holds:
             raise EquivalenceError(violation_text("the whole list", verdict) + _advice(held))
         by = f", against what {held.by} means to compute" if held.oracle is not None else ""
@@ -107,7 +109,7 @@ class Result:
         """`report` with the latency and peak memory of `model` and of this result."""
         example = self.program.example
         run = self.compiled or self.module
-        before = run_model(model, self.program)
+        before = call_model(model, self.program)
 
         def after() -> object:
             with torch.no_grad():
@@ -118,7 +120,8 @@ class Result:
             "after": after,
         }
         device = example[0].device if example else torch.device("cpu")
-        with state_kept(self.program, example, dict(self.module.named_buffers())):
+        buffers = dict(self.module.named_buffers())
+        with model_kept(model, self.program, example), state_kept(self.program, (), buffers):
             latency = measure.latency(systems)
             memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
         return replace(

@@ -19,6 +19,7 @@ from fxopt.graph_text.types import type_text
 from fxopt.program import Changes, Program, Recipe, drop_dead_nodes, label, same_sizes, source_line
 from fxopt.rewriting.edit import origin
 from fxopt.rewriting.fake_types import FakeTypes, type_key
+from fxopt.rewriting.own_memory import keep_sharing
 
 
 class Build(Protocol):
@@ -102,6 +103,7 @@ class _Walk:
                 self._copied(node)
         if not self.calls and not self.state:
             return self.program
+        keep_sharing(self.program.graph, self.graph, self.rule)
         dead = len(drop_dead_nodes(self.graph, self.program.mode))
         count = self.conversion.fired or self.calls + len(self.state)
         fired = {self.rule: count, **({"dead nodes": dead} if dead else {})}

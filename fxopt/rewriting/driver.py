@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from fxopt.errors import RewriteError
 from fxopt.program import Changes, Program, Refusal, is_pure, label
 from fxopt.rewriting.edit import Edit
+from fxopt.rewriting.own_memory import keep_sharing
 from fxopt.rewriting.pattern import Match, Target
 from fxopt.rewriting.rule import Rule
 
@@ -181,6 +182,7 @@ class _Driver:
             refused = tuple(dict.fromkeys(self.refused.values()))
             changes = self.program.changes.then(Changes(refused=refused))
             return replace(self.program, changes=changes)
+        keep_sharing(self.program.graph, self.edit.graph, " and ".join(self.fired))
         alive = set(self.edit.graph.nodes)
         replaced = {
             name: node.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,35 +47,52 @@ def save(
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
     `evaluation` is written beside it, over the same tensors where their names are the same; a text
-    says why there is none. Tensors that exist as recipes are computed first. The folder appears
-    complete or not at all.
-    Raises `WellFormedError` for a program that breaks the dialect, and `SaveError` where something
-    can't be saved, or `folder` holds anything else.
+    says why there is none. Tensors that exist as recipes are computed first. What was written is
+    read back, as `load` will, before it takes its place; a folder that was there keeps its content
+    until then. Raises `WellFormedError` for a program that breaks the dialect, and `SaveError`
+    where something can't be saved, `folder` can't be written, or holds anything else.
     """
-    target = Path(folder)
     check(program)
-    program = program.materialized()
-    graph = _encode(program)
-    state = {name: program.tensor(name) for name in program.state}
     if isinstance(evaluation, Program):
         check(evaluation)
-        state = {**{name: evaluation.tensor(name) for name in evaluation.state}, **state}
-    with folders.writing(target) as partial:
+    with folders.writing(Path(folder)) as partial:
+        program = program.materialized()
+        graph = to_documents(program, evaluation)
+        state = state_of(program, evaluation)
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
-            {
-                **graph,
-                "lowering": lowering,
-                "config": config,
-                "tensors": entries,
-                "evaluation": (
-                    _encode(evaluation) if isinstance(evaluation, Program) else evaluation
-                ),
-            },
+            {**graph, "lowering": lowering, "config": config, "tensors": entries},
         )
         if report_json is not None:
             (partial / folders.REPORT).write_text(report_json, encoding="utf-8")
+        _prove(partial, program, state)
+
+
+def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
+    """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
+    try:
+        data = folders.read_json(folder / folders.GRAPH)
+        from_documents(data, state, program.example)
+        _report(folder)
+    except (SaveError, WellFormedError) as error:
+        raise SaveError(
+            f"nothing was saved, since load would refuse it: {error}\nThe module is as it was: "
+            "keep its weights with torch.save(opt.state_dict(), ...), and report this to fxopt."
+        ) from error
+
+
+class _OnlyTriedError(Exception):
+    """Ends a trial of writing."""
+
+
+def check_target(folder: str | Path) -> None:
+    """Raise the `SaveError` that `save` would, where it couldn't write to `folder`."""
+    try:
+        with folders.writing(Path(folder)):
+            raise _OnlyTriedError
+    except _OnlyTriedError:
+        return
 
 
 def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
@@ -90,8 +106,7 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     data = folders.read_json(path / folders.GRAPH)
     try:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-        program = _decode(data, state, example, namespaces)
-        evaluation = _evaluation(data, state, program, namespaces)
+        program, evaluation = from_documents(data, state, example, namespaces)
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
@@ -112,7 +127,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         ) from error
 
 
-def _encode(program: Program) -> dict[str, Any]:
+def to_document(program: Program) -> dict[str, Any]:
+    """`program` without its tensors as a JSON document; `SaveError` where something has no form."""
     return {
         "name": program.name,
         "mode": program.mode,
@@ -126,22 +142,24 @@ def _encode(program: Program) -> dict[str, Any]:
     }
 
 
-def _decode(
+def from_document(
     data: Any,
     state: Mapping[str, Tensor],
     example: tuple[Tensor, ...],
-    namespaces: Collection[str],
+    namespaces: Collection[str] | None = None,
 ) -> Program:
+    """The program whose document `to_document` made, over its tensors, checked as by `load`.
+
+    It may call operators of `namespaces`; of any where they are left out.
+    """
     mode: Any = field(data, "mode", str)
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
-    nodes = field(data, "nodes", list)
     if isinstance(data.get("evaluation"), dict):
-        read = {node.get("target") for node in nodes if isinstance(node, dict)}
-        state = {name: tensor for name, tensor in state.items() if name in read}
+        state = _read_by(data, state)
     program = Program(
-        graph=decode_nodes(nodes, signature, state, example, namespaces),
+        graph=decode_nodes(field(data, "nodes", list), signature, state, example, namespaces),
         state=state,
         signature=signature,
         example=example,
@@ -157,34 +175,56 @@ def _decode(
     return program
 
 
-def _evaluation(
-    data: Any, state: Mapping[str, Tensor], program: Program, namespaces: Collection[str]
-) -> Program | str | None:
-    """The evaluation program of a folder; those of earlier versions hold none."""
+def to_documents(program: Program, evaluation: Program | str | None) -> dict[str, Any]:
+    """The document of a program that has `evaluation` beside it, or the reason why it has none."""
+    beside = to_document(evaluation) if isinstance(evaluation, Program) else evaluation
+    return {**to_document(program), "evaluation": beside}
+
+
+def state_of(program: Program, evaluation: Program | str | None) -> dict[str, Tensor]:
+    """The tensors of both programs, under their names."""
+    state = {name: program.tensor(name) for name in program.state}
+    if isinstance(evaluation, Program):
+        own = evaluation.state.keys() - state.keys()
+        state.update({name: evaluation.tensor(name) for name in sorted(own)})
+    return state
+
+
+def from_documents(
+    data: Any,
+    state: Mapping[str, Tensor],
+    example: tuple[Tensor, ...],
+    namespaces: Collection[str] | None = None,
+) -> tuple[Program, Program | str | None]:
+    """The programs that `to_documents` was given; earlier versions wrote no evaluation."""
+    program = from_document(data, state, example, namespaces)
     encoded = data.get("evaluation")
     if encoded is None or isinstance(encoded, str):
-        return encoded
-    if program.mode != "train" or not isinstance(encoded, dict):
-        raise SaveError("an evaluation program is saved where nothing trains")
-    nodes = field(encoded, "nodes", list)
-    read = {node.get("target") for node in nodes if isinstance(node, dict)}
-    unused = set(state) - read - set(program.state)
+        return program, encoded
+    if program.mode != "train" or not isinstance(encoded, dict) or encoded.get("mode") != "eval":
+        raise SaveError("the saved evaluation program doesn't fit the one that trains")
+    own = _read_by(encoded, state)
+    unused = set(state) - set(own) - set(program.state)
     if unused:
         raise SaveError(f"no program reads the tensor {min(unused)}")
-    own = {name: tensor for name, tensor in state.items() if name in read}
-    paths = [one.path for one in program.signature.tensors]
-    inputs = dict(zip(paths, program.example, strict=True))
-    wanted = [one.path for one in decode_signature(field(encoded, "signature", dict)).tensors]
-    missing = [path for path in wanted if path not in inputs]
-    if missing or encoded.get("mode") != "eval" or encoded.get("evaluation") is not None:
-        raise SaveError("the saved evaluation program doesn't fit the one that trains")
-    return _decode(encoded, own, tuple(inputs[path] for path in wanted), namespaces)
+    inputs = dict(zip(program.signature.paths, program.example, strict=True))
+    wanted = decode_signature(field(encoded, "signature", dict)).paths
+    if not inputs.keys() >= set(wanted):
+        raise SaveError("the saved evaluation program takes other inputs than the one that trains")
+    given = tuple(inputs[path] for path in wanted)
+    return program, from_document({**encoded, "evaluation": None}, own, given, namespaces)
+
+
+def _read_by(data: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of `state` that the nodes of a document read."""
+    nodes = field(data, "nodes", list)
+    read = {node.get("target") for node in nodes if isinstance(node, dict)}
+    return {name: tensor for name, tensor in state.items() if name in read}
 
 
 def _report(path: Path) -> str | None:
     report = path / folders.REPORT
     if not report.exists():
         return None
-    text = report.read_text(encoding="utf-8")
-    json.loads(text)
-    return text
+    folders.read_json(report)
+    return report.read_text(encoding="utf-8")

@@ -55,9 +55,17 @@ class Task:
 
 
 def judge_metric(metric: Metric, model: Any, data: Any) -> float:
-    """The metric as a float, gradients not recorded. Raises `SearchError` where it is no number."""
-    with torch.no_grad():
-        found = metric(model, data)
+    """The metric as a float, gradients not recorded.
+
+    Raises `SearchError` where it is no number, and where the metric raises what isn't fxopt's.
+    """
+    try:
+        with torch.no_grad():
+            found = metric(model, data)
+    except FxoptError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        raise SearchError(f"metric= raised {type(error).__name__}: {error}") from error
     try:
         value = float(found)
     except (TypeError, ValueError):

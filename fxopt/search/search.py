@@ -23,7 +23,13 @@ from fxopt.search.objectives import Measure, checked_objectives
 from fxopt.search.quiet import Turns
 from fxopt.search.space import Space
 from fxopt.search.standard import costly_linears, first_points, standard_space
-from fxopt.search.storage import check_installed, open_storage, quiet_optuna, storage_url
+from fxopt.search.storage import (
+    check_installed,
+    open_storage,
+    quiet_optuna,
+    reading,
+    storage_url,
+)
 from fxopt.search.study import (
     Terms,
     begin,
@@ -101,10 +107,7 @@ def search(
     if measure is None:
         check_measurable(model, inputs, objectives)
     say = progress or (lambda line: None)
-    say("judging the original")
-    original = judge_metric(metric, model, data)
     deadline = None if seconds is None else time.time() + seconds
-    asked = partial(Terms, objectives, direction, tolerance, original, model_digest(model))
     log = TrialLog(log_dir, wandb, study)
 
     def tell(record: TrialRecord) -> None:
@@ -112,8 +115,11 @@ def search(
         say(str(record))
 
     try:
-        with quiet_optuna(), _kept_at(storage, workers) as url:
+        with quiet_optuna(), _kept_at(storage, workers) as url, reading(url):
             opened = _opened(url, study, make_sampler(len(objectives), trials, seed), objectives)
+            say("judging the original")
+            original = judge_metric(metric, model, data)
+            asked = partial(Terms, objectives, direction, tolerance, original, model_digest(model))
             given = space if space is None or isinstance(space, Space) else Space.of(space)
             standard = partial(_standard, model, inputs, calibration, say)
             terms = _terms(opened, asked, given, tuple(start), standard)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from fxopt.errors import SearchError
 
@@ -58,7 +59,21 @@ def storage_url(storage: str | Path | None) -> str | None:
         return None
     if isinstance(storage, str) and "://" in storage:
         return storage
-    return f"sqlite:///{Path(storage).expanduser().absolute()}"
+    return _file_url(Path(storage).expanduser().absolute())
+
+
+def _file_url(path: Path) -> str:
+    """A URL that SQLAlchemy reads as this very path, whatever characters it holds."""
+    from sqlalchemy.engine import make_url
+
+    for text in (str(path), quote(str(path))):
+        url = make_url(f"sqlite:///{text}")
+        if url.database == str(path) and not url.query:
+            return f"sqlite:///{text}"
+    raise SearchError(
+        f"storage={str(path)!r} can't be written as a database's URL here: give a path without "
+        "the characters % ? and #"
+    )
 
 
 def open_storage(url: str | None) -> optuna.storages.BaseStorage:
@@ -67,26 +82,46 @@ def open_storage(url: str | None) -> optuna.storages.BaseStorage:
     Raises `SearchError`, without the password, where it can't be opened.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     if url is None:
         return optuna.storages.InMemoryStorage()
     waits = {"connect_args": {"timeout": _LOCK_SECONDS}} if url.startswith("sqlite") else None
     try:
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs=waits,
-            heartbeat_interval=_HEARTBEAT_SECONDS,
-            grace_period=_GRACE_SECONDS,
-            heartbeat_stale_trial_callback=_retry(),
-        )
-    except (ImportError, SQLAlchemyError, RuntimeError) as error:
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise SearchError(
-            f"storage={without_password(url)!r} can't be opened: {reason}. Give a path, or a URL "
-            "such as postgresql+psycopg://user:password@host/name, with its driver installed "
-            "(pip install 'fxopt[postgresql]')"
-        ) from error
+        with reading(url):
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs=waits,
+                heartbeat_interval=_HEARTBEAT_SECONDS,
+                grace_period=_GRACE_SECONDS,
+                heartbeat_stale_trial_callback=_retry(),
+            )
+    except (ImportError, RuntimeError) as error:
+        raise _unusable(url, error) from error
+
+
+@contextmanager
+def reading(url: str | None) -> Iterator[None]:
+    """Inside, an error of the storage at `url`, gone or damaged, becomes a `SearchError`."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise _unusable(url or "memory", error) from error
+
+
+def _unusable(url: str, error: BaseException) -> SearchError:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return SearchError(
+        f"storage={without_password(url)!r} can't be opened: {reason}. Give a path, in a folder "
+        "that is there, to a file that is new or that a search has written and that isn't damaged; "
+        "or a URL such as postgresql+psycopg://user:password@host/name, with its driver installed "
+        "(pip install 'fxopt[postgresql]')"
+    )
 
 
 def without_password(url: str) -> str:

@@ -14,19 +14,34 @@ from torch import Tensor, nn
 from fxopt.errors import InputError, TrainError
 from fxopt.optimized import Optimized
 from fxopt.signature import bind, forward_signature
+from fxopt.train.labels import labels_of, range_text
 
 
 def call(model: nn.Module, batch: Any) -> Any:
     """`model(**batch)` for a dict, `model(*batch)` for a tuple or list, `model(batch)` else.
 
-    The entry `labels` of a dict is left out where the model has no such argument.
+    The entry `labels` of a dict is left out where the model has no such argument. Raises
+    `InputError` for labels that the model has no class for.
     """
     if isinstance(batch, Mapping):
         given = dict(batch)
         if "labels" in given and not _takes_labels(model):
             del given["labels"]
-        return model(**given)
+        return _called(model, given)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _called(model: nn.Module, given: dict[str, Any]) -> Any:
+    try:
+        return model(**given)
+    except IndexError as error:
+        labels = labels_of(given)
+        if labels is None or "arget" not in str(error):
+            raise
+        raise InputError(
+            f"a batch of data= has {range_text(labels)}, and {type(model).__name__} has no class "
+            f"for one of them ({error}). Labels count from 0 on; -100 doesn't count."
+        ) from error
 
 
 def named_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fxopt.train.data import Batches
 from fxopt.train.distillation_loss import DistillationLoss
 from fxopt.train.draws import undone
 from fxopt.train.history import not_finite
+from fxopt.train.labels import check_labels
 from fxopt.train.precision import Precision
 
 
@@ -49,7 +50,7 @@ def rehearse(lesson: Lesson, batches: Batches, device: torch.device) -> bool:
 
     Returns whether some parameter to be trained has no part in the loss. Generators, buffers and
     gradients are left as they were. Raises `TrainError` for data without a batch, a loss that
-    reaches no parameter, and one that isn't finite.
+    reaches no parameter, and one that isn't finite; `InputError` for labels without a class.
     """
     student, objective = lesson.student, lesson.objective
     buffers = [(buffer, buffer.detach().clone()) for buffer in student.buffers()]
@@ -59,18 +60,23 @@ def rehearse(lesson: Lesson, batches: Batches, device: torch.device) -> bool:
     if first is None:
         raise TrainError("data= is empty: it gave no batch")
     batch = moved(first, device)
-    with undone():
-        taught = lesson.teach(batch)
-        outputs = lesson.outputs(batch)
-    with undone():  # projections follow from the seed alone, not from what data and dropout drew
-        objective.fit(outputs, taught)
-    with undone():
-        values = objective.losses(outputs, batch, taught)
-        total = objective.total(values)
-        used = _reached(total, lesson.trained())
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    try:
+        with undone():
+            taught = lesson.teach(batch)
+            outputs = lesson.outputs(batch)
+        check_labels(batches.source, batch, outputs)
+        with (
+            undone()
+        ):  # projections follow from the seed alone, not from what data and dropout drew
+            objective.fit(outputs, taught)
+        with undone():
+            values = objective.losses(outputs, batch, taught)
+            total = objective.total(values)
+            used = _reached(total, lesson.trained())
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     wrong = not_finite({name: value.item() for name, value in values.items()})
     if wrong:
         raise TrainError(

@@ -1,19 +1,24 @@
 """Oracle, judge and bisection: every step is shown to compute the same thing."""
 
+from fxopt.verify.attributes import note_on_attributes
 from fxopt.verify.bisect import Blame, blame, judge_nodes
+from fxopt.verify.edges import with_edges
 from fxopt.verify.gradients import judge_gradients, judge_learning
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
     RunAll,
     Trial,
+    call_model,
     draws_alike,
     is_random,
+    model_kept,
     one_by_one,
     output_names,
     run_model,
     run_program,
     state_kept,
     trials,
+    writes,
 )
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "Trial",
     "Verdict",
     "blame",
+    "call_model",
     "compare",
     "compose",
     "draws_alike",
@@ -30,10 +36,14 @@ __all__ = [
     "judge_gradients",
     "judge_learning",
     "judge_nodes",
+    "model_kept",
+    "note_on_attributes",
     "one_by_one",
     "output_names",
     "run_model",
     "run_program",
     "state_kept",
     "trials",
+    "with_edges",
+    "writes",
 ]

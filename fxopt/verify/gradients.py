@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fxopt.capture import in_mode
+from fxopt.capture import attributes_kept
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.evaluate import evaluate, same_draws
 from fxopt.program import Program
@@ -98,13 +98,13 @@ def _gradient_verdicts(
 
 
 def _learnt_by(program: Program, trial: Trial, parameters: Mapping[str, Tensor]) -> _Learnt:
-    # A write would change what the backward keeps; what is written is seen here, by nobody else.
+    # A write would change what the backward keeps; after it, only outputs read what was written.
     written: dict[str, Tensor] = {}
 
     def seen(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         def keep(state: Tensor, value: Tensor) -> Tensor:
             written[name] = value.detach()
-            return state
+            return value
 
         return keep
 
@@ -126,8 +126,8 @@ def _learnt_by_model(
     buffers = dict(model.named_buffers())
     before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     inputs = _leaves(program, trial)
-    with in_mode(model, program.mode), same_draws(), torch.enable_grad():
-        outputs = call_model(model, program, _given(inputs))
+    with attributes_kept(model), same_draws(), torch.enable_grad():
+        outputs = call_model(model, program)(_given(inputs))
         # A written buffer that an output is made of would be put back under its gradient.
         after = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         changed = {name: one for name, one in after.items() if not _same_bits(one, before[name])}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fxopt.claim import Claim, Close, Exact, Measured, Sqnr
+from fxopt.program import Recipe
+from fxopt.sharing import observed, shared_too_much
 from fxopt.verify.oracle import RunAll, Trial
 
 
@@ -33,11 +35,14 @@ def judge(
     reference: Sequence[Sequence[Tensor]],
     run: RunAll,
     names: Sequence[str],
+    state: Mapping[str, Tensor | Recipe] | None = None,
 ) -> tuple[Verdict, list[tuple[Tensor, ...]]]:
     """Run every trial, compare with `reference` (one list of outputs a trial), keep the worst.
 
-    `names` are those of the outputs. Returns the verdict and the new outputs, which are the
-    reference of the next step. A run that raises breaks the claim.
+    `names` are those of the outputs. An output that shares memory where the original's doesn't,
+    with an input, another output or a tensor of the `state`, breaks the claim too. Returns the
+    verdict and the new outputs, which are the reference of the next step. A run that raises breaks
+    the claim.
     """
     try:
         results: list[list[Tensor] | str] = [*run([trial.inputs for trial in trials])]
@@ -53,10 +58,28 @@ def judge(
         else:
             outputs.append(tuple(output.detach() for output in result))
             verdicts += compare(claim, trial, expected, outputs[-1], names)
+            verdicts += _shared(claim, trial, result, names, state or {})
     if not verdicts:
         nothing = Measured(True, 0.0, "the model returns no tensor")
         verdicts = [Verdict(claim, nothing, trials[0], "no output")]
     return worst_of(verdicts), outputs
+
+
+def _shared(
+    claim: Claim,
+    trial: Trial,
+    outputs: Sequence[Tensor],
+    names: Sequence[str],
+    state: Mapping[str, Tensor | Recipe],
+) -> list[Verdict]:
+    """A broken claim where outputs share more memory than the original's; else nothing."""
+    if trial.memory is None or len(trial.memory) != len(outputs):
+        return []
+    found = observed(outputs, trial.inputs, state)
+    fault = shared_too_much(found, trial.memory, names)
+    if fault is None:
+        return []
+    return [Verdict(claim, Measured(False, _worst(claim), fault), trial, "the outputs' memory")]
 
 
 def worst_of(verdicts: Sequence[Verdict]) -> Verdict:

@@ -11,23 +11,31 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.capture import in_mode
+from fxopt.capture import attributes_kept, in_mode
 from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, draws_random, materialize
-from fxopt.signature import TensorInput, unbind
+from fxopt.sharing import Labels, observed
+from fxopt.verify.sizes import other_sizes, shapes_text
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 RunAll = Callable[[Sequence[Sequence[Tensor]]], list[list[Tensor]]]
 
+_NO_OTHER_SIZE = "no other size near the example's is within the program's guards"
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of input tensors in placeholder order, what it is, and the reference outputs."""
+    """One set of input tensors in placeholder order, what it is, and the reference outputs.
+
+    `memory` says which memory the original's outputs are in; None where that can't be told, since
+    they were put aside before what the call wrote was put back.
+    """
 
     what: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    memory: Labels | None = None
 
 
 def trials(
@@ -35,31 +43,29 @@ def trials(
 ) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
     """The trials of `program`: its example, `more`, and the example at two other sizes.
 
-    Other sizes are drawn for every dynamic axis by repeating and cropping the example, so that ids
-    stay in the vocabulary and masks masks. Sizes that the reference itself rejects are left out and
+    Those are within the program's guards. Sizes that the reference itself rejects are left out and
     named in the second result.
     """
     found = [_given("the example", program, program.example, reference)]
     for index, inputs in enumerate(more):
         found.append(_given(f"verify_inputs[{index}]", program, tuple(inputs), reference))
     skipped = []
-    for sizes in _other_sizes(program):
-        inputs = _resized(program, sizes)
-        shapes = ", ".join(
-            f"{t.path} {tuple(x.shape)}"
-            for t, x in zip(program.signature.tensors, inputs, strict=True)
-        )
+    for other in other_sizes(program):
+        if other is None:
+            skipped.append(_NO_OTHER_SIZE)
+            continue
+        shapes = shapes_text(program, other)
         try:
-            found.append(Trial(shapes, inputs, _frozen(reference(inputs))))
+            found.append(_trial(shapes, program, other, reference))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
-    return tuple(found), tuple(skipped)
+    return tuple(found), tuple(dict.fromkeys(skipped))
 
 
 def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
     try:
-        return Trial(what, inputs, _frozen(reference(inputs)))
+        return _trial(what, program, inputs, reference)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         name = "the example inputs" if what == "the example" else what
         reason = (str(error).splitlines() or ["(no message)"])[0]
@@ -69,38 +75,57 @@ def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: R
         ) from error
 
 
-def run_model(model: nn.Module, program: Program) -> Run:
-    """The eager original as a function of the graph's input tensors; leaves the model as it was."""
+def _trial(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
+    outputs = reference(inputs)
+    labels = None if writes(program) else observed(outputs, inputs, program.state)
+    return Trial(what, inputs, _frozen(outputs), labels)
+
+
+def run_model(model: nn.Module, program: Program, changed: set[str] | None = None) -> Run:
+    """The eager original as a function of the graph's input tensors; leaves the model as it was.
+
+    The Python attributes that a call changes, and that are put back, are added to `changed`.
+    """
+    call = call_model(model, program)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        trains = program.mode == "train"
-        grad = torch.set_grad_enabled(trains)
-        # Of a model that trains also what the capture may have failed to see written.
-        buffers = tensors_kept(model.buffers() if trains else ())
-        with (
-            in_mode(model, program.mode),
-            state_kept(program, inputs) as kept,
-            buffers,
-            same_draws(),
-            grad,
-        ):
-            outputs = call_model(model, program, inputs)
+        with model_kept(model, program, inputs, changed) as kept, same_draws():
+            outputs = call(inputs)
             # An output may be the very tensor that is about to be put back.
-            return [output.clone() for output in outputs] if kept or trains else outputs
+            return [output.clone() for output in outputs] if kept else outputs
 
     return run
 
 
-def call_model(model: nn.Module, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What `model`, as it is, answers to the graph's input tensors."""
-    signature = program.signature
-    remaining = iter(inputs)
-    leaves = [
-        next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in signature.leaves
-    ]
-    args, kwargs = unbind(signature.forward, pytree.tree_unflatten(leaves, signature.in_spec))
-    answers = pytree.tree_leaves(model(*args, **kwargs))
-    return [answer for answer in answers if isinstance(answer, Tensor)]
+def call_model(model: nn.Module, program: Program) -> Run:
+    """A call of the eager original on the graph's input tensors, whatever it writes."""
+
+    def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        args, kwargs = program.signature.arguments(inputs)
+        with in_mode(model, program.mode), torch.set_grad_enabled(program.mode == "train"):
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return call
+
+
+@contextmanager
+def model_kept(
+    model: nn.Module,
+    program: Program,
+    inputs: Sequence[Tensor],
+    changed: set[str] | None = None,
+) -> Iterator[bool]:
+    """What calls of the eager original change is put back: state, inputs and Python attributes.
+
+    Of a model that trains that is all its buffers, in case the capture doesn't see one written.
+    """
+    trains = program.mode == "train"
+    buffers = tensors_kept(model.buffers() if trains else ())
+    with attributes_kept(model) as names, state_kept(program, inputs) as kept, buffers:
+        yield kept or trains
+    if changed is not None:
+        changed.update(names)
 
 
 def run_program(program: Program) -> RunAll:
@@ -116,6 +141,11 @@ def run_program(program: Program) -> RunAll:
         return results
 
     return run
+
+
+def writes(program: Program) -> bool:
+    """Whether a call of `program` writes an input or state."""
+    return any(node.target is torch.ops.aten.copy_.default for node in program.graph.nodes)
 
 
 def is_random(program: Program) -> bool:
@@ -150,38 +180,6 @@ def one_by_one(run: Run) -> RunAll:
 
 def _frozen(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(output.detach() for output in outputs)
-
-
-def _other_sizes(program: Program) -> Iterator[dict[tuple[bool, int], int]]:
-    """Two maps from (is batch axis, size in the example) to another size."""
-    known: dict[tuple[bool, int], int | None] = {}
-    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
-        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
-            if isinstance(name, str) and name.isidentifier():
-                limit = program.signature.ranges.get(name)
-                known[axis == 0, size] = limit.high if limit else None
-    if not known:
-        return
-    yield {
-        (batch, size): 1 if batch else min(size + 3, high or size + 3)
-        for (batch, size), high in known.items()
-    }
-    yield {
-        (batch, size): min(size + 1, high or size + 1) if batch else max(2, (2 * size) // 3)
-        for (batch, size), high in known.items()
-    }
-
-
-def _resized(program: Program, sizes: dict[tuple[bool, int], int]) -> tuple[Tensor, ...]:
-    resized = []
-    for tensor, value in zip(program.signature.tensors, program.example, strict=True):
-        for axis, (name, size) in enumerate(zip(tensor.sizes, value.shape, strict=True)):
-            if isinstance(name, str) and name.isidentifier():
-                wanted = sizes[axis == 0, size]
-                index = torch.arange(wanted, device=value.device) % size
-                value = value.index_select(axis, index)
-        resized.append(value)
-    return tuple(resized)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxopt.errors import WellFormedError
 from fxopt.graph_text import describe, operator_name, type_text
 from fxopt.program import Program, module_path, source_line
+from fxopt.sharing import may_alias
 from fxopt.wellformed.dialect import ASSERTIONS, DROPOUT, NODE_KINDS, SIZE_FUNCTIONS
 from fxopt.wellformed.schema import argument_fault, facts
 
@@ -35,6 +36,7 @@ class _Checker:
         self.seen: set[fx.Node] = set()
         self.names: set[str] = set()
         self.written: dict[str, fx.Node] = {}
+        self.views: set[fx.Node] = set()
         self.read: set[str] = set()
 
     def check(self) -> None:
@@ -96,11 +98,11 @@ class _Checker:
                 "keep the number and order of outputs",
             )
         for result in results:
-            if result in self.written.values() or str(result.target) in self.written:
+            if str(result.target) in self.written:
                 _fail(
                     node,
                     f"%{result.name} is state that was written, and is returned",
-                    "return what was written to it",
+                    "return the aten.copy_ that wrote it, or what was written to it",
                 )
 
     def _metadata(self, node: fx.Node) -> None:
@@ -212,16 +214,26 @@ class _Checker:
         self.written[str(written.target)] = node
 
     def _after_write(self, node: fx.Node) -> None:
+        if self._is_view_of_written(node):
+            self.views.add(node)
+            return
         if node.op == "call_function" and node.target is not _COPY:
             _fail(
                 node,
                 "a computation after a write to state",
-                "move it before the first aten.copy_: writes are the tail of the graph",
+                "move it before the first aten.copy_: writes, and views of what they wrote, are "
+                "the tail of the graph",
             )
         sources = node.all_input_nodes[1:] if node.target is _COPY else []
         for source in sources:
             if source in self.written.values() or str(source.target) in self.written:
                 _fail(node, f"%{source.name} is read after it was written", "read it before")
+
+    def _is_view_of_written(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or node.target is _COPY or not may_alias(node):
+            return False
+        viewed = node.args[0] if node.args else None
+        return viewed in self.written.values() or viewed in self.views
 
     def _inputs(self) -> None:
         nodes, inputs = self.program.placeholders, self.program.signature.tensors

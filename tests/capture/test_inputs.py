@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fxopt.capture import derive_inputs, normalize_inputs
 from fxopt.errors import InputError, NotCapturedError
+from tests.architectures import TRANSFORMERS
+from tests.seq2seq import SEQ2SEQ
 
 _SMALL = {
     "hidden_size": 8,
@@ -90,26 +92,6 @@ def _vit() -> nn.Module:
     return transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **_SMALL))
 
 
-def _whisper() -> Any:
-    config = transformers.WhisperConfig(
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=8,
-        decoder_ffn_dim=8,
-        num_mel_bins=4,
-        max_source_positions=10,
-        vocab_size=30,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return transformers.WhisperModel(config)
-
-
 def test_text_models_get_ids_in_the_vocabulary_and_a_mask_with_padding() -> None:
     for model, length in ((_bert(), 12), (_llama(), 16)):
         inputs = derive_inputs(model)
@@ -134,7 +116,7 @@ def test_vision_models_get_images_of_the_configs_size_and_the_models_dtype() -> 
 
 
 def test_audio_encoders_get_features_of_the_configs_length() -> None:
-    inputs = derive_inputs(_whisper().encoder)
+    inputs = derive_inputs(SEQ2SEQ["whisper"]().model.encoder)
     assert list(inputs) == ["input_features"]
     assert inputs["input_features"].shape == (2, 4, 20)
 
@@ -149,6 +131,30 @@ def test_derived_inputs_are_the_same_every_time_and_leave_the_generator_alone() 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *SEQ2SEQ])
+def test_every_architecture_takes_what_is_derived_from_its_config(name: str) -> None:
+    model = SEQ2SEQ[name]().eval() if name in SEQ2SEQ else TRANSFORMERS[name]().model
+    inputs = derive_inputs(model)
+    with torch.no_grad():
+        found = model(**inputs)
+    tensors = [value for value in found.values() if isinstance(value, Tensor)]
+    assert tensors[0].isfinite().all()
+    assert len(tensors[0]) == 2
+    written = inputs.get("decoder_input_ids")
+    assert (written is not None) == (name in SEQ2SEQ)
+    if written is not None:
+        read = next(iter(inputs.values()))
+        assert written.shape[1] != read.shape[1], "one size would be taken for the other"
+        assert tensors[0].shape[1] == written.shape[1]
+
+
+@pytest.mark.parametrize(("name", "start"), [("t5", 0), ("bart", 2), ("whisper", 2)])
+def test_a_decoder_is_started_by_its_own_token(name: str, start: int) -> None:
+    ids = derive_inputs(SEQ2SEQ[name]())["decoder_input_ids"]
+    assert (ids[:, 0] == start).all()
+    assert (ids[:, 1:] >= 3).all()
+
+
 class ConfigWithoutInputs(nn.Module):
     config = transformers.BertConfig()
     main_input_name = "graph_nodes"
@@ -158,7 +164,7 @@ class ConfigWithoutInputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(2, 2), ConfigWithoutInputs, _whisper], ids=["plain", "odd", "pair"]
+    "make", [lambda: nn.Linear(2, 2), ConfigWithoutInputs], ids=["plain", "odd"]
 )
 def test_a_shape_is_never_guessed(make: Any) -> None:
     model = make()

@@ -77,7 +77,7 @@ def test_bad_usage_or_input_exits_with_two(
     bert: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: tuple[str, ...], text: str
 ) -> None:
     given = [bert if argument == "BERT" else argument for argument in arguments]
-    if given[0] == "optimize":
+    if given[0] in ("optimize", "search"):
         given += SIZES
     code, printed = refused(monkeypatch, capsys, *given)
     assert code == 2

@@ -548,9 +548,9 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attention = models.Attention(16, 2, False, True)
-        self.norm = nn.LayerNorm(16)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.attention = models.Attention(32, 2, False, True)
+        self.norm = nn.LayerNorm(32)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x + self.attention(x))
@@ -623,7 +623,7 @@ GUILTY: list[tuple[list[Pass], RulePass, str]] = [
     ([], HALF[0], "CastBeforeView"),
     ([FuseLinears()], HALF[0], "CastBeforeSplit"),
     (STATIC, HALF[0], "RoundAttention"),
-    (HALF, Prepack(), "PackAttention"),
+    ([], Prepack(), "PackAttention"),
     ([], Prepack(), "TwoPassNorm"),
     (STATIC, Prepack(), "TwoPassNorm"),
 ]
@@ -633,7 +633,24 @@ GUILTY: list[tuple[list[Pass], RulePass, str]] = [
     ("before", "inner", "guilty"), GUILTY, ids=[f"{g}-{len(b)}" for b, _, g in GUILTY]
 )
 def test_a_fault_in_any_rule_is_caught(before: list[Pass], inner: RulePass, guilty: str) -> None:
-    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(4))
+    assert_fault_is_caught(before, inner, guilty)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_fault_in_attention_in_bfloat16_is_caught() -> None:
+    assert_fault_is_caught(HALF, Prepack(), "PackAttention")
+
+
+def test_attention_in_bfloat16_is_written_out_without_compiled_kernels() -> None:
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(4))
+    with native.without():
+        step = fxopt.transform(Layer(), [*HALF, Prepack()], example_inputs=(x,)).report.steps[-1]
+    assert step.fired["WriteOutAttention"] == 1
+    assert "PackAttention" not in step.fired
+
+
+def assert_fault_is_caught(before: list[Pass], inner: RulePass, guilty: str) -> None:
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(4))
     right = fxopt.transform(Layer(), [*before, inner], example_inputs=(x,))
     assert right.report.steps[-1].fired[guilty] >= 1
     with pytest.raises(EquivalenceError, match="broke its claim") as caught:

@@ -143,6 +143,30 @@ def test_a_failing_trial_does_not_end_the_search() -> None:
     assert found.best is not None
 
 
+@pytest.mark.parametrize("error", [KeyError("f1"), SystemExit(3)])
+def test_a_metric_that_raises_makes_a_failed_trial(error: BaseException) -> None:
+    def fails(model: Any, data: Any) -> float:
+        if isinstance(model, fxopt.Optimized) and model.program.node_count() > 3:
+            raise error
+        return closeness(model, data)
+
+    found = run(metric=fails, trials=6)
+    failed = [trial for trial in found.trials if trial.state == "failed"]
+    assert failed
+    reason = f"SearchError: metric= raised {type(error).__name__}: {error}"
+    assert {trial.reason for trial in failed} == {reason}
+
+
+@pytest.mark.parametrize("error", [KeyError("f1"), SystemExit(3)])
+def test_a_metric_that_raises_on_the_original_ends_the_search(error: BaseException) -> None:
+    def fails(model: Any, data: Any) -> float:
+        raise error
+
+    with pytest.raises(SearchError) as caught:
+        run(metric=fails)
+    assert str(caught.value) == f"metric= raised {type(error).__name__}: {error}"
+
+
 def test_what_cannot_beat_the_front_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "least_milliseconds", lambda program: 500.0)
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fxopt.search import Found, SearchError, search, storage
 from fxopt.search.quiet import Turns
@@ -222,3 +225,57 @@ def test_two_workers_share_a_postgresql_and_one_may_die(postgres: str, tmp_path:
     assert more.trials[: len(found.trials)] == found.trials
     assert sum(trial.counts for trial in more.trials) == 14
     assert more.pareto
+
+
+# Without what no file's name may hold; a name of dots alone is a folder's.
+_NAMES = st.text(
+    st.one_of(st.sampled_from("%?#{}@:&=+ ;é4125"), st.characters(codec="utf-8", categories=["L"])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(folder=_NAMES, file=_NAMES)
+@example("50%?x#y", "study.db")
+@example("%41", "100%25?mode=ro&uri=true")
+def test_a_path_of_any_characters_is_that_file(folder: str, file: str) -> None:
+    path = Path("/studies") / folder / file
+    url = storage_url(path)
+    assert url is not None
+    engine = sqlalchemy.create_engine(url)
+    (name,), _ = engine.dialect.create_connect_args(engine.url)
+    assert name == str(path)
+
+
+def test_a_study_lands_where_it_was_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "50%?x#y"
+    folder.mkdir()
+    resume(str(folder / "study.db"), trials=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["50%?x#y"]
+    assert [path.name for path in folder.iterdir()] == ["study.db"]
+    assert len(resume(folder / "study.db", trials=1).trials) == 1
+
+
+def _overwritten(file: Path, start: int, end: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[start:end] = b"x" * (min(end, len(content)) - start)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 64), (100, 4096), (4096, 1 << 30)])
+def test_a_damaged_database_is_named(start: int, end: int, tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    resume(file, trials=1)
+    _overwritten(file, start, end)
+    with pytest.raises(SearchError) as caught:
+        resume(file, trials=2)
+    text = str(caught.value)
+    assert text.startswith(f"storage='sqlite:///{file}' can't be opened: ")
+    assert "to a file that is new or that a search has written and that isn't damaged" in text
+
+
+def test_a_storage_of_no_use_is_found_before_the_model_is_judged(tmp_path: Path) -> None:
+    judged = []
+    with pytest.raises(SearchError, match="unable to open database file"):
+        resume(tmp_path / "no" / "study.db", metric=lambda *given: judged.append(given))
+    assert not judged

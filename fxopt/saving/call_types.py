@@ -1,0 +1,144 @@
+"""What the calls of a saved graph give, found on fake tensors and within bounds.
+
+Nothing in a graph that comes from a file may cost more than the file's bytes allow: no operator
+runs on real memory, the operators that one composite operator runs are counted, so that none takes
+a tensor into 2^40 slices, and sizes are computed from numbers of 64 bits alone, in expressions of a
+bounded length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxopt.errors import SaveError
+from fxopt.graph_text import describe
+from fxopt.program import module_path
+from fxopt.rewriting.fake_types import KnownCalls, run_on_fakes
+from fxopt.saving.expressions import check_shapes, terms
+from fxopt.saving.symbols import NamedSizes
+from fxopt.wellformed import SIZE_FUNCTIONS
+
+_NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
+_WORD = 2**63
+_LARGEST_EXPONENT = 16
+_HIGHEST_RANK = 64
+_CALLS_OF_A_GRAPH = 20_000
+_CALLS_OF_A_NODE = 200
+_RESULTS_OF_A_GRAPH = 16_384
+_RESULTS_OF_A_NODE = 4
+_GETITEM = SIZE_FUNCTIONS["operator.getitem"]
+_POWER = SIZE_FUNCTIONS["operator.pow"]
+
+
+class BoundedFakeMode(FakeTensorMode):
+    """A fake mode that counts the calls made in it, and runs no operator on real memory.
+
+    After `release` it is like any other.
+    """
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(shape_env=NamedSizes(), allow_fallback_kernels=False)
+        self._calls: float = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls -= 1
+        if self._calls < 0:
+            raise SaveError("the operators of the saved graph fall into too many parts")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def release(self) -> None:
+        """Count no longer, and let operators without a shape rule run: passes may need them."""
+        self._calls = math.inf
+        self.allow_fallback_kernels = True
+
+
+class CallTypes:
+    """The fake values of the calls of a saved graph of `nodes` nodes; equal calls are run once."""
+
+    def __init__(self, nodes: int) -> None:
+        self.mode = BoundedFakeMode(_CALLS_OF_A_GRAPH + nodes * _CALLS_OF_A_NODE)
+        self._known = KnownCalls(self._run)
+        self._results = _RESULTS_OF_A_GRAPH + nodes * _RESULTS_OF_A_NODE
+
+    def of(self, node: fx.Node) -> Any:
+        """The fake value of a call; `SaveError` where it can't be made, or not within bounds."""
+        try:
+            value = self._known.result(node.target, node.args, node.kwargs)
+            self._check_results(value)
+            return value
+        except Exception as error:  # whatever an operator raises on arguments it wasn't made for
+            reason = (str(error).splitlines() or [""])[0]
+            if not isinstance(error, SaveError):
+                reason = f"the saved graph can't be typed: {type(error).__name__}: {reason}"
+            raise SaveError(
+                f"{reason:.400}\n"
+                f"  node: {describe(node):.400}\n"
+                f"  module: {module_path(node) or '(the model itself)':.400}"
+            ) from error
+
+    def _run(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if isinstance(target, torch._ops.OpOverload):
+            check_shapes((args, kwargs))
+            return run_on_fakes(self.mode, target, args, kwargs)
+        if kwargs:
+            raise SaveError(f"the saved graph names arguments of {target.__name__}, which has none")
+        return _computed_size(target, args)
+
+    def _check_results(self, value: Any) -> None:
+        leaves = value if isinstance(value, (tuple, list)) else (value,)
+        self._results -= len(leaves)
+        if self._results < 0:
+            raise SaveError("the operators of the saved graph have too many results")
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.ndim > _HIGHEST_RANK:
+                raise SaveError(
+                    f"the saved graph makes a tensor of {leaf.ndim} axes; {_HIGHEST_RANK} can be"
+                )
+        check_shapes(value)
+
+
+def _computed_size(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """`function(*args)`, which is arithmetic on numbers of 64 bits, or takes a tuple apart."""
+    if function is _GETITEM:
+        values, index = args
+        if type(index) is not int or not isinstance(values, (tuple, list)):
+            raise SaveError("the saved graph takes an item of something other than results")
+        return values[index]
+    numbers = list(_flat(args))
+    for number in numbers:
+        _check_number(number)
+    if function is _POWER and not _is_small_power(*numbers):
+        raise SaveError(f"the saved graph computes a size that is too large, from {numbers}")
+    result = function(*args)
+    _check_number(result)
+    return result
+
+
+def _is_small_power(base: Any, exponent: Any) -> bool:
+    return isinstance(exponent, (int, float)) and abs(exponent) <= _LARGEST_EXPONENT
+
+
+def _check_number(value: Any) -> None:
+    if not isinstance(value, _NUMBERS):
+        raise SaveError(f"the saved graph computes a size from a {type(value).__name__}")
+    if isinstance(value, int) and not -_WORD <= value < _WORD:
+        raise SaveError(
+            f"the saved graph computes a size that is too large: {value.bit_length()} bits"
+        )
+    if not isinstance(value, (bool, int, float)):
+        terms(value.node.expr)
+
+
+def _flat(args: Sequence[Any]) -> Iterator[Any]:
+    """The numbers among `args`, where one list of them stands in, too."""
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            yield from arg
+        else:
+            yield arg
