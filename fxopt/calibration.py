@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.errors import CalibrationError, InputError
+from fxopt.errors import CalibrationError, InputError, OutsideError
 from fxopt.signature import Signature
 
 Progress = Callable[[str], None]
@@ -27,14 +27,22 @@ class Calibration:
     `source` is any iterable of inputs, each a tensor, a tuple of positionals or a dict of keywords,
     and must give the same batches each time it is iterated. `progress` is called with a line now
     and then while batches are streamed. `was_read` tells whether any pass has asked for them.
+    Batches for which the model takes another branch than in the captured graph are passed over;
+    `instead` stands in where none is left.
 
     Raises `CalibrationError` when `source` is no iterable of inputs.
     """
 
     def __init__(
-        self, source: Iterable[Any], signature: Signature, progress: Progress | None = None
+        self,
+        source: Iterable[Any],
+        signature: Signature,
+        progress: Progress | None = None,
+        instead: tuple[Tensor, ...] | None = None,
     ) -> None:
         check_is_iterable(source)
+        self.instead = instead
+        self._refused = ""
         self.signature = signature
         self.progress = progress
         self.was_read = False
@@ -51,16 +59,24 @@ class Calibration:
         """
         self.was_read = True
         index = -1
+        fitting = False
         for index, batch in enumerate(self._source):
-            yield batch if self._is_flat else self._flat(index, batch)
-        if index < 0:
+            flat = batch if self._is_flat else self._flat(index, batch)
+            if flat is not None:
+                fitting = True
+                yield flat
+        if self._refused and not fitting:
+            if self.instead is None:
+                raise CalibrationError(f"no batch of calibration= can be used: {self._refused}")
+            yield self.instead
+        elif index < 0:
             raise CalibrationError(
                 "calibration= is empty: it gave no batch at all. Give an iterable of inputs, each "
                 "a tensor, a tuple of positional arguments or a dict of keyword arguments; a "
                 "generator that was used up before gives nothing."
             )
 
-    def _flat(self, index: int, batch: Any) -> tuple[Tensor, ...]:
+    def _flat(self, index: int, batch: Any) -> tuple[Tensor, ...] | None:
         try:
             if isinstance(batch, Tensor):
                 return tuple(self.signature.flatten((batch,), {}))
@@ -69,6 +85,9 @@ class Calibration:
             if isinstance(batch, (tuple, list)):
                 return tuple(self.signature.flatten(tuple(batch), {}))
         except InputError as error:
+            if isinstance(error, OutsideError) and error.branch:
+                self._refused = str(error)
+                return None
             raise CalibrationError(
                 f"calibration batch {index} doesn't fit the model: {error}"
             ) from error
@@ -85,12 +104,13 @@ class _Spool:
     """
 
     def __init__(
-        self, source: Iterable[Any], flat: Callable[[int, Any], tuple[Tensor, ...]]
+        self, source: Iterable[Any], flat: Callable[[int, Any], tuple[Tensor, ...] | None]
     ) -> None:
         self.source = iter(source)
         self.flat = flat
         self.file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
         self.ends = [0]
+        self.taken = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         index = 0
@@ -102,7 +122,10 @@ class _Spool:
                     batch = next(self.source)
                 except StopIteration:
                     return
-                tensors = self.flat(index, batch)
+                tensors = self.flat(self.taken, batch)
+                self.taken += 1
+                if tensors is None:
+                    continue
                 self._write(tensors)
                 yield tensors
             index += 1

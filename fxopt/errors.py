@@ -14,7 +14,14 @@ class InputError(FxoptError, ValueError):
 
 
 class OutsideError(InputError):
-    """A call that another program of the same model could answer: of other sizes or constants."""
+    """A call that another program of the same model could answer: of other sizes or constants.
+
+    `branch` tells that Python code of the model takes another branch for its sizes.
+    """
+
+    def __init__(self, message: str, branch: bool = False) -> None:
+        super().__init__(message)
+        self.branch = branch
 
 
 class ModelError(FxoptError, TypeError):

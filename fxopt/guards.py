@@ -119,6 +119,8 @@ def _bits(tree: Tree, ranks: Sequence[int]) -> int:
         return 64
     if isinstance(tree, int):
         return max(tree.bit_length(), 1)
+    if not isinstance(tree, tuple) or not tree or not isinstance(tree[0], str):
+        raise ValueError(f"a guard with the value {tree!r:.40}")
     operator, *operands = tree
     if operator == "size":
         known = {(index, axis) for index, rank in enumerate(ranks) for axis in range(rank)}

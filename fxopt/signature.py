@@ -52,7 +52,8 @@ class Signature:
     """The calling convention of a captured model: calls into leaves, leaves into outputs.
 
     `zeros` names arguments that, left out of a call, are zeros of the shape of another one;
-    `guards` are what the sizes of a call must satisfy beside `ranges` and fixed sizes.
+    `guards` are what the sizes of a call must satisfy beside `ranges` and fixed sizes; `added`
+    names the constants that no call gives, since the capture put them in itself.
     """
 
     forward: inspect.Signature
@@ -63,6 +64,7 @@ class Signature:
     out_constants: Mapping[int, object]
     zeros: Mapping[str, str] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    added: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> tuple[TensorInput, ...]:
@@ -143,7 +145,7 @@ class Signature:
         paths = self.paths
         for guard in self.guards:
             if guard.origin != "operator" and not guard.is_kept(shapes):
-                raise OutsideError(self._broken_text(guard, paths))
+                raise OutsideError(self._broken_text(guard, paths), branch=True)
         sizes: dict[str, tuple[int, str]] = {}
         for shape, expected in zip(shapes, self.tensors, strict=True):
             for axis, (size, wanted) in enumerate(zip(shape, expected.sizes, strict=True)):
@@ -169,7 +171,8 @@ class Signature:
         """The leaves of a call's arguments, nested as they were at capture."""
         given = bind(self.forward, args, kwargs, spelled_out=self.names)
         for name, value in self.constants.items():
-            given.setdefault(name, value)
+            if name not in given:
+                given[name] = self._left_out(name, value)
         for name, like in self.zeros.items():
             if name not in given and isinstance(given.get(like), Tensor):
                 given[name] = torch.zeros_like(given[like])
@@ -190,6 +193,18 @@ class Signature:
             next(remaining) if isinstance(leaf, TensorInput) else leaf for leaf in self.leaves
         ]
         return unbind(self.forward, pytree.tree_unflatten(leaves, self.in_spec))
+
+    def _left_out(self, name: str, value: object) -> object:
+        """The constant for an argument that a call leaves out; eager takes forward's default."""
+        if name in self.added:
+            return value
+        parameter = self.forward.parameters.get(name)
+        default = f"={parameter.default!r}" if parameter is not None else " left out"
+        raise OutsideError(
+            f"this call leaves out {name}, so that the model runs with {name}{default}, but the "
+            f"graph was captured with {value!r}. Give {name}={value!r} in the call, or transform "
+            "the model again with example_inputs that leave it out."
+        )
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The model's own output type, made of the graph's output tensors."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from fxopt.calibration import check_is_iterable
 from fxopt.capture import check_is_module
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
-from fxopt.optimized import Optimized, Outcome, make_optimized
+from fxopt.optimized import MOST_PROGRAMS, Optimized, Outcome, Source, make_optimized
 from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
 from fxopt.signature import bind, forward_signature
@@ -31,6 +32,7 @@ def transform(
     budget: Claim | None = None,
     measure_cost: bool | None = None,
     progress: Progress | None = None,
+    recapture: Literal["auto", "error"] | int = "auto",
 ) -> Optimized:
     """A cheaper module in place of `model`, every step of its making shown to be equivalent.
 
@@ -55,6 +57,11 @@ def transform(
     switch it. It trains the parameters that it shares with `model`; running statistics are its own.
     `example_inputs` must hold what the loss needs (`labels`), and later calls the same arguments.
 
+    A graph holds for the sizes for which the model's Python code takes the branches of the example.
+    A later call for which it takes others is answered by a further program, captured from `model`
+    at that call, with the same passes and judged alike: as many as `recapture` says, 8 with "auto".
+    With "error" such a call raises an `InputError` that names the relation and the line.
+
     Raises `ModelError`, `InputError`, `CalibrationError`, `CaptureError`, `PassError`,
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.
     """
@@ -67,12 +74,29 @@ def transform(
     if calibration is not None:
         check_is_iterable(calibration)
 
+    most = _most_programs(recapture)
+
+    def further(model: nn.Module, inputs: Inputs) -> Outcome:
+        pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
+        pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
+        return completed(pipeline, model, False)
+
+    def completed(pipeline: Pipeline, model: nn.Module, cost: bool | None) -> Outcome:
+        for pass_ in resolved:
+            pipeline.run(pass_)
+        outcome = pipeline.finish(cost)
+        report = replace(outcome.report, most_programs=most)
+        source = Source.of(model, outcome.program, further, most)
+        return replace(outcome, report=report, source=source)
+
     def build(inputs: Inputs | None) -> Outcome:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
         pipeline.capture(inputs, mode, verify_inputs, calibration)
-        for pass_ in resolved:
-            pipeline.run(pass_)
-        return pipeline.finish(measure_cost)
+        if pipeline.elsewhere and most == 1:
+            raise pipeline.elsewhere[0][1]
+        outcome = completed(pipeline, model, measure_cost)
+        others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
+        return replace(outcome, further=others)
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         if not kwargs:
@@ -86,3 +110,20 @@ def transform(
         if example_inputs is not None:
             raise
     return optimized
+
+
+def _most_programs(recapture: object) -> int:
+    """How many programs a module may hold in all."""
+    if recapture in ("auto", "error"):
+        return MOST_PROGRAMS if recapture == "auto" else 1
+    if type(recapture) is not int or recapture < 1:
+        raise PassError(
+            f"recapture={recapture!r}: must be 'auto', 'error' or how many programs there may be"
+        )
+    return recapture
+
+
+def _again(calibration: Iterable[Inputs] | None) -> Iterable[Inputs] | None:
+    """The calibration inputs where they can be iterated a second time."""
+    once = calibration is not None and iter(calibration) is calibration
+    return None if once else calibration

@@ -45,6 +45,13 @@ def added(reference: Tensor, output: Tensor, place: Tensor, value: float) -> Non
     output[place] += value
 
 
+def mixed(reference: Tensor, output: Tensor, place: Tensor, value: float) -> None:
+    """Sentinels of four magnitudes and both signs, the same on both sides."""
+    values = torch.tensor([value, -value, value / 7, -5e3], dtype=reference.dtype)
+    index = torch.arange(int(place.sum())) % 4
+    reference[place] = output[place] = values[index]
+
+
 @st.composite
 def masks(draw: st.DrawFn, rows: int, columns: int) -> Tensor:
     """Where sentinels stand: some entries, all but a few, whole rows, whole columns, a triangle."""
@@ -74,7 +81,7 @@ def masks(draw: st.DrawFn, rows: int, columns: int) -> Tensor:
     rows=st.integers(4, 12),
     columns=st.integers(8, 20),
     dtype=st.sampled_from(list(SENTINELS)),
-    plant=st.sampled_from([equal, added]),
+    plant=st.sampled_from([equal, added, mixed]),
     claim=st.sampled_from([20.0, 30.0, 40.0]),
     seed=st.integers(0, 999),
 )

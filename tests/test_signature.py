@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from fxopt.errors import InputError
+from fxopt.errors import InputError, OutsideError
 from fxopt.signature import (
     Range,
     Signature,
@@ -97,11 +98,23 @@ def test_unflatten_gives_the_models_own_type_and_its_constants() -> None:
     assert output.hidden_states is None
 
 
-def test_constant_arguments_may_be_repeated_or_left_out() -> None:
+def test_a_constant_left_out_is_forwards_default() -> None:
     signature = _signature({**_CAPTURED, "flag": True})
     assert signature.constants == {"flag": True}
     assert len(signature.flatten((_IDS, _MASK), {"flag": True})) == 2
+    with pytest.raises(OutsideError) as caught:
+        signature.flatten((_IDS, _MASK), {})
+    assert str(caught.value) == (
+        "this call leaves out flag, so that the model runs with flag=False, but the graph was "
+        "captured with True. Give flag=True in the call, or transform the model again with "
+        "example_inputs that leave it out."
+    )
+
+
+def test_a_constant_that_the_capture_added_may_be_left_out() -> None:
+    signature = replace(_signature({**_CAPTURED, "flag": True}), added=frozenset({"flag"}))
     assert len(signature.flatten((_IDS, _MASK), {})) == 2
+    assert len(signature.flatten((_IDS, _MASK), {"flag": True})) == 2
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,11 @@ def transpose(weight: Tensor) -> Tensor:
 def as_linear(node: fx.Node, computed: bool = False) -> Linear | None:
     """The linear layer that `node` computes, or None.
 
-    With `computed`, weights that are computed from state alone count as well, and any bias [N].
+    With `computed`, weights that are computed from state alone count as well, and any bias [N]; a
+    product of two constants doesn't: it is part of a weight.
     """
+    if computed and node.target in LINEAR_TARGETS and is_computed_constant(node):
+        return None
     if node.target is aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
         return _linear(node, x, weight, False, bias, computed)

@@ -40,8 +40,11 @@ PRODUCT_TARGETS = (*_FIRST_TWO, *_SECOND_AND_THIRD, *_LISTS, aten.bilinear.defau
 def why_no_linear(node: fx.Node, mode: Mode) -> str | None:
     """Why a product that `as_linear` gives None for is no linear layer with a constant weight.
 
-    None for a product of a weight that some pass has stored otherwise already.
+    None for a product of a weight that some pass has stored otherwise already, and for one that is
+    the same in every call: it is part of a weight.
     """
+    if is_computed_constant(node):
+        return None
     sides = list(_sides(node))
     constants = [side for side in sides if side.op == "get_attr" or is_computed_constant(side)]
     if not constants:

@@ -57,11 +57,13 @@ def capture(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     mode: Mode = "eval",
+    empty: bool = False,
 ) -> Program:
     """The graph of `model` on inputs like `example_inputs`, with every size dynamic that can be.
 
     `example_inputs` left out: derived from the model's transformers config. Parameters and buffers
-    are the model's own tensors; tied ones stay tied. The model's mode flags are restored.
+    are the model's own tensors; tied ones stay tied. The model's mode flags are restored. Inputs
+    without entries, which show little, are taken where they may be `empty`.
 
     Raises `ModelError` for a model that can't be captured at all, `InputError` for inputs that the
     model itself rejects, `NotCapturedError` when no inputs are given and none can be derived, and
@@ -70,11 +72,12 @@ def capture(
     check_model(model)
     signature = forward_signature(model)
     named = normalize_inputs(
-        signature, derive_inputs(model) if example_inputs is None else example_inputs
+        signature, derive_inputs(model) if example_inputs is None else example_inputs, empty
     )
     notes: list[str] = []
+    added: frozenset[str] = frozenset()
     if _would_return_cache(model, named):
-        named["use_cache"] = False
+        named["use_cache"], added = False, frozenset({"use_cache"})
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with attributes_kept(model), in_mode(model, mode):
@@ -84,7 +87,7 @@ def capture(
         program = with_returned_places(program, _eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
     zeros = zeros_when_left_out(model, named)
-    convention = replace(program.signature, zeros=zeros, guards=guards)
+    convention = replace(program.signature, zeros=zeros, guards=guards, added=added)
     return replace(program, signature=convention, notes=tuple(notes))
 
 

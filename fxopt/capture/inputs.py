@@ -21,11 +21,14 @@ _BATCH, _LENGTH, _DECODER_LENGTH, _SAMPLES = 2, 16, 12, 4000
 
 
 def normalize_inputs(
-    signature: inspect.Signature, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+    signature: inspect.Signature,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    empty: bool = False,
 ) -> dict[str, Any]:
     """Example inputs (a tensor, a tuple of positionals or a dict of keywords) as {name: value}.
 
-    Raises `InputError` for another container, no tensor inside, or a tensor without entries.
+    Raises `InputError` for another container, no tensor inside, or a tensor without entries where
+    none may be `empty`.
     """
     if isinstance(example_inputs, Tensor):
         named = bind(signature, (example_inputs,), {})
@@ -42,7 +45,7 @@ def normalize_inputs(
     if not tensors:
         raise InputError("example_inputs hold no tensor; give at least one")
     for path, tensor in tensors:
-        if not tensor.numel():
+        if not tensor.numel() and not empty:
             raise InputError(
                 f"example input {path} has shape {tuple(tensor.shape)} and so no entries; capture "
                 "and judgement need at least one row. The result accepts empty batches."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from fxopt.errors import FxoptError, SaveError
@@ -33,9 +34,12 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
-    evaluation = Evaluation.saved(saved.evaluation)
     report = Report.from_json(saved.report_json)
-    outcome = Outcome(program, report, (), lowering, evaluation=evaluation)
+    further = tuple(
+        Outcome(one, replace(report, domains=()), (), lowering) for one in saved.further
+    )
+    evaluation = Evaluation.saved(saved.evaluation)
+    outcome = Outcome(program, report, (), lowering, evaluation=evaluation, further=further)
     try:
         twin.install(outcome)
     except Exception as error:  # names of tensors that can't stand beside one another, and the like

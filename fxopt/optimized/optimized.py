@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
-from fxopt.errors import InputError, ModelError, NotCapturedError
+from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.graph_modules import attribute, graph_module, hold, share_tables
+from fxopt.optimized.members import Member, present_tensors
 from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
 from fxopt.saving import save
@@ -69,6 +71,7 @@ class Optimized(nn.Module):
         object.__setattr__(self, "_outcome", None)
         object.__setattr__(self, "_execution", None)
         object.__setattr__(self, "_evaluations", {})
+        object.__setattr__(self, "_programs", None)
         object.__setattr__(self, "_wanted", None)  # what train() and eval() asked for last
         self.training = False
 
@@ -94,8 +97,10 @@ class Optimized(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What every pass did, refused, claimed and measured."""
-        return self._done().report
+        """What every pass did, refused, claimed and measured, and for which calls it all holds."""
+        report = self._done().report
+        further = [one.outcome.report.domains for one in self._programs.valid()]
+        return replace(report, domains=sum(further, report.domains))
 
     @property
     def steps(self) -> tuple[OptimizedStep, ...]:
@@ -135,7 +140,9 @@ class Optimized(nn.Module):
         execution = Execution(
             outcome.program, module, outcome.lowering, outcome.compiled, evaluation
         )
-        object.__setattr__(self, "_outcome", replace(outcome, module=module))
+        outcome = replace(outcome, module=module)
+        object.__setattr__(self, "_outcome", outcome)
+        object.__setattr__(self, "_programs", Programs(outcome))
         object.__setattr__(self, "_execution", execution)
         object.__setattr__(self, "_evaluations", {})  # of other arguments, by their names
         object.__setattr__(self, "_build", None)  # it holds the original model
@@ -144,27 +151,27 @@ class Optimized(nn.Module):
         # One set of tables for both: whatever moves or replaces a tensor here moves it there.
         share_tables(self, module)
         self.training = outcome.program.mode == "train" and self._wanted is not False
+        for one in outcome.further:
+            self._programs.add(one)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for the model's arguments, in the model's own output type.
 
-        Raises `InputError` when the arguments don't fit what was captured.
+        A call for which the model takes another branch is answered by another program, captured at
+        the first such call. Raises `InputError` when the arguments fit none and none can be made.
         """
         if self._outcome is None:
             self.install(self._build(args, kwargs))
-        execution: Execution = self._execution
-        signature = execution.signature(self._mode)
-        if self._mode == execution.program.mode:
+        execution, mode = self._execution, self._mode
+        if mode != execution.program.mode:
+            self._check_evaluation()
+            execution = self._execution_for(args, kwargs)
+        signature = execution.signature(mode)
+        try:
             leaves = signature.flatten(args, kwargs)
-            return signature.unflatten(execution.run(self._mode, leaves))
-        return self._evaluated(args, kwargs)
-
-    def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call in evaluation, by the program of its arguments."""
-        self._check_evaluation()
-        execution = self._execution_for(args, kwargs)
-        signature = execution.signature("eval")
-        return signature.unflatten(execution.run("eval", signature.flatten(args, kwargs)))
+        except OutsideError as outside:
+            return self._programs.run(mode, args, kwargs, outside)
+        return signature.unflatten(execution.run(mode, leaves))
 
     def _execution_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
         """The evaluation of a call's arguments: that of the example's, or one captured for it."""
@@ -188,8 +195,14 @@ class Optimized(nn.Module):
             others[names] = execution.evaluating(found)
         return others[names]
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs over their present tensors: the first, then those of other branches."""
+        further = [one.in_mode(self._mode) for one in self._programs.valid()]
+        return (self.program, *further)
+
     def save(self, folder: str | Path) -> None:
-        """Write program, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
+        """Write programs, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 
         The program is that of the present mode: saved in evaluation mode it is for inference alone.
         Holds no code and no pickle. Raises `SaveError` where something can't be saved, before
@@ -197,7 +210,7 @@ class Optimized(nn.Module):
         """
         outcome = self._done()
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
-        report = outcome.report.to_json()
+        report = self.report.to_json()
         config = saved_config(getattr(self, "config", None))
         save(
             self.program,
@@ -205,6 +218,7 @@ class Optimized(nn.Module):
             lowering=lowering,
             report_json=report,
             config=config,
+            further=[one.in_mode(self._mode) for one in self._saved_members()],
             evaluation=self._apart() if self.training else None,
         )
 
@@ -254,12 +268,17 @@ class Optimized(nn.Module):
         memo[id(self)] = twin
         object.__setattr__(twin, "_wanted", self.training)
         twin.install(self._renewed(replace(program, state=state), evaluation))
+        members = self._programs.valid()
+        programs = beside(twin._outcome, members, lambda tensor: copy.deepcopy(tensor, memo))
+        object.__setattr__(twin, "_programs", programs)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         from fxopt.optimized.pickling import reduced  # which imports this file
 
-        return reduced(self._present(), self._apart(), self._done(), self._carried, self.training)
+        programs = [self._present(), *(one.program for one in self._saved_members())]
+        outcome = replace(self._done(), report=self.report)
+        return reduced(programs, self._apart(), outcome, self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -269,7 +288,7 @@ class Optimized(nn.Module):
                 "the graph was captured and judged in its own dtype; convert the original model "
                 "first and transform it again"
             )
-        before = self.device
+        before, members = self.device, self._programs.valid()
         if probe.device != before:
             self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -278,6 +297,8 @@ class Optimized(nn.Module):
             if evaluation is not None:
                 evaluation = self._over_present(evaluation).on_device(self.device)
             self.install(self._renewed(self._present().on_device(self.device), evaluation))
+        device = self.device if self.device != before else None
+        object.__setattr__(self, "_programs", beside(self._outcome, members, fn, device))
         return self
 
     def _unshare(self) -> None:
@@ -292,9 +313,15 @@ class Optimized(nn.Module):
 
     def _renewed(self, program: Program, evaluation: Program | None) -> Outcome:
         """The outcome with these programs, to be compiled again at its first call."""
-        outcome = self._done()
-        evaluated = replace(outcome.evaluation, program=evaluation)
-        return replace(outcome, program=program, module=None, compiled=None, evaluation=evaluated)
+        evaluated = replace(self._done().evaluation, program=evaluation)
+        return replace(
+            self._done(),
+            program=program,
+            module=None,
+            compiled=None,
+            evaluation=evaluated,
+            further=(),
+        )
 
     @property
     def _mode(self) -> Mode:
@@ -322,13 +349,18 @@ class Optimized(nn.Module):
 
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""
-        return self._over_present(self._done().program)
+        outcome = self._done()
+        return replace(outcome.program, state=present_tensors(outcome))
 
     def _over_present(self, program: Program) -> Program:
         module = self._done().module
         assert module is not None
         state = {name: attribute(module, name) for name in program.state}
         return replace(program, state=state)
+
+    def _saved_members(self) -> list[Member]:
+        """The further programs that are whole in what is saved of them."""
+        return [one for one in self._programs.valid() if one.follows or not self.training]
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome

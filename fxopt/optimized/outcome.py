@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.source import Source
 from fxopt.program import Program
 from fxopt.report import Report, Step
 
@@ -47,8 +48,9 @@ class Evaluation:
 class Outcome:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
-    `config` is the model's, where cutting channels has changed its sizes. `evaluation` is what the
-    model of a program that trains computes in evaluation.
+    `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
+    model of a program that trains computes in evaluation; `source` makes further programs of the
+    same model, where it can; `further` are those that exist already.
     """
 
     program: Program
@@ -59,3 +61,5 @@ class Outcome:
     module: fx.GraphModule | None = None
     config: Any = None
     evaluation: Evaluation = Evaluation()
+    source: Source | None = None
+    further: tuple[Outcome, ...] = ()

@@ -7,8 +7,8 @@ in both of its modes. A pickle is code to whoever loads it; a folder of `opt.sav
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,51 +18,69 @@ from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.program import Program
 from fxopt.report import Report
-from fxopt.saving import from_documents, state_of, to_documents
+from fxopt.saving import (
+    decode_beside,
+    decode_further,
+    document_beside,
+    first_of,
+    from_document,
+    tensors_beside,
+    tensors_of,
+    to_document,
+)
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """What goes into a pickle; `program` and `report` are JSON, `evaluation` as `save` has it."""
+    """What goes into a pickle; `program`, `further` ones of other branches, the `evaluation` beside
+    it and `report` are JSON."""
 
     program: str
-    evaluation: str | None
+    evaluation: str
     report: str
     state: Mapping[str, Tensor]
     example: tuple[Tensor, ...]
     lowering: Lower | None
     carried: dict[str, Any]
     training: bool
+    further: str = "[]"
 
     def restored(self) -> Optimized:
         """The module, lowered again at its first call where it was."""
-        data = {**json.loads(self.program), "evaluation": json.loads(self.evaluation or "null")}
-        program, evaluation = from_documents(data, self.state, self.example)
+        state = first_of(self.state)
+        program = from_document(json.loads(self.program), state, self.example)
+        others = decode_further(json.loads(self.further), self.state, from_document)
+        beside = decode_beside(json.loads(self.evaluation), self.state, program, from_document)
+        report = Report.from_json(self.report)
+        further = tuple(
+            Outcome(one, replace(report, domains=()), (), self.lowering) for one in others
+        )
+        kept = Evaluation.saved(beside)
+        outcome = Outcome(program, report, (), self.lowering, evaluation=kept, further=further)
         twin = optimized_like(program.name, program.signature.forward, dict(self.carried))
-        report, kept = Report.from_json(self.report), Evaluation.saved(evaluation)
-        twin.install(Outcome(program, report, (), self.lowering, evaluation=kept))
+        twin.install(outcome)
         return twin.train(self.training)
 
 
 def reduced(
-    program: Program,
+    programs: Sequence[Program],
     evaluation: Program | str | None,
     outcome: Outcome,
     carried: Mapping[str, Any],
     training: bool,
 ) -> tuple[Callable[[Pickled], Optimized], tuple[Pickled]]:
-    """The module of `program` for the pickle protocol; `SaveError` where it has no saved form."""
-    program = program.materialized()
-    document = to_documents(program, evaluation)
-    evaluated = document.pop("evaluation")
+    """The module of `programs` for the pickle protocol; `SaveError` where it has no saved form."""
+    program, *further = [one.materialized() for one in programs]
+    state = {name: program.tensor(name) for name in program.state}
     pickled = Pickled(
-        program=json.dumps(document),
-        evaluation=json.dumps(evaluated),
+        program=json.dumps(to_document(program)),
+        evaluation=json.dumps(document_beside(evaluation)),
         report=outcome.report.to_json(),
-        state=state_of(program, evaluation),
+        state=state | tensors_of(further) | tensors_beside(evaluation),
         example=program.example,
         lowering=outcome.lowering,
         carried=dict(carried),
         training=training,
+        further=json.dumps([to_document(one) for one in further]),
     )
     return Pickled.restored, (pickled,)

@@ -138,7 +138,10 @@ class MergeDuplicate(Rule):
 
 
 class FoldConstant(Rule):
-    """f(constants) = its value, computed once, where it is small and no view of a parameter."""
+    """f(constants) = its value, computed once, where it is no view of a parameter.
+
+    It must be small, or take no more memory than what it frees; then it is a recipe.
+    """
 
     exclusive = False
 
@@ -159,7 +162,7 @@ class FoldConstant(Rule):
         value = match.root.meta["val"]
         if reaches_output(match.root):
             return "it is an output, which must not share memory with what later calls read"
-        if value.numel() > _LARGEST_FOLD:
+        if _is_large(match.root) and _bytes(match.root) > _freed(match.root):
             return f"folding would store {value.numel()} numbers"
         for operand in match.root.all_input_nodes:
             if any(user.target is aten.copy_.default for user in operand.users):
@@ -168,11 +171,13 @@ class FoldConstant(Rule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         node = match.root
+        path = node.meta["module_path"]
+        name = f"{path}.{node.name}" if path else node.name
+        if _is_large(node):
+            return edit.constant(f"{name}_folded", edit.state(node))
         args, kwargs = fx.map_arg((node.args, node.kwargs), edit.tensor)
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        path = node.meta["module_path"]
-        name = f"{path}.{node.name}" if path else node.name
         # A copy of its own, of the same strides: a sliced view would keep its base alive.
         return edit.constant(f"{name}_folded", value.clone())
 
@@ -214,6 +219,20 @@ def _same_value(node: fx.Node, source: fx.Node) -> bool:
     if node.target is aten.permute.default:
         return list(node.args[1]) == list(range(old.ndim))  # type: ignore[arg-type]
     return same_sizes(new.stride(), old.stride())
+
+
+def _is_large(node: fx.Node) -> bool:
+    return bool(node.meta["val"].numel() > _LARGEST_FOLD)
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.dtype.itemsize)
+
+
+def _freed(node: fx.Node) -> int:
+    """Bytes of the constants that nothing but `node` reads."""
+    return sum(_bytes(used) for used in node.all_input_nodes if len(used.users) == 1)
 
 
 def _only_view(node: fx.Node) -> bool:

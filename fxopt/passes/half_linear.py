@@ -110,10 +110,12 @@ class RoundLayer(ComputeInHalf):
 
     def match(self, node: fx.Node) -> Match | None:
         layer = as_layer(node, self.mode == "eval")
-        if layer is None:
+        if layer is None and node.target in PRODUCT_TARGETS:
+            if node.meta["val"].dtype in HALF:
+                return None
             reason = why_no_linear(node, self.mode)
             return None if reason is None else Match((node,), {"node": node, "no_linear": reason})
-        if layer.weight.meta["val"].dtype in HALF:
+        if layer is None or layer.weight.meta["val"].dtype in HALF:
             return None
         return Match((node,), {"node": node, "layer": layer})
 

@@ -15,13 +15,14 @@ from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.data_sizes import observe_sizes
-from fxopt.errors import EquivalenceError, FxoptError
+from fxopt.errors import EquivalenceError, FxoptError, InputError, OutsideError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import Evaluation, Optimized, OptimizedStep, Outcome, graph_module
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
+from fxopt.pipeline.domains import domain_of
 from fxopt.pipeline.evaluation import Evaluator, Rows, joined_rows
 from fxopt.pipeline.recording import Taken, since, violation_text
 from fxopt.pipeline.resized_config import resized_config
@@ -81,6 +82,7 @@ class Pipeline:
         self.compiled: Callable[..., Any] | None = None
         self.module: fx.GraphModule | None = None
         self.calibration: Calibration | None = None
+        self.elsewhere: list[tuple[Inputs, OutsideError]] = []
         self.trials: tuple[Trial, ...] = ()
         self.last_trials: tuple[Trial, ...] = ()
         self.outputs: Outputs = []
@@ -92,8 +94,13 @@ class Pipeline:
         mode: Mode,
         more: Sequence[Inputs],
         calibration: Iterable[Any] | None,
+        further: bool = False,
     ) -> None:
-        """Capture the model (or continue from its program) and judge the capture itself."""
+        """Capture the model (or continue from its program) and judge the capture itself.
+
+        A `further` program of a model is judged on those of the inputs `more` that are its own, and
+        calibrated on the example where none of the batches is.
+        """
         self.progress(f"capturing {type(self.model).__name__}")
         start = time.perf_counter()
         self.inputs = inputs
@@ -101,18 +108,19 @@ class Pipeline:
             program = replace(self.model.program, changes=Changes())
             observe_sizes(program)
         else:
-            program = capture(self.model, inputs, mode)
+            program = capture(self.model, inputs, mode, empty=further)
         wellformed.check(program)
         self.capture_ms = since(start)
         if self.verify:
             program = with_edges(program, run_model(self.model, program))
         if calibration is not None:
-            self.calibration = Calibration(calibration, program.signature, self.progress)
+            instead = program.example if further else None
+            self.calibration = Calibration(calibration, program.signature, self.progress, instead)
             program = replace(program, calibration=self.calibration)
         self.program = program
         self.standard = Standard(program)
         self.notes += program.notes
-        claim, verdict = self._judge_capture(more)
+        claim, verdict = self._judge_capture(self._own(more, further))
         self._record(
             Taken(
                 "capture", "capture", program, program, claim, verdict, start,
@@ -120,12 +128,25 @@ class Pipeline:
             )
         )  # fmt: skip
 
-    def _judge_capture(self, more: Sequence[Inputs]) -> tuple[Claim, Verdict | None]:
+    def _own(self, more: Sequence[Inputs], further: bool) -> list[list[Tensor]]:
+        """The tensors of those inputs that are this program's; `elsewhere` keeps the others."""
+        own = []
+        for one in more:
+            try:
+                own.append(self._flat(one))
+            except OutsideError as outside:
+                self.elsewhere.append((one, outside))
+            except InputError:
+                if not further:
+                    raise
+        return own
+
+    def _judge_capture(self, own: Sequence[list[Tensor]]) -> tuple[Claim, Verdict | None]:
         claim: Claim = Close()
         if not self.verify:
             return claim, None
         program = self.program
-        extra = [[tensor.clone() for tensor in self._flat(one)] for one in more]
+        extra = [[tensor.clone() for tensor in one] for one in own]
         changed: set[str] = set()
         reference = run_model(self.model, program, changed)
         found, skipped = trials(program, reference, extra)
@@ -290,6 +311,8 @@ class Pipeline:
         end_to_end = self._judge_whole(result) if self.verify else None
         steps = tuple(step.record for step in self.steps)
         report = result.reported(self.standard.captured, self.capture_ms, steps, end_to_end)
+        trials = (*self.trials, *self.last_trials)
+        report = replace(report, domains=(domain_of(program, trials),))
         if measure_cost or (measure_cost is None and self.lowering is not None):
             self.progress("measuring latency and memory")
             report = result.with_cost(report, self.model)

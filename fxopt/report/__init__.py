@@ -1,6 +1,6 @@
 """What was done to a model and what it cost, for people and for programs."""
 
 from fxopt.report.picture import GraphPicture, PictureNode, picture
-from fxopt.report.record import Report, Step
+from fxopt.report.record import Domain, Report, Step
 
-__all__ = ["GraphPicture", "PictureNode", "Report", "Step", "picture"]
+__all__ = ["Domain", "GraphPicture", "PictureNode", "Report", "Step", "picture"]

@@ -89,3 +89,14 @@ def memory_change(before: Memory | None, after: Memory | None) -> str:
 def memory_text(memory: Memory | None) -> str:
     """`12.3 MB`, or why there is no figure."""
     return size(memory.bytes) if memory else "not measurable here"
+
+
+def other_calls(report: Report) -> str:
+    """What becomes of a call that none of the programs answers."""
+    most, held = report.most_programs or 1, len(report.domains)
+    if held < most:
+        return (
+            f"answered by a program captured at the first such call: {held} of at most {most} so "
+            "far, while the original model is there and its weights are what they were"
+        )
+    return "refused by an InputError that names the relation"

@@ -31,6 +31,7 @@ def render(report: Report) -> str:
         _header(report),
         _cards(report),
         _measurements(report),
+        _domains(report),
         _passes(report.steps),
         _pictures(report),
         _graph_text(report.steps),
@@ -219,6 +220,23 @@ def _group(found: Group) -> str:
     names += f" and {more} more" if more > 0 else ""
     vary = " (figures vary)" if found.varies else ""
     return f"<b>{len(found.nodes)} ×</b> {escape(found.reason)}{vary}: {names}"
+
+
+def _domains(report: Report) -> str:
+    """For which calls each program answers."""
+    if not report.domains:
+        return ""
+    items = []
+    for domain in report.domains:
+        inputs = "".join(f"<li><code>{escape(text)}</code></li>" for text in domain.inputs)
+        constants = "".join(f"<li><code>{escape(text)}</code></li>" for text in domain.constants)
+        where = "".join(f"<li>where {escape(text)}</li>" for text in domain.relations)
+        judged = escape("; ".join(domain.judged) or "no size: judging was off")
+        items.append(f"<li><ul>{inputs}{constants}{where}<li>judged at {judged}</li></ul></li>")
+    return (
+        f"<section><h2>Holds for</h2><ol>{''.join(items)}</ol>"
+        f'<p class="soft">Other calls are {escape(comparison.other_calls(report))}.</p></section>'
+    )
 
 
 def _pictures(report: Report) -> str:

@@ -52,11 +52,28 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Domain:
+    """For which calls one program of a model answers.
+
+    `inputs` are its tensors with dtypes and sizes, a name for each size that may differ;
+    `constants` the other arguments it was captured with; `relations` what the sizes must satisfy,
+    each with who needs it; `judged` the sizes at which it was compared with the original.
+    """
+
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    relations: tuple[str, ...] = ()
+    judged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole transformation. `str(report)` is a plain table of at most 100 columns.
 
     `end_to_end` is the claim of the whole list against what was measured, as text; latency is per
     call in milliseconds, memory the extra bytes of one call at its peak; None was not measured.
+    `domains` says for which calls each of its programs answers, and `most_programs` how many there
+    may be, since one is captured when a call needs it; None where that isn't known.
     """
 
     model: str
@@ -71,6 +88,8 @@ class Report:
     fingerprint: Mapping[str, str | int | float | None] = field(default_factory=dict)
     picture_before: GraphPicture | None = None
     picture_after: GraphPicture | None = None
+    domains: tuple[Domain, ...] = ()
+    most_programs: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fingerprint", dict(self.fingerprint))

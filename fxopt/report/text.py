@@ -18,6 +18,7 @@ _WIDTH = 100
 _LABEL = 12
 _MOST_GROUPS = 8
 _MOST_DETAILS = 24
+_MOST_RELATIONS = 12
 
 
 def render(report: Report) -> str:
@@ -30,7 +31,7 @@ def render(report: Report) -> str:
     ]
     for number, step in enumerate(report.steps, start=1):
         lines += ["", *_wrapped(f"{number}  ", step.spec), *_details(step)]
-    lines += ["", "In all", *_totals(report)]
+    lines += ["", "In all", *_totals(report), *_domains(report)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -136,6 +137,23 @@ def _totals(report: Report) -> Iterator[str]:
     )
     for note in report.notes:
         yield from _wrapped("note", note)
+
+
+def _domains(report: Report) -> Iterator[str]:
+    """For which calls each program answers."""
+    if not report.domains:
+        return
+    yield ""
+    yield "Holds for"
+    for number, domain in enumerate(report.domains, start=1):
+        yield from _wrapped(f"{number}  ", "; ".join((*domain.inputs, *domain.constants)))
+        for index, relation in enumerate(domain.relations[:_MOST_RELATIONS]):
+            yield from _wrapped("where" if index == 0 else " ", relation)
+        hidden = len(domain.relations) - _MOST_RELATIONS
+        if hidden > 0:
+            yield from _wrapped(" ", f"{hidden} further relations, listed in the JSON and HTML")
+        yield from _wrapped("judged at", "; ".join(domain.judged) or "no size: judging was off")
+    yield from _wrapped("others", comparison.other_calls(report))
 
 
 def _wrapped(name: str, content: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
+from fxopt.saving.further import EVALUATION, Decode, decode_further, first_of, tensors_of
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
@@ -23,15 +25,16 @@ from fxopt.wellformed import check
 class Saved:
     """What a folder held: the program, the spec of its lowering pass, its report as JSON text.
 
-    `config` is the JSON of the model's transformers config, where it had one; `evaluation` what a
-    program that trains computes in evaluation, where that doesn't follow from it, or why that isn't
-    known.
+    `config` is the JSON of the model's transformers config, where it had one; `further` are the
+    programs for other branches of the model; `evaluation` is what a program that trains computes in
+    evaluation, where that doesn't follow from it, or why that isn't known.
     """
 
     program: Program
     lowering: str | None
     report_json: str | None
     config: Mapping[str, Any] | None = None
+    further: tuple[Program, ...] = ()
     evaluation: Program | str | None = None
 
 
@@ -42,23 +45,29 @@ def save(
     lowering: str | None = None,
     report_json: str | None = None,
     config: Mapping[str, Any] | None = None,
+    further: Sequence[Program] = (),
     evaluation: Program | str | None = None,
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
-    `evaluation` is written beside it, over the same tensors where their names are the same; a text
-    says why there is none. Tensors that exist as recipes are computed first. What was written is
-    read back, as `load` will, before it takes its place; a folder that was there keeps its content
-    until then. Raises `WellFormedError` for a program that breaks the dialect, and `SaveError`
-    where something can't be saved, `folder` can't be written, or holds anything else.
+    So are `further` programs of the same model, and its `evaluation` or why there is none; a tensor
+    that several hold is written once. Tensors that exist as recipes are computed first. What was
+    written is read back, as `load` will, before it takes its place; a folder that was there keeps
+    its content until then. Raises `WellFormedError` for a program that breaks the dialect, and
+    `SaveError` where something can't be saved, `folder` can't be written, or holds anything else.
     """
-    check(program)
-    if isinstance(evaluation, Program):
-        check(evaluation)
+    for one in (program, *further):
+        check(one)
     with folders.writing(Path(folder)) as partial:
         program = program.materialized()
-        graph = to_documents(program, evaluation)
-        state = state_of(program, evaluation)
+        others = [one.materialized() for one in further]
+        graph = {
+            **to_document(program),
+            "further": [to_document(one) for one in others],
+            "evaluation": document_beside(evaluation),
+        }
+        state = {name: program.tensor(name) for name in program.state}
+        state |= tensors_of(others) | tensors_beside(evaluation)
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
@@ -73,7 +82,8 @@ def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
     """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
     try:
         data = folders.read_json(folder / folders.GRAPH)
-        from_documents(data, state, program.example)
+        program, *_ = _programs(data, state, program.example)
+        decode_beside(data.get("evaluation"), state, program, from_document)
         _report(folder)
     except (SaveError, WellFormedError) as error:
         raise SaveError(
@@ -106,14 +116,17 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     data = folders.read_json(path / folders.GRAPH)
     try:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
-        program, evaluation = from_documents(data, state, example, namespaces)
+        program, *further = _programs(data, state, example, namespaces)
+        beside = decode_beside(
+            data.get("evaluation"), state, program, partial(from_document, namespaces=namespaces)
+        )
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
         config = data["config"]
         if not isinstance(config, dict | None):
             raise SaveError("the saved model config is no object")
-        return Saved(program, lowering, _report(path), config, evaluation)
+        return Saved(program, lowering, _report(path), config, tuple(further), beside)
     except SaveError as error:
         raise SaveError(
             f"{path} (saved by fxopt {manifest['fxopt']}, torch {manifest['torch']}) can't be "
@@ -125,6 +138,22 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         raise SaveError(
             f"{path / folders.GRAPH} is damaged: {type(error).__name__}: {error!s:.200}"
         ) from error
+
+
+def _programs(
+    data: Any,
+    state: Mapping[str, Tensor],
+    example: tuple[Tensor, ...],
+    namespaces: Collection[str] | None = None,
+) -> tuple[Program, ...]:
+    """All programs of a graph file, the first one first."""
+
+    def decode(document: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Program:
+        return from_document(document, tensors, inputs, namespaces)
+
+    first = decode(data, first_of(state), example)
+    # Folders of earlier versions hold one program.
+    return (first, *decode_further(data.get("further", []), state, decode))
 
 
 def to_document(program: Program) -> dict[str, Any]:
@@ -156,8 +185,6 @@ def from_document(
     if mode not in ("eval", "train"):
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
-    if isinstance(data.get("evaluation"), dict):
-        state = _read_by(data, state)
     program = Program(
         graph=decode_nodes(field(data, "nodes", list), signature, state, example, namespaces),
         state=state,
@@ -175,51 +202,31 @@ def from_document(
     return program
 
 
-def to_documents(program: Program, evaluation: Program | str | None) -> dict[str, Any]:
-    """The document of a program that has `evaluation` beside it, or the reason why it has none."""
-    beside = to_document(evaluation) if isinstance(evaluation, Program) else evaluation
-    return {**to_document(program), "evaluation": beside}
+def document_beside(evaluation: Program | str | None) -> Any:
+    """What is written of the evaluation of a program that trains."""
+    if not isinstance(evaluation, Program):
+        return evaluation
+    check(evaluation)
+    return to_document(evaluation)
 
 
-def state_of(program: Program, evaluation: Program | str | None) -> dict[str, Tensor]:
-    """The tensors of both programs, under their names."""
-    state = {name: program.tensor(name) for name in program.state}
-    if isinstance(evaluation, Program):
-        own = evaluation.state.keys() - state.keys()
-        state.update({name: evaluation.tensor(name) for name in sorted(own)})
-    return state
+def tensors_beside(evaluation: Program | str | None) -> dict[str, Tensor]:
+    """Its tensors, under names that no other program's have."""
+    if not isinstance(evaluation, Program):
+        return {}
+    return tensors_of([evaluation.materialized()], EVALUATION)
 
 
-def from_documents(
-    data: Any,
-    state: Mapping[str, Tensor],
-    example: tuple[Tensor, ...],
-    namespaces: Collection[str] | None = None,
-) -> tuple[Program, Program | str | None]:
-    """The programs that `to_documents` was given; earlier versions wrote no evaluation."""
-    program = from_document(data, state, example, namespaces)
-    encoded = data.get("evaluation")
-    if encoded is None or isinstance(encoded, str):
-        return program, encoded
-    if program.mode != "train" or not isinstance(encoded, dict) or encoded.get("mode") != "eval":
+def decode_beside(
+    document: Any, tensors: Mapping[str, Tensor], program: Program, decode: Decode
+) -> Program | str | None:
+    """The evaluation of `program` that `document_beside` wrote; earlier versions wrote none."""
+    if document is None or isinstance(document, str):
+        return document
+    (found,) = decode_further([document], tensors, decode, EVALUATION)
+    if program.mode != "train" or found.mode != "eval":
         raise SaveError("the saved evaluation program doesn't fit the one that trains")
-    own = _read_by(encoded, state)
-    unused = set(state) - set(own) - set(program.state)
-    if unused:
-        raise SaveError(f"no program reads the tensor {min(unused)}")
-    inputs = dict(zip(program.signature.paths, program.example, strict=True))
-    wanted = decode_signature(field(encoded, "signature", dict)).paths
-    if not inputs.keys() >= set(wanted):
-        raise SaveError("the saved evaluation program takes other inputs than the one that trains")
-    given = tuple(inputs[path] for path in wanted)
-    return program, from_document({**encoded, "evaluation": None}, own, given, namespaces)
-
-
-def _read_by(data: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of `state` that the nodes of a document read."""
-    nodes = field(data, "nodes", list)
-    read = {node.get("target") for node in nodes if isinstance(node, dict)}
-    return {name: tensor for name, tensor in state.items() if name in read}
+    return found
 
 
 def _report(path: Path) -> str | None:

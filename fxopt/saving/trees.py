@@ -10,13 +10,16 @@ import dataclasses
 import importlib
 import inspect
 import re
+import typing
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch.utils._pytree as pytree
 
 from fxopt.errors import SaveError
-from fxopt.saving.values import decode, encode, field, read_device, read_dtype, strings
+from fxopt.guards import Guard, Origin, Tree, check_tree
+from fxopt.saving.values import decode, encode, field, read_device, read_dtype, strings, texts
 from fxopt.signature import Range, Signature, TensorInput
 
 _MODULE = re.compile(r"transformers(\.\w+)*\.modeling_\w+")
@@ -49,6 +52,8 @@ def encode_signature(signature: Signature) -> dict[str, Any]:
             for index, value in signature.out_constants.items()
         ],
         "zeros": dict(signature.zeros),
+        "guards": [[guard.holds, guard.origin, guard.source] for guard in signature.guards],
+        "added": sorted(signature.added),
     }
 
 
@@ -62,6 +67,10 @@ def decode_signature(data: dict[str, Any]) -> Signature:
         raise SaveError("the saved signature doesn't fit its own arguments")
     if any(not 0 <= index < out_spec.num_leaves for index in constants):
         raise SaveError("the saved signature names an output that doesn't exist")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, TensorInput)]
+    ranks = [len(tensor.sizes) for tensor in tensors]
+    # Folders of earlier versions name no guards, and took every constant for one of the capture's.
+    added = texts(data, "added") if "added" in data else list(in_spec.context)
     return Signature(
         forward=inspect.Signature([_decode_parameter(p) for p in field(data, "forward", list)]),
         in_spec=in_spec,
@@ -70,7 +79,25 @@ def decode_signature(data: dict[str, Any]) -> Signature:
         out_spec=out_spec,
         out_constants=constants,
         zeros=strings(data, "zeros"),
+        guards=tuple(_decode_guard(guard, ranks) for guard in data.get("guards", [])),
+        added=frozenset(added),
     )
+
+
+def _decode_guard(data: Any, ranks: Sequence[int]) -> Guard:
+    holds, origin, source = data
+    if origin not in typing.get_args(Origin) or not isinstance(source, str):
+        raise SaveError(f"the saved signature holds the guard {data!r:.80}")
+    tree = _decode_tree(holds)
+    try:
+        check_tree(tree, ranks)
+    except ValueError as error:
+        raise SaveError(f"the saved signature holds {error}") from error
+    return Guard(tree, origin, source)
+
+
+def _decode_tree(data: Any) -> Tree:
+    return tuple(map(_decode_tree, data)) if isinstance(data, list) else data
 
 
 def _encode_parameter(parameter: inspect.Parameter) -> dict[str, Any]:

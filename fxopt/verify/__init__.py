@@ -20,6 +20,7 @@ from fxopt.verify.oracle import (
     trials,
     writes,
 )
+from fxopt.verify.sizes import shapes_text
 
 __all__ = [
     "Blame",
@@ -42,6 +43,7 @@ __all__ = [
     "output_names",
     "run_model",
     "run_program",
+    "shapes_text",
     "state_kept",
     "trials",
     "with_edges",
