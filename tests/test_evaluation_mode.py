@@ -143,7 +143,7 @@ def test_each_construct_is_switched_to_evaluation(name: str) -> None:
     before = str(program.graph)
     derived = evaluation_mode(program)
     assert derived.mode == "eval"
-    assert derived.notes == ()
+    assert derived.notes == program.notes
     assert str(program.graph) == before
     assert all(tensor is program.state[key] for key, tensor in derived.state.items())
     got = evaluate(derived, [x])

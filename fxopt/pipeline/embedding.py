@@ -179,7 +179,9 @@ def is_whole(part: Part, program: Program) -> bool:
         and mine.out_spec == other.out_spec
         and mine.out_constants == other.out_constants
         and mine.constants == other.constants
-        and all(guard in other.guards for guard in mine.guards)
+        # A training norm needs two values a channel, evaluation takes one.
+        and {repr(guard.holds) for guard in mine.guards}
+        == {repr(guard.holds) for guard in other.guards}
     )
 
 
