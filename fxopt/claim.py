@@ -20,7 +20,7 @@ noise amplitude ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -38,10 +38,6 @@ _RTOL = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
-
-# Two float64 pieces and their difference stay in a core's cache.
-_CACHED_ELEMENTS = 1 << 15
-_DEVICE_ELEMENTS = 1 << 24
 
 # The square of a float64 above overflows.
 _SQUARED = 1e100
@@ -105,8 +101,8 @@ class Close:
         return max(judged, key=lambda one: (not one.holds, one.value))
 
     def _measure_part(self, part: Part, rtol: float, parts: Sequence[Part]) -> Measured:
-        error = _largest_difference(part.reference, part.output)
-        scale = _largest_magnitude(part.reference)
+        error = _largest_error(part)
+        scale = _largest_magnitude(part)
         relative = error / scale if scale else (0.0 if error == 0.0 else math.inf)
         holds = error <= self.atol + rtol * scale and not part.lost
         text = f"relative error {relative:.2e} (allowed {rtol:g}){_where(part, parts)}"
@@ -165,7 +161,7 @@ def powers(part: Part) -> tuple[float, float]:
     """sum ref^2 and sum (out - ref)^2 of a part, in float64 and in units of `unit(part.high)`^2."""
     noise = signal = 0.0
     scale = 1.0 / unit(part.high)
-    for ref, out in _pieces(part.reference, part.output):
+    for ref, out in part.pieces():
         if scale != 1.0:
             ref, out = ref * scale, out * scale
         difference = out - ref
@@ -194,8 +190,8 @@ def _where(part: Part, parts: Sequence[Part]) -> str:
         return f"; {part.lost} entries are small where the original has {part.high:.3g}"
     if len(parts) == 1:
         return ""
-    count, whole = part.reference.numel(), sum(one.reference.numel() for one in parts)
-    return f" among {count} of {whole} entries, those of magnitudes up to {part.high:.3g}"
+    whole = part.reference.numel()
+    return f" among {part.count} of {whole} entries, those of magnitudes up to {part.high:.3g}"
 
 
 def _is_inexact(tensor: Tensor) -> bool:
@@ -214,23 +210,6 @@ def decibels(signal: float, noise: float) -> float:
 
 def _power(values: Tensor) -> float:
     return float(torch.vdot(values, values).real)
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape as flat float64 (or complex128) pieces, side by side.
-
-    A wide copy of a whole output is fresh memory, and writing that costs far more than the sums.
-    """
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    size = _CACHED_ELEMENTS if on_cpu else _DEVICE_ELEMENTS
-    flat = (tensor.detach().reshape(-1).split(size) for tensor in tensors)
-    for pieces in zip(*flat, strict=True):
-        if pieces[0].numel():
-            yield tuple(map(_wide, pieces))
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _fault(reference: Tensor, output: Tensor) -> str | None:
@@ -257,13 +236,17 @@ def _fault(reference: Tensor, output: Tensor) -> str | None:
 def _largest_difference(reference: Tensor, output: Tensor) -> float:
     if not reference.numel():
         return 0.0
-    if not _is_inexact(reference):
-        different = reference != output
-        if not bool(different.any()):
-            return 0.0
-        return max((reference.double() - output.double()).abs().max().item(), 1.0)
+    if _is_inexact(reference):
+        return _largest_error(Part(reference, output, None, 0.0, 0.0, 0.0))
+    different = reference != output
+    if not bool(different.any()):
+        return 0.0
+    return max((reference.double() - output.double()).abs().max().item(), 1.0)
+
+
+def _largest_error(part: Part) -> float:
     worst = 0.0
-    for ref, out in _pieces(reference, output):
+    for ref, out in part.pieces():
         largest = float((out - ref).abs().max())
         if math.isnan(largest):
             largest = float((out - ref).abs().masked_fill_(ref == out, 0.0).max())
@@ -273,9 +256,9 @@ def _largest_difference(reference: Tensor, output: Tensor) -> float:
     return worst
 
 
-def _largest_magnitude(reference: Tensor) -> float:
+def _largest_magnitude(part: Part) -> float:
     largest = 0.0
-    for (values,) in _pieces(reference):
-        magnitudes = values.abs()
+    for ref, _ in part.pieces():
+        magnitudes = ref.abs()
         largest = max(largest, float(magnitudes.masked_fill_(~magnitudes.isfinite(), 0.0).max()))
     return largest

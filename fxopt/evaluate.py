@@ -14,6 +14,9 @@ from torch import Tensor, fx
 from fxopt.program import Program, is_pure
 
 Observer: TypeAlias = Callable[[fx.Node, Any], Any]
+_COPY = torch.ops.aten.copy.default
+"""What a write gives, without writing."""
+
 Override: TypeAlias = Mapping[fx.Node, Callable[..., Any]]
 """A node -> what computes its value from those of its operands, in place of its target."""
 
@@ -28,8 +31,8 @@ def evaluate(
 
     `observe(node, value)` sees every computed value and returns what the rest of the graph is to
     use in its place. `override[node]` is called as the node's target would be, with the values of
-    its arguments. Gradients are recorded for a program in train mode only. Buffers and inputs that
-    the program writes are written to copies, so that judging changes neither.
+    its arguments. Gradients are recorded for a program in train mode only. Nothing is
+    written to buffers and inputs: what a write gives is what would be in them after it.
     """
     return _Evaluation(program, [inputs], observe, override).run()[0]
 
@@ -105,9 +108,6 @@ class _Evaluation:
         nodes = program.graph.nodes
         self.next: fx.Node = next(iter(nodes))
         self.uses = Counter(used for node in nodes for used in node.all_input_nodes)
-        self.written = {
-            node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default
-        }
 
     def run(self) -> list[list[Tensor]]:
         output = self.program.output
@@ -127,23 +127,18 @@ class _Evaluation:
                         self._free(used)
 
     def fork(self, override: Override) -> _Evaluation:
-        """A walk that goes on from here by itself; tensors that neither writes are shared."""
+        """A walk that goes on from here by itself; their tensors are shared."""
         twin = copy.copy(self)
         twin.override = override
         twin.uses, twin.constants = Counter(self.uses), set(self.constants)
-        twin.shared = self._apart(self.shared)
-        twin.own = [self._apart(run) for run in self.own]
+        twin.shared = dict(self.shared)
+        twin.own = [dict(run) for run in self.own]
         return twin
-
-    def _apart(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
-        return {
-            node: value.clone() if node in self.written else value for node, value in values.items()
-        }
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             for run, inputs in zip(self.own, self.inputs, strict=True):
-                run[node] = self._seen(node, self._own(node, inputs[node]))
+                run[node] = self._seen(node, inputs[node])
         elif node.op == "get_attr":
             self.constants.add(node)
         elif self._is_shared(node):
@@ -151,9 +146,6 @@ class _Evaluation:
         else:
             for run in self.own:
                 run[node] = self._seen(node, self._compute(node, run))
-
-    def _own(self, node: fx.Node, value: Tensor) -> Tensor:
-        return value.detach().clone() if node in self.written else value
 
     def _is_shared(self, node: fx.Node) -> bool:
         operands = node.all_input_nodes
@@ -165,7 +157,8 @@ class _Evaluation:
 
     def _compute(self, node: fx.Node, run: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(run, n))
-        compute = self.override.get(node, node.target)
+        target = _COPY if node.target is torch.ops.aten.copy_.default else node.target
+        compute = self.override.get(node, target)
         return compute(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, run: dict[fx.Node, Any], node: fx.Node) -> Any:
@@ -175,7 +168,7 @@ class _Evaluation:
 
     def _load(self, node: fx.Node) -> None:
         """Bring in a constant at its first use: all recipes at the head would be held at once."""
-        value = self._own(node, self.program.tensor(str(node.target)))
+        value = self.program.tensor(str(node.target))
         self.shared[node] = self._seen(node, value)
         self.constants.remove(node)
 

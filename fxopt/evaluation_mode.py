@@ -90,6 +90,12 @@ def in_evaluation_mode(program: Program) -> tuple[Program, Callable[[fx.Node], f
     return result, derivation.new.__getitem__
 
 
+def without_dropout(program: Program) -> Program:
+    """`program` in its own mode with every dropout switched off: with what can be compared where
+    two programs draw other numbers."""
+    return replace(evaluation_mode(replace(program, mode="train")), mode=program.mode)
+
+
 class _Derivation:
     """One walk over a training graph that builds the evaluation graph node by node."""
 

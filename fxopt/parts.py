@@ -23,10 +23,8 @@ Zeros alone are a part only beside one that is equal bit for bit, as a mask of 0
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,69 +40,89 @@ _CHANCE = 8.0
 _LOST = 8.0
 _NEAR = 2.0**-7
 
-
-Ranges: TypeAlias = list[tuple[float, float]]
+# Two float64 pieces and their difference stay in a core's cache.
+_CACHED_ELEMENTS = 1 << 15
+_DEVICE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Part:
-    """Entries of a reference and of an output in one order, and their range of scales.
+    """Those entries of two tensors of one shape whose `scale` is from `start` to `high`.
 
-    `low` is 0.0 where it is below 256.
+    All are where `scale` is None. `low` is the least scale inside, 0.0 where it is below 256.
     """
 
     reference: Tensor
     output: Tensor
+    scale: Tensor | None
+    start: float
     low: float
     high: float
 
     @property
+    def count(self) -> int:
+        """How many entries there are."""
+        outside = self.outside
+        return self.reference.numel() - (0 if outside is None else int(outside.sum()))
+
+    @property
+    def outside(self) -> Tensor | None:
+        """Which entries are in other parts; None where all are in this one."""
+        return None if self.scale is None else self._is_outside(self.scale)
+
+    @property
     def lost(self) -> int:
         """How many sentinels the output has lost: small there, where the part is near otherwise."""
-        if not self.low:
+        if self.scale is None or not self.low:
             return 0
-        size, found = self.reference.abs(), self.output.abs()
-        near = (self.output - self.reference).abs() <= _NEAR * size
-        if 2 * int(near.sum()) < near.numel():
-            return 0
-        return int(((size >= self.low) & (found < self.low / _LOST)).sum())
+        near = lost = 0
+        for ref, out in self.pieces():
+            size = ref.abs()
+            near += int(((out - ref).abs() <= _NEAR * size).logical_and_(size >= self.low).sum())
+            lost += int((size >= self.low).logical_and_(out.abs() < self.low / _LOST).sum())
+        return lost if lost and 2 * near >= self.count else 0
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both as flat float64 (or complex128) pieces, side by side; entries outside are zero."""
+        if self.scale is None:
+            yield from pieces(self.reference, self.output)
+            return
+        for ref, out, scale in pieces(self.reference, self.output, self.scale):
+            outside = self._is_outside(scale)
+            yield ref.masked_fill(outside, 0.0), out.masked_fill(outside, 0.0)
+
+    def _is_outside(self, scale: Tensor) -> Tensor:
+        return (scale < self.start).logical_or_(scale > self.high)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape as flat float64 (or complex128) pieces, side by side.
+
+    A wide copy of a whole output is fresh memory, and writing that costs far more than the sums.
+    """
+    for chunks in zip(*map(_chunks, tensors), strict=True):
+        yield tuple(map(_wide, chunks))
 
 
 def split(reference: Tensor, output: Tensor) -> list[Part]:
     """The parts of two tensors of one shape, the lowest first.
 
-    A tensor of one part comes back as it is; else each part is flat.
-    """
-    return divided(reference, output, *labels(reference, output))
-
-
-def divided(reference: Tensor, output: Tensor, places: Tensor | None, ranges: Ranges) -> list[Part]:
-    """The parts of two tensors whose `labels` these are."""
-    if places is None:
-        return [Part(reference, output, *ranges[0])]
-    return [
-        Part(reference[places == place], output[places == place], low, high)
-        for place, (low, high) in enumerate(ranges)
-    ]
-
-
-def labels(reference: Tensor, output: Tensor) -> tuple[Tensor | None, list[tuple[float, float]]]:
-    """The number of each entry's part, None where all are in one; and each part's range of scales.
-
     What is infinite or NaN counts as zero.
     """
     largest = peak(reference)
     if largest < LARGE:
-        return None, [(0.0, largest)]
+        return [Part(reference, output, None, 0.0, 0.0, largest)]
     reference, output = reference.detach(), output.detach()
     magnitude = reference.abs().nan_to_num_(nan=0.0, posinf=0.0)
     scale = _scales(reference, output, magnitude)
-    cuts = _cuts(scale, reference == output)
-    bounds = torch.tensor(cuts, dtype=torch.float64, device=scale.device)
-    places = (
-        torch.bucketize(scale.contiguous(), bounds.to(scale.dtype), right=True) if cuts else None
-    )
-    return places, [_range(scale, *ends) for ends in pairwise([0.0, *cuts, math.inf])]
+    ranges = _ranges(scale, reference, output)
+    if len(ranges) == 1:
+        return [Part(reference, output, None, 0.0, *ranges[0])]
+    starts = [0.0, *(low for low, _ in ranges[1:])]
+    return [
+        Part(reference, output, scale, start, low, high)
+        for start, (low, high) in zip(starts, ranges, strict=True)
+    ]
 
 
 def peak(reference: Tensor) -> float:
@@ -118,59 +136,101 @@ def peak(reference: Tensor) -> float:
     return math.inf if math.isnan(largest) else largest
 
 
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    size = _CACHED_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
+    return (chunk for chunk in tensor.detach().reshape(-1).split(size) if chunk.numel())
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
 def _scales(reference: Tensor, output: Tensor, magnitude: Tensor) -> Tensor:
-    noisy = (magnitude >= LARGE) & (output != reference)
-    if not bool(noisy.any()):
+    noisy = (magnitude >= LARGE).logical_and_(output != reference)
+    if not reference.ndim or not bool(noisy.any()):
         return magnitude
+    entries = _Lines.of(reference, magnitude, noisy)
+    *leading, last = range(reference.ndim)
+    rows = entries.over([last])
+    whole = rows.over(leading).top_throughout()
+    if bool(whole):
+        return torch.maximum(magnitude, whole)  # no line's largest is above that of all
+    families = [rows, *(rows.over([one for one in leading if one != axis]) for axis in leading)]
+    if leading:
+        families.append(entries.over(leading))
     scale = magnitude
-    for axes in dict.fromkeys(_lines(reference.ndim)):
-        scale = torch.maximum(scale, _large_throughout(reference, magnitude, noisy, axes))
+    for lines in families:
+        scale = torch.maximum(scale, lines.top_throughout())
     return scale
 
 
-def _lines(rank: int) -> Iterator[tuple[int, ...]]:
-    """The axes over which to look: all; all but one, for each; and the last, for rows."""
-    axes = tuple(range(rank))
-    yield axes
-    if rank > 1:
-        yield from (axes[:axis] + axes[axis + 1 :] for axis in axes)
-        yield axes[-1:]
+@dataclass(frozen=True)
+class _Lines:
+    """Of each line, such as a row or channel: how many entries it has, how many of them are small,
+    how many large and noisy, and of the latter the highest, the lowest, and the least magnitude."""
 
+    entries: int
+    small: Tensor
+    large: Tensor
+    highest: Tensor
+    lowest: Tensor
+    least: Tensor
 
-def _large_throughout(
-    reference: Tensor, magnitude: Tensor, noisy: Tensor, axes: tuple[int, ...]
-) -> Tensor:
-    """The largest magnitude of each line that is large throughout, 0 for others; axes are kept."""
-    if not axes:
-        return torch.zeros_like(magnitude)
-    small = ((magnitude > 0.0) & (magnitude < LARGE)).sum(axes, keepdim=True)
-    large = noisy.sum(axes, keepdim=True)
-    top = torch.where(noisy, magnitude, 0.0).amax(axes, keepdim=True)
-    least = torch.where(noisy, magnitude, math.inf).amin(axes, keepdim=True)
-    spread = least.double() * _ALIKE < top.double()
-    if not reference.is_complex():
-        above, below = (
-            (noisy & side).any(dim=axes, keepdim=True) for side in (reference > 0, reference < 0)
+    @staticmethod
+    def of(reference: Tensor, magnitude: Tensor, noisy: Tensor) -> _Lines:
+        """Each entry a line. Complex numbers have no sign."""
+        value = magnitude if reference.is_complex() else reference
+        return _Lines(
+            1,
+            (magnitude > 0.0).logical_and_(magnitude < LARGE),
+            noisy,
+            value.where(noisy, -math.inf),
+            value.where(noisy, math.inf),
+            magnitude.where(noisy, math.inf),
         )
-        spread |= above & below
-    count = magnitude.numel() // max(1, top.numel())
-    chance = 1.0 + _CHANCE * count * LARGE / top.double()
-    return torch.where((large >= small) & spread & (small <= chance), top, 0.0)
+
+    def over(self, axes: Sequence[int]) -> _Lines:
+        """Lines along these axes together, which are kept with size 1."""
+        if not axes:
+            return self
+        return _Lines(
+            self.entries * math.prod(self.small.shape[axis] for axis in axes),
+            self.small.sum(axes, keepdim=True),
+            self.large.sum(axes, keepdim=True),
+            self.highest.amax(axes, keepdim=True),
+            self.lowest.amin(axes, keepdim=True),
+            self.least.amin(axes, keepdim=True),
+        )
+
+    def top_throughout(self) -> Tensor:
+        """The largest magnitude of each line that is large throughout, 0 for others."""
+        top = torch.maximum(self.highest, -self.lowest)
+        spread = self.least.double() * _ALIKE < top.double()
+        spread |= (self.highest > 0.0) & (self.lowest < 0.0)
+        chance = 1.0 + _CHANCE * self.entries * LARGE / top.double()
+        throughout = (self.large >= self.small) & spread & (self.small <= chance)
+        return top.where(throughout & (self.large > 0), 0.0)
 
 
-def _cuts(scale: Tensor, equal: Tensor) -> list[float]:
-    """The lowest scale of each part but the lowest, ascending."""
-    cuts: list[float] = []
+def _ranges(scale: Tensor, reference: Tensor, output: Tensor) -> list[tuple[float, float]]:
+    """The least and the largest scale of each part, ascending; the first is 0 below 256."""
+    ranges: list[tuple[float, float]] = []
     high = float(scale.amax())
     while high >= LARGE:
         low = _lowest_reached(scale, high)
-        beneath = float(torch.where(scale < low, scale, 0.0).amax())
-        beside_zeros = beneath == 0.0 and bool(equal[scale >= low].all())
-        if low < LARGE or not (beneath or beside_zeros):
+        beneath = max(float(chunk.where(chunk < low, 0.0).amax()) for chunk in _chunks(scale))
+        if low < LARGE:
             break
-        cuts.append(low)
+        if not beneath and not _stands_beside_zeros(scale, low, reference, output):
+            return [(low, high), *ranges]
+        ranges.insert(0, (low, high))
         high = beneath
-    return cuts[::-1]
+    return [(0.0, high), *ranges]
+
+
+def _stands_beside_zeros(scale: Tensor, low: float, reference: Tensor, output: Tensor) -> bool:
+    inside = scale >= low
+    return not bool(inside.all()) and bool((reference == output)[inside].all())
 
 
 def _lowest_reached(scale: Tensor, high: float) -> float:
@@ -178,13 +238,8 @@ def _lowest_reached(scale: Tensor, high: float) -> float:
     low, reached = math.inf, high
     while LARGE <= reached < low:
         low = reached
-        reached = float(torch.where(scale >= low / GAP, scale, math.inf).amin())
+        least = low / GAP
+        reached = min(
+            float(chunk.where(chunk >= least, math.inf).amin()) for chunk in _chunks(scale)
+        )
     return reached
-
-
-def _range(scale: Tensor, low: float, high: float) -> tuple[float, float]:
-    inside = (scale >= low) & (scale < high)
-    if not bool(inside.any()):
-        return 0.0, 0.0
-    least = float(torch.where(inside, scale, math.inf).amin())
-    return (least if least >= LARGE else 0.0), float(torch.where(inside, scale, 0.0).amax())

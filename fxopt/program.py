@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -94,7 +94,8 @@ class Program:
     printing; `example` holds the graph's input tensors at capture; `notes` what the user must know;
     `changes` what the driver did to it since the step began; `calibration` holds the inputs that
     the user gave for learning ranges, while passes run; `pruned` counts the channels that groups
-    had before their least important ones were cut.
+    had before their least important ones were cut; `taken` names the state from which passes have
+    derived other state, so that writing to it by now would be seen in part.
     """
 
     graph: fx.Graph
@@ -110,6 +111,7 @@ class Program:
     changes: Changes = Changes()
     calibration: Calibration | None = None
     pruned: Mapping[str, int] = field(default_factory=dict)
+    taken: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("state", "aliases", "module_types", "pruned"):
@@ -267,12 +269,21 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def draws_random(node: fx.Node) -> bool:
-    """Whether `node` calls an operator that draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether `node` calls an operator that draws random numbers, and isn't told not to.
+
+    An operator's own flag counts, whatever the mode of the program: a dropout that a model keeps on
+    in evaluation draws, one that it froze doesn't, nor does attention without dropout.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node)
+    trains = [given[flag] for flag in ("train", "training") if flag in given]
+    rates = [given[rate] for rate in ("p", "dropout_p", "dropout") if rate in given]
+    return not (False in trains or (rates and not any(rates)))
 
 
 def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
-    """Whether dropping an unused `node` changes nothing: no write, no draw in training."""
+    """Whether dropping an unused `node` changes nothing: no write, and in training no draw."""
     if node.op in ("placeholder", "output"):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -291,6 +302,30 @@ def drop_dead_nodes(graph: fx.Graph, mode: Mode = "eval") -> list[str]:
                 erased.append(node.name)
             graph.erase_node(node)
     return erased
+
+
+def constants_below(nodes: Iterable[fx.Node]) -> set[str]:
+    """The names of the state that `nodes` read, directly or as an expression of constants."""
+    found: set[str] = set()
+    for node in nodes:
+        for operand in (node, *node.all_input_nodes):
+            found |= _names_of_constant(operand) or set()
+    return found
+
+
+def _names_of_constant(node: fx.Node) -> set[str] | None:
+    """The names that an expression of constants reads; None for what depends on inputs."""
+    if node.op == "get_attr":
+        return {str(node.target)}
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    names: set[str] = set()
+    for operand in node.all_input_nodes:
+        below = _names_of_constant(operand)
+        if below is None:
+            return None
+        names |= below
+    return names
 
 
 def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:

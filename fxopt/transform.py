@@ -9,14 +9,20 @@ from typing import Any, Literal
 from torch import nn
 
 from fxopt.calibration import check_is_iterable
-from fxopt.capture import check_is_module
+from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
+from fxopt.evaluate import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, Outcome, Source, make_optimized
 from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
 from fxopt.signature import bind, forward_signature
 from fxopt.spec import resolve_passes
+
+_UNCOMPILED = (
+    "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "
+    "end of the list the result is compiled too"
+)
 
 
 def transform(
@@ -66,6 +72,8 @@ def transform(
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.
     """
     check_is_module(model)
+    given, model = model, uncompiled(model)
+    was_compiled = given is not model
     resolved = resolve_passes(passes)
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
@@ -76,10 +84,17 @@ def transform(
 
     most = _most_programs(recapture)
 
-    def further(model: nn.Module, inputs: Inputs) -> Outcome:
+    def started(model: nn.Module) -> Pipeline:
         pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
-        return completed(pipeline, model, False)
+        if was_compiled:
+            pipeline.notes.append(_UNCOMPILED)
+        return pipeline
+
+    def further(model: nn.Module, inputs: Inputs) -> Outcome:
+        pipeline = started(model)
+        with callers_modes_off(), draws_undone():
+            pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
+            return completed(pipeline, model, False)
 
     def completed(pipeline: Pipeline, model: nn.Module, cost: bool | None) -> Outcome:
         for pass_ in resolved:
@@ -90,13 +105,14 @@ def transform(
         return replace(outcome, report=report, source=source)
 
     def build(inputs: Inputs | None) -> Outcome:
-        pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        pipeline.capture(inputs, mode, verify_inputs, calibration)
-        if pipeline.elsewhere and most == 1:
-            raise pipeline.elsewhere[0][1]
-        outcome = completed(pipeline, model, measure_cost)
-        others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
-        return replace(outcome, further=others)
+        pipeline = started(model)
+        with callers_modes_off(), draws_undone():
+            pipeline.capture(inputs, mode, verify_inputs, calibration)
+            if pipeline.elsewhere and most == 1:
+                raise pipeline.elsewhere[0][1]
+            outcome = completed(pipeline, model, measure_cost)
+            others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
+            return replace(outcome, further=others)
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         if not kwargs:

@@ -1,7 +1,7 @@
 """Sweeps: tests over many like cases, of which each run takes a part.
 
 `@pytest.mark.sweep(one_in=3)` on a parametrised test has a run take about a third of its cases, and
-`@drawn(27, one_in=3)` above `@given` has it draw nine of 27 examples. Another day takes another
+`@in_parts(27, one_in=3)` above `@given` has it draw nine of 27 examples. Another day takes another
 part; `--sweeps=all` takes all. The number of the part is printed at the top, and
 `--sweep-part=N` takes it again.
 """
@@ -65,7 +65,7 @@ def _is_in(item: pytest.Item, part: int) -> bool:
     return (zlib.crc32(item.nodeid.encode()) + part) % int(mark.kwargs["one_in"]) == 0
 
 
-def drawn(examples: int, *, one_in: int = 3) -> Callable[[Any], Any]:
+def in_parts(examples: int, *, one_in: int = 3) -> Callable[[Any], Any]:
     """Settings of a property that draws `examples` in all, one in `one_in` of them each run.
 
     Each part has a seed of its own, the same in every run that takes it.

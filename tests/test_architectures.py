@@ -15,6 +15,7 @@ PASSES = {
 }
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_captured_printed_and_quantized(name: str) -> None:
     case = ARCHITECTURES[name]()
@@ -31,6 +32,7 @@ def test_captured_printed_and_quantized(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("form", PASSES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lowered_at_other_sizes(name: str, form: str) -> None:

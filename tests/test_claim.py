@@ -214,7 +214,7 @@ def test_measured_in_pieces_is_the_same_number(
             reference.view(-1)[entry] = value
     reference, output = (t.t() if turned else t for t in (reference.to(dtype), output.to(dtype)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxopt.claim._CACHED_ELEMENTS", data.draw(st.integers(1, 50)))
+        patch.setattr("fxopt.parts._CACHED_ELEMENTS", data.draw(st.integers(1, 50)))
         found, close = sqnr(reference, output), Close().measure(reference, output)
     assert found == pytest.approx(_sqnr_at_once(reference, output), rel=1e-12, abs=1e-12)
     unfit = output.isnan() | (output.isinf() & (output != reference))

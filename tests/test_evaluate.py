@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,8 +18,10 @@ from fxopt.evaluate import evaluate, evaluate_variants
 from tests.architectures import ARCHITECTURES, Mlp, Stateful, randomize
 from tests.check import assert_close_to_model, assert_state_equal
 from tests.models import Drawn, models
+from tests.sweeps import in_parts
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_evaluates_to_the_models_own_outputs(name: str) -> None:
     case = ARCHITECTURES[name]()
@@ -28,7 +30,7 @@ def test_evaluates_to_the_models_own_outputs(name: str) -> None:
         assert_close_to_model(Exact(), case.model, program, call)
 
 
-@settings(max_examples=15)
+@in_parts(15)
 @given(models())
 def test_evaluates_drawn_models_at_every_size(drawn: Drawn) -> None:
     program = capture(drawn.model, drawn.example)
@@ -119,7 +121,7 @@ class Draws(nn.Module):
         return y
 
 
-@settings(max_examples=15)
+@in_parts(15)
 @given(models(), st.data())
 def test_a_variant_is_the_program_with_its_overrides(drawn: Drawn, data: st.DataObject) -> None:
     program = capture(drawn.model, drawn.example)

@@ -37,6 +37,7 @@ from tests.models import (
     pass_lists,
     sequence_models,
 )
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 _FEW = settings(max_examples=10)
@@ -66,7 +67,7 @@ def _assert_equivalent(claim: Claim, drawn: Drawn, opt: torch.nn.Module) -> None
             assert measured.holds, f"{claim}: {measured.text} at {[t.shape for t in call.values()]}"
 
 
-@settings(max_examples=20)
+@in_parts(20)
 @given(models(), pass_lists(int8=False))
 def test_outputs_keep_the_claims_at_every_size(drawn: Drawn, passes: list[Any]) -> None:
     opt = _optimize(drawn, passes)
@@ -74,7 +75,7 @@ def test_outputs_keep_the_claims_at_every_size(drawn: Drawn, passes: list[Any]) 
     _assert_equivalent(compose([Close(), *claims]), drawn, opt)
 
 
-@settings(max_examples=20)
+@in_parts(20)
 @given(models(), pass_lists())
 def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
     drawn: Drawn, passes: list[Any]
@@ -94,6 +95,7 @@ def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_programs_are_well_formed_and_keep_their_metadata(drawn: Drawn, passes: list[Any]) -> None:
     program = capture(drawn.model, drawn.example)
@@ -107,6 +109,7 @@ def test_programs_are_well_formed_and_keep_their_metadata(drawn: Drawn, passes: 
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_the_model_is_left_as_it_was(drawn: Drawn, passes: list[Any]) -> None:
     model = drawn.model.train()
@@ -125,6 +128,7 @@ def test_the_model_is_left_as_it_was(drawn: Drawn, passes: list[Any]) -> None:
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_a_second_run_of_a_pass_changes_nothing(drawn: Drawn, passes: list[Any]) -> None:
     program = capture(drawn.model, drawn.example)
@@ -134,6 +138,7 @@ def test_a_second_run_of_a_pass_changes_nothing(drawn: Drawn, passes: list[Any])
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_untouched_state_is_shared_and_not_copied(drawn: Drawn, passes: list[Any]) -> None:
     opt = _optimize(drawn, passes, on_violation="revert")
@@ -145,6 +150,7 @@ def test_untouched_state_is_shared_and_not_copied(drawn: Drawn, passes: list[Any
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_the_printed_graph_is_deterministic(drawn: Drawn, passes: list[Any]) -> None:
     first = _optimize(drawn, passes, on_violation="revert")
@@ -154,6 +160,7 @@ def test_the_printed_graph_is_deterministic(drawn: Drawn, passes: list[Any]) -> 
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_specs_parse_back_to_the_same_passes(drawn: Drawn, passes: list[Any]) -> None:
     resolved = resolve_passes(passes)
@@ -163,6 +170,7 @@ def test_specs_parse_back_to_the_same_passes(drawn: Drawn, passes: list[Any]) ->
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_saving_and_loading_gives_the_same_program(drawn: Drawn, passes: list[Any]) -> None:
     opt = _optimize(drawn, passes, on_violation="revert")
@@ -176,6 +184,7 @@ def test_saving_and_loading_gives_the_same_program(drawn: Drawn, passes: list[An
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists())
 def test_sizes_stay_dynamic(drawn: Drawn, passes: list[Any]) -> None:
     before = capture(drawn.model, drawn.example).signature.tensors
@@ -186,6 +195,7 @@ def test_sizes_stay_dynamic(drawn: Drawn, passes: list[Any]) -> None:
 
 
 @_FEW
+@in_parts(25)
 @given(models(), pass_lists(int8=False), pass_lists(int8=False))
 def test_a_transformed_model_can_be_transformed_again(
     drawn: Drawn, first: list[Any], second: list[Any]
@@ -224,7 +234,7 @@ class SpoiledLinear(Rule):
 _FAULTS = ["scaled", "zeros", "infinity", "channels swapped", "offset"]
 
 
-@settings(max_examples=20)
+@in_parts(20)
 @given(models(), st.data())
 def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.DataObject) -> None:
     program = capture(drawn.model, drawn.example)
@@ -241,6 +251,7 @@ def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.Dat
 
 
 @_FEW
+@in_parts(25)
 @given(models(), st.data())
 def test_revert_undoes_a_planted_fault(drawn: Drawn, data: st.DataObject) -> None:
     program = capture(drawn.model, drawn.example)

@@ -106,7 +106,7 @@ def _transform(model: nn.Module, *shape: int, **options: Any) -> fxopt.Optimized
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_of_another_branch_is_eagers(name: str) -> None:
-    after, example, other, relation = CASES[name]
+    after, example, other, _ = CASES[name]
     model = Sized(after)
     opt = _transform(model, *example)
     assert len(opt.programs) == 1
@@ -350,7 +350,7 @@ def test_a_constant_that_is_left_out_is_refused_by_name_without_recapture() -> N
         "captured with 2.0. Give scale=2.0 in the call, or transform the model again with "
         "example_inputs that leave it out."
     )
-    with pytest.raises(InputError, match="this call leaves out shift, so that .* shift=None"):
+    with pytest.raises(InputError, match=r"this call leaves out shift, so that .* shift=None"):
         opt(x, scale=2.0)
 
 

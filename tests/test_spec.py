@@ -57,6 +57,7 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "budget": st.none() | st.builds(Sqnr, _POSITIVE),
     "max_layers": st.none() | st.integers(0, 99),
     "where": st.sampled_from(["faster", "always"]),
+    "range": st.sampled_from(["auto", 7, 8]),
 }
 _IMPORTANCES = {
     "sparsify24": st.sampled_from(["magnitude", "wanda", "sparsegpt"]),

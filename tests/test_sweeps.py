@@ -51,9 +51,9 @@ def test_all_and_a_named_case_are_taken_whatever_the_part(pytester: pytest.Pytes
 
 _PROPERTY = """
 from hypothesis import given, strategies as st
-from tests.sweeps import drawn
+from tests.sweeps import in_parts
 
-@drawn(9, one_in=3)
+@in_parts(9, one_in=3)
 @given(st.integers())
 def test_property(number):
     with open("numbers.txt", "a") as file:

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.errors import WellFormedError
-from fxopt.program import Program
+from fxopt.program import Mode, Program
 from fxopt.signature import TensorInput
 
 aten = torch.ops.aten
@@ -120,15 +120,6 @@ def assertion(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, nodes["aten::add"], aten._assert_tensor_metadata.default, nodes["aten::add"])
 
 
-def dropout(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    insert(graph, nodes["aten::add"], aten.dropout.default, nodes["aten::add"], 0.1, True)
-
-
-def attention_dropout(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    node = nodes["aten::add"]
-    insert(graph, node, aten.scaled_dot_product_attention.default, node, node, node, None, 0.1)
-
-
 def in_place(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     insert(graph, nodes["aten::add"], aten.relu_.default, nodes["aten::add"])
 
@@ -144,12 +135,6 @@ def compute_after_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
 def read_after_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
     last = insert(graph, nodes["output"].prev, aten.copy_.default, nodes["shift"], nodes["fc.bias"])
     insert(graph, last, aten.copy_.default, nodes["fc.bias"], nodes["shift"])
-
-
-def return_a_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-    last = insert(graph, nodes["output"].prev, aten.copy_.default, nodes["shift"], nodes["fc.bias"])
-    last.meta["val"] = nodes["shift"].meta["val"]
-    nodes["output"].args = ((nodes["aten::add"], last),)
 
 
 def return_written_state(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
@@ -249,13 +234,10 @@ def bare_symbol(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         (item_of_tensor, "operator.getitem of f32[s0, 3]"),
         (control_flow, "a control-flow operator, cond, is called"),
         (assertion, "an assertion node"),
-        (dropout, "dropout in a program captured in eval mode"),
-        (attention_dropout, "dropout in a program captured in eval mode"),
         (in_place, "aten.relu_.default writes to its argument"),
         (write_to_activation, "aten.copy_.default writes to its argument"),
         (compute_after_write, "a computation after a write to state"),
         (read_after_write, "%shift is read after it was written"),
-        (return_a_write, " is state that was written, and is returned"),
         (return_written_state, "%shift is state that was written, and is returned"),
         (missing_value, 'meta["val"] is missing'),
         (missing_path, 'meta["module_path"] is missing'),
@@ -324,8 +306,25 @@ def test_dead_nodes_and_user_operators_are_allowed(program: Program) -> None:
     wellformed.check(broken(program, add))
 
 
-def test_dropout_is_allowed_in_train_mode() -> None:
-    wellformed.check(capture(nn.Sequential(nn.Dropout(0.5)), (torch.ones(2, 3),), mode="train"))
+def test_what_a_write_gives_may_be_returned(program: Program) -> None:
+    def return_a_write(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        place, value = nodes["shift"], nodes["fc.bias"]
+        last = insert(graph, nodes["output"].prev, aten.copy_.default, place, value)
+        last.meta["val"] = nodes["shift"].meta["val"]
+        view = insert(graph, last, aten.alias.default, last)
+        view.meta["val"] = last.meta["val"]
+        nodes["output"].args = ((nodes["aten::add"], view),)
+
+    wellformed.check(broken(program, return_a_write))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_dropout_that_is_on_is_allowed_in_both_modes(mode: Mode) -> None:
+    class MonteCarlo(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    wellformed.check(capture(MonteCarlo(), (torch.ones(2, 3),), mode=mode))
 
 
 def test_writes_of_batch_norm_are_allowed_at_the_end() -> None:

@@ -174,7 +174,7 @@ def _only(
     """The part of `program` that `watched` nodes need (and what writes), without outputs."""
     nodes = list(program.graph.nodes)
     needed = {node for node in nodes if node in watched or node.op == "placeholder"}
-    needed |= {node for node in nodes[:-1] if not is_pure(node, program.mode)}
+    needed |= {node for node in nodes[:-1] if not is_pure(node, "train")}
     for node in reversed(nodes):
         if node in needed:
             needed.update(node.all_input_nodes)

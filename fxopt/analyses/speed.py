@@ -49,8 +49,11 @@ _MOST_WORK = 1 << 34
 class Operands:
     """What the kernels of one linear layer work on, each tensor made when first asked for."""
 
-    def __init__(self, m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, bits: int = 8
+    ) -> None:
         self.m, self.k, self.n, self.dtype, self.device = m, k, n, dtype, device
+        self.largest: int = 2 ** (bits - 1) - 1
 
     @cached_property
     def x(self) -> Tensor:
@@ -79,8 +82,8 @@ class Operands:
 
     @cached_property
     def weight_int8(self) -> Tensor:
-        """The quantized weight [N, K]."""
-        return (self._spread(self.n, self.k) * 127).to(torch.int8)
+        """The quantized weight [N, K], of as many bits as the kernel will meet."""
+        return (self._spread(self.n, self.k) * self.largest).to(torch.int8)
 
     @cached_property
     def weight_scale(self) -> Tensor:
@@ -134,7 +137,7 @@ def _int8(given: Operands) -> Tensor:
         return fused
     product = ops.int8_product(given.x_int8, given.weight_int8)
     y = torch.empty(product.shape, dtype=given.dtype, device=given.device)
-    return torch.mul(product, given.x_scale, out=y)
+    return y.copy_(product)
 
 
 def _int8_static(given: Operands) -> Tensor:
@@ -260,12 +263,13 @@ def linear_speeds(
     *,
     rows: Sequence[int] = ROWS,
     table: Mapping[str, LinearKernel] = LINEAR_KERNELS,
+    bits: int = 8,
 ) -> BreakEven:
     """The kernels of a linear layer [M, K] -> [M, N] beside each other at `m` rows and at `rows`.
 
-    `table` gives the kernels by name, the baseline first. Each distinct question is measured once
-    on a machine, for about a second, and recalled from then on, until a kernel's source
-    changes. An empty batch is timed as one row.
+    `table` gives the kernels by name, the baseline first; int8 weights have `bits` bits. Each
+    distinct question is measured once on a machine, for about a second, and recalled from then on,
+    until a kernel's source changes. An empty batch is timed as one row.
     """
     device = torch.device(device)
     m = max(m, 1)
@@ -273,9 +277,9 @@ def linear_speeds(
     timings = {}
     compiled = device.type == "cpu" and bool(kernels.native.load())
     for count in sorted({m, *few}):
-        operands = Operands(count, k, n, dtype, device)
+        operands = Operands(count, k, n, dtype, device, bits)
         systems = {name: functools.partial(kernel, operands) for name, kernel in table.items()}
-        key = ("linear", count, k, n, str(dtype), str(device), kernels_digest(), compiled)
+        key = ("linear", count, k, n, str(dtype), str(device), bits, kernels_digest(), compiled)
         timings[count] = compare_kernels(systems, key)
     left = tuple(sorted({*rows} - set(timings)))
     return BreakEven(k, n, dtype, str(device), timings, left)

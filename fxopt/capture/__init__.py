@@ -8,16 +8,27 @@ from fxopt.capture.inputs import (
     normalize_inputs,
     takes_decoder_ids,
 )
-from fxopt.capture.model_checks import check_is_module, check_model, in_mode
+from fxopt.capture.model_checks import (
+    check_is_module,
+    check_model,
+    in_mode,
+    is_compiled,
+    uncompiled,
+)
+from fxopt.capture.surroundings import callers_device, callers_modes_off
 
 __all__ = [
     "attributes_kept",
+    "callers_device",
+    "callers_modes_off",
     "capture",
     "check_is_module",
     "check_model",
     "decoder_start",
     "derive_inputs",
     "in_mode",
+    "is_compiled",
     "normalize_inputs",
     "takes_decoder_ids",
+    "uncompiled",
 ]

@@ -51,14 +51,15 @@ def attributes_kept(model: nn.Module) -> Iterator[list[str]]:
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[list[str]]:
     """`attributes_kept`, and the values of buffers and the random generators put back as well."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [(one, one.detach().clone(), _version(one)) for one in model.buffers()]
     try:
         with draws_undone(), attributes_kept(model) as changed:
             yield changed
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for buffer, value, version in before:
+                if _version(buffer) != version:
+                    buffer.copy_(value)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fxopt.capture.attributes import attributes_kept, left_alone
-from fxopt.capture.dialect import to_program
+from fxopt.capture.dialect import DERIVATIVE_ADVICE, to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
-from fxopt.capture.model_checks import check_model, in_mode
+from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
 from fxopt.capture.returned_places import returns_written, with_returned_places
 from fxopt.capture.size_guards import guards_of
+from fxopt.capture.surroundings import callers_device, callers_modes_off
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import CaptureError, InputError
 from fxopt.guards import Guard
@@ -33,14 +34,19 @@ from fxopt.signature import forward_signature, unbind
 
 _ADVICE = (
     (
+        ("functorch tensor",),
+        DERIVATIVE_ADVICE,
+    ),
+    (
         ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked", ".item()"),
         "the model's control flow or sizes depend on tensor values: express the choice with "
-        "torch.where or torch.cond, or bound the value with torch._check",
+        "torch.where, or bound the value with torch._check",
     ),
     (
         ("pytree", "flatten", "Unsupported output", "output type"),
         "an input or output type isn't registered as a pytree: return tensors, tuples, dicts or "
-        "a ModelOutput, or register the type with torch.utils._pytree.register_pytree_node",
+        "a ModelOutput, or register the type once with torch.export.register_dataclass (a "
+        "dataclass) or torch.utils._pytree.register_pytree_node with flatten_with_keys_fn",
     ),
     (
         ("fake tensor", "FakeTensor", "Meta", "meta implementation"),
@@ -69,7 +75,18 @@ def capture(
     model itself rejects, `NotCapturedError` when no inputs are given and none can be derived, and
     `CaptureError` for a construct that can't become a graph.
     """
+    model = uncompiled(model)
     check_model(model)
+    with callers_modes_off():
+        return _captured(model, example_inputs, mode, empty)
+
+
+def _captured(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    mode: Mode,
+    empty: bool,
+) -> Program:
     signature = forward_signature(model)
     named = normalize_inputs(
         signature, derive_inputs(model) if example_inputs is None else example_inputs, empty
@@ -80,11 +97,11 @@ def capture(
         named["use_cache"], added = False, frozenset({"use_cache"})
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
-    with attributes_kept(model), in_mode(model, mode):
+    with attributes_kept(model), in_mode(model, mode), callers_device():
         exported, guards = _export(model, named, mode)
     program = to_program(exported, model, signature, _copied(named), mode)
     if returns_written(program):
-        program = with_returned_places(program, _eager_memory(model, program))
+        program = with_returned_places(program, *_eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
     zeros = zeros_when_left_out(model, named)
     convention = replace(program.signature, zeros=zeros, guards=guards, added=added)
@@ -106,6 +123,8 @@ def _export(
                 return exported, guards
     try:
         return _export_dynamic(model, named, mode)
+    except InputError:
+        raise
     except Exception as error:
         _blame_inputs(model, named)
         raise _capture_error(model, error) from error
@@ -127,7 +146,7 @@ def _export_dynamic(
         torch.set_grad_enabled(mode == "train"),
         recorded() as questions,
     ):
-        shapes = pytree.tree_map(_dynamic_axes, dict(signature.bind(*args, **kwargs).arguments))
+        shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return exported, guards_of(exported, questions)
 
@@ -188,6 +207,24 @@ def _silent_failure() -> Iterator[None]:
     sys.stderr.write(written.getvalue())
 
 
+def _dynamic_shapes(value: Any) -> Any:
+    """The dynamic axes of each tensor in `value`, nested as torch.export asks for it.
+
+    Python's own containers stay; a registered class is what its flattening gives.
+    """
+
+    def is_registered(part: Any) -> bool:
+        return type(part) in pytree.SUPPORTED_NODES and type(part) not in pytree.BUILTIN_TYPES
+
+    def shapes(part: Any) -> Any:
+        if not is_registered(part):
+            return _dynamic_axes(part)
+        children, _ = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)
+        return pytree.tree_map(shapes, children, is_leaf=is_registered)
+
+    return pytree.tree_map(shapes, value, is_leaf=is_registered)
+
+
 def _dynamic_axes(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return None
@@ -208,10 +245,16 @@ def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
     writes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
-    if not getattr(config, "use_cache", False) or writes is False:
+    if not _uses_cache(config) or writes is False:
         return False
     takes_cache = "past_key_values" in forward_signature(model).parameters
     return takes_cache and "use_cache" not in named and "past_key_values" not in named
+
+
+def _uses_cache(config: Any) -> bool:
+    """Whether a transformers config, or that of the text model in it, asks for a cache."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return any(getattr(one, "use_cache", False) for one in (config, text))
 
 
 def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:
@@ -250,14 +293,17 @@ def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
     return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
 
 
-def _eager_memory(model: nn.Module, program: Program) -> Labels:
-    """Which memory the outputs of an eager call on the example are in."""
+def _eager_memory(model: nn.Module, program: Program) -> tuple[Labels, list[bool]]:
+    """Which memory the outputs of an eager call on the example are in, and which of them are all
+    of an input or of a state tensor, as it is."""
     inputs = [tensor.clone() for tensor in program.example]
     args, kwargs = program.signature.arguments(inputs)
     with in_mode(model, program.mode), left_alone(model), torch.no_grad():
         leaves = pytree.tree_leaves(model(*args, **kwargs))
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return observed(outputs, inputs, program.state)
+    known = [*inputs, *(one for one in program.state.values() if isinstance(one, Tensor))]
+    whole = [any(map(output.is_set_to, known)) for output in outputs]
+    return observed(outputs, inputs, program.state), whole
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -296,7 +342,7 @@ def _user_line(error: BaseException) -> str:
 def _fixed_size_notes(program: Program) -> list[str]:
     """What calls must keep: axes of 1, which can't be traced as dynamic, and those fixed by code.
 
-    A loop over time steps, a reshape to numbers and the width of a weight fix sizes alike.
+    A loop over time steps and a reshape to numbers fix sizes. So does a weight, which is no news.
     """
     notes = [
         f"{tensor.path} axis {axis} is fixed to 1; an example longer than 1 there keeps it dynamic"
@@ -304,12 +350,14 @@ def _fixed_size_notes(program: Program) -> list[str]:
         for axis, size in enumerate(tensor.sizes)
         if size == 1
     ]
+    widths = {0, 1, *(size for tensor in program.state.values() for size in tensor.shape)}
     for tensor in program.signature.tensors:
-        fixed = [(axis, size) for axis, size in enumerate(tensor.sizes) if size not in (0, 1)]
-        axes = [f"{size} on axis {axis}" for axis, size in fixed if isinstance(size, int)]
+        sizes = enumerate(tensor.sizes)
+        fixed = [(axis, size) for axis, size in sizes if isinstance(size, int)]
+        axes = [f"{size} on axis {axis}" for axis, size in fixed if size not in widths]
         if axes:
             notes.append(
                 f"the model fixes the size of {tensor.path} to {', '.join(axes)}: a call with "
-                "another is refused"
+                "another needs a program of its own"
             )
     return notes

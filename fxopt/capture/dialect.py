@@ -4,7 +4,7 @@ lifted parameters      -> get_attr nodes named as in the model's state_dict
 tied parameters        -> one get_attr name, the others recorded as aliases
 guards, assertions     -> dropped (the signature checks the inputs of every call)
 no_grad, autocast off  -> their bodies inlined
-dropout in eval        -> dropped
+dropout switched off   -> dropped
 second spellings       -> the first (see `spelling`)
 in-place operators     -> functional ones, none decomposed (see `functionalization`); writes to
                           buffers and inputs become copy_ nodes at the end
@@ -13,6 +13,7 @@ in-place operators     -> functional ones, none decomposed (see `functionalizati
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -34,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from fxopt.capture.functionalization import UnknownWriteError, functionalized
 from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
-from fxopt.program import Mode, Program, drop_dead_nodes
+from fxopt.program import Mode, Program, draws_random, drop_dead_nodes
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
 
 aten = torch.ops.aten
@@ -57,7 +58,28 @@ _DROPOUT = {
     aten.alpha_dropout_.default,
     aten.feature_alpha_dropout_.default,
 }
+_NAMES_IN_CODE = {
+    *("self", "torch", "fxopt", "operator", "math", "getattr", "slice", "range"),
+    *fx.graph._custom_builtins,
+}
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
+DERIVATIVE_ADVICE = (
+    "torch.func.grad, vjp and jvp can't be captured inside forward: write the derivative out, or "
+    "take it outside of the model"
+)
+
+_VMAP = {
+    "_add_batch_dim",
+    "_remove_batch_dim",
+    "_vmap_decrement_nesting",
+    "_vmap_increment_nesting",
+    "lazy_load_decompositions",
+}
+_MUTATIONS = (
+    OutputKind.BUFFER_MUTATION,
+    OutputKind.PARAMETER_MUTATION,
+    OutputKind.USER_INPUT_MUTATION,
+)
 _STATE_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -73,6 +95,7 @@ def to_program(
     `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
     objects, effect tokens and enabled autocast regions.
     """
+    exported = _without_vmap(exported, model)
     try:
         return _Translation(exported, model, mode).program(forward, named)
     except UnknownWriteError:
@@ -126,7 +149,7 @@ class _Translation:
         self._inline(body, self.exported.graph_module)
         out_constants = self._outputs()
         graph = functionalized(self.graph, self.shares)
-        drop_dead_nodes(graph, self.mode)
+        drop_dead_nodes(graph, "train")
         if self.mode == "train":
             self._refuse_written_parameters(graph)
         in_spec = pytree.tree_structure(dict(named))
@@ -152,12 +175,20 @@ class _Translation:
 
     def _placeholder(self, node: fx.Node, path: str) -> TensorInput:
         value = node.meta["val"]
-        name = re.sub(r"\W+", "_", path).strip("_") or "input"
-        new = self.graph.placeholder(name)
+        new = self.graph.placeholder(self._parameter_name(path))
         new.meta = {"val": value, "module_path": "", "source": ""}
         self.nodes[node] = new
         sizes = tuple(int(s) if not has_free_symbols(s) else str(s) for s in value.shape)
         return TensorInput(path, value.dtype, value.device, sizes)
+
+    def _parameter_name(self, path: str) -> str:
+        """A name for a parameter of the generated function, that nothing else there has."""
+        name = re.sub(r"\W+", "_", path, flags=re.ASCII).strip("_") or "input"
+        if not name.isidentifier() or keyword.iskeyword(name) or name in _NAMES_IN_CODE:
+            name = f"input_{name}"
+        taken = {str(one.target) for one in self.graph.nodes}
+        candidates = (f"{name}_{n}" if n else name for n in range(1 << 20))
+        return next(candidate for candidate in candidates if candidate not in taken)
 
     def _attribute(self, node: fx.Node, target: str) -> None:
         tensor = _lookup(self.model, target)
@@ -185,7 +216,7 @@ class _Translation:
                 self._inline_region(node)
             elif getattr(node.target, "__name__", "").split(".")[0] in _ASSERTIONS:
                 continue
-            elif node.target in _DROPOUT and (self.mode == "eval" or node.args[2] is False):
+            elif node.target in _DROPOUT and not draws_random(node):
                 self.nodes[node] = self._value(node.args[0])
             elif (norm := brought_back(node)) is not None:
                 self._bring_back(node, *norm)
@@ -309,7 +340,8 @@ class _Translation:
                 else:
                     constants[index] = value
                 index += 1
-            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            elif spec.kind in _MUTATIONS:
+                self._check_write(spec)
                 self._write(spec, names, self._value(result))
             else:
                 raise CaptureError(
@@ -338,8 +370,16 @@ class _Translation:
                 "tensors. Return it as one, with torch.scalar_tensor, or leave it out."
             )
 
+    def _check_write(self, spec: Any) -> None:
+        if spec.kind == OutputKind.PARAMETER_MUTATION and self.mode == "train":
+            raise CaptureError(
+                f"{type(self.model).__name__} writes its parameter {spec.target} in forward, as "
+                "nn.Embedding(max_norm=) does, and a program can't train what it writes. Set "
+                "max_norm=None for the training, and bound the rows after each optimizer step."
+            )
+
     def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:
-        if spec.kind == OutputKind.BUFFER_MUTATION:
+        if spec.kind != OutputKind.USER_INPUT_MUTATION:
             target = self.canonical.get(spec.target, spec.target)
             place = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == target)
         else:
@@ -355,6 +395,26 @@ class _Translation:
 def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
+
+
+def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    """`exported` with torch.vmap written out; `CaptureError` for other transforms of torch.func."""
+    found = [
+        node
+        for module in exported.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+    ]
+    for node in found:
+        if node.target.__name__ not in _VMAP:
+            raise CaptureError(
+                f"{type(model).__name__} can't be captured as a graph.\n"
+                f"  construct: a transform of torch.func ({node.target.__name__})\n"
+                f"  at: {_source(node.meta.get('stack_trace')) or 'unknown line'}\n"
+                f"  try: {DERIVATIVE_ADVICE}"
+            )
+    return exported.run_decompositions({}) if found else exported
 
 
 def _sharing_operand(node: fx.Node) -> fx.Node | None:

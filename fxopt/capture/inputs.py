@@ -6,11 +6,13 @@ with a fixed seed, so that the same model is captured in the same way every time
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxopt.errors import InputError, NotCapturedError
@@ -27,8 +29,9 @@ def normalize_inputs(
 ) -> dict[str, Any]:
     """Example inputs (a tensor, a tuple of positionals or a dict of keywords) as {name: value}.
 
-    Raises `InputError` for another container, no tensor inside, or a tensor without entries where
-    none may be `empty`.
+    Tensors of inference mode are copied. Raises `InputError` for another container, no tensor
+    inside, a tensor that `check_leaf` refuses (without entries only where none may be `empty`), or
+    an object that hides tensors.
     """
     if isinstance(example_inputs, Tensor):
         named = bind(signature, (example_inputs,), {})
@@ -41,16 +44,54 @@ def normalize_inputs(
             "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
             f"arguments, not {type(example_inputs).__name__}"
         )
-    tensors = [(path, leaf) for path, leaf in describe_leaves(named) if isinstance(leaf, Tensor)]
-    if not tensors:
+    leaves = describe_leaves(named)
+    for path, leaf in leaves:
+        check_leaf(path, leaf, empty)
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise InputError("example_inputs hold no tensor; give at least one")
-    for path, tensor in tensors:
-        if not tensor.numel() and not empty:
-            raise InputError(
-                f"example input {path} has shape {tuple(tensor.shape)} and so no entries; capture "
-                "and judgement need at least one row. The result accepts empty batches."
-            )
-    return named
+    # Tensors of inference mode can't be saved for a backward.
+    return pytree.tree_map(lambda leaf: leaf.clone() if _is_inference(leaf) else leaf, named)  # type: ignore[no-any-return]
+
+
+def check_leaf(path: str, leaf: object, empty: bool = False) -> None:
+    """Raise `InputError` for an input that can't be captured: `path` names it.
+
+    That is a tensor without entries where none may be `empty`, one that isn't dense, and an
+    object that holds tensors where torch doesn't see them.
+    """
+    if not isinstance(leaf, Tensor):
+        _check_object(path, leaf)
+    elif leaf.layout is not torch.strided or leaf.is_nested:
+        what = "nested" if leaf.is_nested else f"of layout {leaf.layout}"
+        raise InputError(
+            f"example input {path} is {what}, and a graph takes dense tensors alone. Convert it "
+            "in a module around the graph, or give it as dense ones."
+        )
+    elif not leaf.numel() and not empty:
+        raise InputError(
+            f"example input {path} has shape {tuple(leaf.shape)} and so no entries; capture "
+            "and judgement need at least one row. The result accepts empty batches."
+        )
+
+
+def _check_object(path: str, leaf: object) -> None:
+    held = getattr(leaf, "__dict__", {})
+    if not any(isinstance(part, Tensor) for part in pytree.tree_leaves(dict(held))):
+        return
+    name = type(leaf).__name__
+    way = (
+        f"torch.export.register_dataclass({name})"
+        if dataclasses.is_dataclass(leaf)
+        else f"torch.utils._pytree.register_pytree_node({name}, ..., flatten_with_keys_fn=...)"
+    )
+    raise InputError(
+        f"example input {path} is a {name}, which torch can't look into, so that the tensors in it "
+        f"would be constants. Register it once, with {way}, or give its tensors in a tuple or dict."
+    )
+
+
+def _is_inference(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
 def derive_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +154,7 @@ def _encoder_inputs(model: nn.Module) -> dict[str, Tensor]:
 
     if main == "input_ids" and hasattr(config, "vocab_size"):
         return _text_inputs(config, names)
-    seeing = config if hasattr(config, "image_size") else getattr(config, "encoder", None)
+    seeing: Any = config if hasattr(config, "image_size") else getattr(config, "encoder", None)
     if main == "pixel_values" and hasattr(seeing, "image_size"):
         size = seeing.image_size
         height, width = (size, size) if isinstance(size, int) else size

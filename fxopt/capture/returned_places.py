@@ -7,6 +7,7 @@ An exported graph returns y, memory of its own, where the model returns x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +31,9 @@ def returns_written(program: Program) -> bool:
     return any(chain(result)[-1] in roots for result in results)
 
 
-def with_returned_places(program: Program, eager: Labels) -> Program:
+def with_returned_places(program: Program, eager: Labels, whole: Sequence[bool]) -> Program:
     """`program` whose outputs are the written inputs and state, or views of them, where `eager`,
-    the labels of an eager call, says so.
+    the labels of an eager call, says so; `whole` tells which outputs are one as it is.
 
     Raises `CaptureError` for an output that is another view than the graph knows how to make.
     """
@@ -46,7 +47,9 @@ def with_returned_places(program: Program, eager: Labels) -> Program:
     results: Any = output.args[0]
     output.args = (
         tuple(
-            _returned(program, graph, result, labels[label], index) if label in labels else result
+            _returned(program, graph, result, labels[label], index, whole[index])
+            if label in labels
+            else result
             for index, (result, label) in enumerate(zip(results, eager, strict=True))
         ),
     )
@@ -54,19 +57,20 @@ def with_returned_places(program: Program, eager: Labels) -> Program:
 
 
 def _returned(
-    program: Program, graph: fx.Graph, result: fx.Node, write: fx.Node, index: int
+    program: Program, graph: fx.Graph, result: fx.Node, write: fx.Node, index: int, whole: bool
 ) -> fx.Node:
     """What stands for `result` as a view of the place that `write` has written."""
+    place: Any = write.args[0]
     written: Any = write.args[1]
     path = chain(result)
-    value, new = fake(result), fake(write)
+    if whole:
+        return write
+    if path[-1] is place:  # a view made before the write, and of what it wrote by now
+        return _replayed(graph, path[:-1], place, write)
     if written in path:
         return _replayed(graph, path[: path.index(written)], written, write)
-    if path[-1] is chain(written)[-1] and same_sizes(value.shape, new.shape):
-        return write
     if path[-1] is chain(written)[-1] and _holds_all(result, path[-1]):
         return _after(graph, aten.view_as.default, (write, result), result)
-    place: Any = write.args[0]
     raise CaptureError(
         f"{program.name} returns, as output {index}, a part of {place.target}, which it writes in "
         f"the same call (at {source_line(result) or 'an unknown line'}); the graph can't tell "

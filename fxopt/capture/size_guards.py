@@ -115,7 +115,7 @@ def _squeezed(exported: ExportedProgram) -> Iterator[Any]:
     for node in exported.graph.nodes:
         if node.target not in _SQUEEZES:
             continue
-        sizes = list(node.args[0].meta["val"].shape)
+        sizes: list[Any] = list(node.args[0].meta["val"].shape)
         axes: Any = node.args[1] if len(node.args) > 1 else range(len(sizes))
         for axis in axes if isinstance(axes, Iterable) else [axes]:
             if isinstance(sizes[axis], torch.SymInt):

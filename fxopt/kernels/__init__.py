@@ -65,6 +65,7 @@ from fxopt.kernels import (
     sparse24,
 )
 from fxopt.kernels.int4 import pack_int4
+from fxopt.kernels.onednn_int8 import takes_full_range
 from fxopt.kernels.packed import POST_OPS
 from fxopt.kernels.packing import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
@@ -110,6 +111,13 @@ GENERATED_AS: dict[OpOverload, str] = {
 
 KERNEL_LEVEL: frozenset[OpOverload] = frozenset(GENERATED_AS)
 
+
+def saturates(device: torch.device) -> bool:
+    """Whether no fast product of 8-bit activations with weights of all 8 bits is exact there: on a
+    CPU without an int8 dot product. With weights of 7 bits there is one everywhere."""
+    return device.type == "cpu" and not takes_full_range() and not native.load()
+
+
 __all__ = [
     "GENERATED_AS",
     "KERNEL_LEVEL",
@@ -132,5 +140,6 @@ __all__ = [
     "quantization",
     "quantize_tokens",
     "quantize_weight",
+    "saturates",
     "sparse24",
 ]

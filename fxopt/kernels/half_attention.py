@@ -58,6 +58,8 @@ def written_attention(
     that are not of rank 4.
     """
     check_rank("written_attention", q, k, v)
+    if k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
     k, v = _for_all_heads(k, q), _for_all_heads(v, q)
     scores = torch.matmul(q, k.transpose(-1, -2)).to(torch.float32) * scale
     if is_causal:

@@ -64,8 +64,9 @@ def product_without_dot_product(q: Tensor, weight: Tensor) -> Tensor:
     packed = _packed(weight, _pack_exact_in_float)
     if packed is None:
         return _in_float(q, weight)
-    codes = q.view(torch.uint8) ^ _CODES
-    return _multiply(codes, packed, weight.shape[0], _CODES).to(torch.int32)
+    y = _multiply(q.view(torch.uint8) ^ _CODES, packed, weight.shape[0], _CODES)
+    # In its own memory: fresh pages for another one cost as much as the pass over it.
+    return y.view(torch.int32).copy_(y)
 
 
 def _packed(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor | None:

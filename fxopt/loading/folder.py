@@ -25,7 +25,8 @@ def read_model(source: Path) -> tuple[nn.Module, tuple[str, ...]]:
     named = True
     try:
         if source.suffix == ".gguf":
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            reader: Any = transformers.AutoModelForCausalLM
+            model, info = reader.from_pretrained(
                 str(source.parent), gguf_file=source.name, dtype=torch.float32, **options
             )
         else:

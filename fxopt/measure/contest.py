@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import FxoptError
-from fxopt.measure.latency import Latency, System, latency
+from fxopt.measure.latency import Latency, System, latency, summarize
 from fxopt.measure.timings import TimingStore
 
 Clock = Callable[[Hashable, Mapping[str, System]], Mapping[str, Latency]]
@@ -24,6 +24,9 @@ _MARGIN = 0.05
 # A timing less sure than this is forgotten with the process: the machine was too busy.
 _STEADY = 0.5
 _REPEATS, _SECONDS = 21, 0.25
+# A kernel that takes so many times as long as the baseline at each of a few glances has lost.
+_HOPELESS = 2.5
+_GLANCES, _GLANCE_SECONDS = 3, 0.01
 # Half the width, in standard deviations of the median's rank, of a 95 % interval.
 _RANKS = 0.98
 
@@ -70,8 +73,9 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """The widest interval of a ratio: how sure this timing is."""
-        return max((ratio.spread for ratio in self.ratios.values()), default=0.0)
+        """The widest interval of a ratio that may be near 1: how sure this timing is."""
+        close = (ratio.spread for ratio in self.ratios.values() if ratio.low < _HOPELESS)
+        return max(close, default=0.0)
 
     def __str__(self) -> str:
         parts = [f"{self.baseline} {self.medians[self.baseline]:.3g} ms"]
@@ -139,7 +143,13 @@ def _default_bench() -> _Bench:
 
 
 def _measured(key: Hashable, kernels: Mapping[str, System]) -> dict[str, Latency]:
-    return latency(kernels, repeats=_REPEATS, seconds=_SECONDS)
+    """Glanced at first: what is far slower than the baseline is timed no further."""
+    seen = latency(kernels, repeats=_GLANCES, seconds=_GLANCE_SECONDS)
+    limit = _HOPELESS * max(seen[next(iter(kernels))].samples)
+    close = {name: kernels[name] for name, time in seen.items() if min(time.samples) <= limit}
+    timed = latency(close, repeats=_REPEATS, seconds=_SECONDS)
+    later = {name: time.samples for name, time in timed.items()}
+    return {name: summarize((*seen[name].samples, *later.get(name, ()))) for name in kernels}
 
 
 def _time(clock: Clock, key: Hashable, kernels: Mapping[str, System]) -> Timing:
@@ -159,8 +169,9 @@ def _time(clock: Clock, key: Hashable, kernels: Mapping[str, System]) -> Timing:
 
 
 def _ratio(time: Latency, baseline: Latency) -> MedianRatio:
-    """Round by round. The interval is that of order statistics, which needs no distribution."""
-    rounds = [a / b for a, b in zip(time.samples, baseline.samples, strict=True)]
+    """Over the rounds that both were in. The interval is that of order statistics, which needs no
+    distribution."""
+    rounds = [a / b for a, b in zip(time.samples, baseline.samples, strict=False)]
     half = min(0.5, _RANKS / math.sqrt(len(rounds)))
     ranks = torch.tensor([0.5, 0.5 - half, 0.5 + half], dtype=torch.float64)
     return MedianRatio(*torch.quantile(torch.tensor(rounds, dtype=torch.float64), ranks).tolist())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxopt.claim import decibels, powers, unit
-from fxopt.parts import GAP, Part, divided, labels
+from fxopt.parts import GAP, Part, split
 
 # A float64 piece of each of the two, whatever the size of the batch: 32 MB.
 _PIECE_ELEMENTS = 1 << 22
@@ -128,10 +128,9 @@ class Agreement:
             self._divergence += float(_divergence(ref, out).sum())
             self._agreed += int((ref.argmax(-1) == out.argmax(-1)).sum())
         ref, out = ref.masked_fill(same, 0.0), out.masked_fill(same, 0.0)
-        places, ranges = labels(ref, out)
-        tallies = map(Tally.of, divided(ref, out, places, ranges))
-        self.tallies = _merged([*self.tallies, *tallies])
-        cosine = _least_cosine(ref, out, places, len(ranges))
+        parts = split(ref, out)
+        self.tallies = _merged([*self.tallies, *map(Tally.of, parts)])
+        cosine = torch.stack([_cosine_of(part) for part in parts]).amin(0)
         self._cosines += float(cosine.sum())
         self._lowest = min(self._lowest, float(cosine.min()))
 
@@ -147,13 +146,11 @@ def _merged(tallies: Iterable[Tally]) -> list[Tally]:
     return merged
 
 
-def _least_cosine(ref: Tensor, out: Tensor, places: Tensor | None, parts: int) -> Tensor:
-    """Of each row, in that of its parts where it is the least."""
-    if places is None:
+def _cosine_of(part: Part) -> Tensor:
+    ref, out, outside = part.reference, part.output, part.outside
+    if outside is None:
         return _cosine(ref, out)
-    others = [places != part for part in range(parts)]
-    cosines = [_cosine(ref.masked_fill(o, 0.0), out.masked_fill(o, 0.0)) for o in others]
-    return torch.stack(cosines).amin(0)
+    return _cosine(ref.masked_fill(outside, 0.0), out.masked_fill(outside, 0.0))
 
 
 def _cosine(ref: Tensor, out: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, evaluation_of, make_optimized
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import Evaluation, OptimizedStep, Outcome
 from fxopt.optimized.source import MOST_PROGRAMS, Source
 
@@ -11,6 +12,7 @@ __all__ = [
     "Evaluation",
     "Optimized",
     "OptimizedStep",
+    "Origins",
     "Outcome",
     "Source",
     "evaluation_of",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Execution:
     `evaluation` is the evaluation graph of one that trains, left out where it follows from it.
     A program captured in eval mode runs without gradients; one captured in train mode records them
     where they are enabled, in evaluation mode too. Each of these ways is compiled by itself, since
-    what the backward needs is part of what is compiled.
+    what the backward needs is part of what is compiled. A program for inference has its precision
+    in the graph and runs outside of the caller's autocast; training takes part in it.
 
     The kernels for this CPU are loaded where the program calls them: one that was saved comes to
     life in a process in which no pass has done so.
@@ -42,6 +44,8 @@ class Execution:
         self.lowering = lowering
         self.modules: dict[Mode, fx.GraphModule] = {program.mode: module}
         self.compiled: dict[tuple[Mode, bool], Callable[..., Any]] = {}
+        tensors = program.signature.tensors
+        self.device_types = sorted({tensor.device.type for tensor in tensors})
         programs = (program, *([evaluation] if evaluation else []))
         if any(native.serves(node.target) for one in programs for node in one.graph.nodes):
             native.load()
@@ -54,9 +58,17 @@ class Execution:
         mode = mode if trains else "eval"
         records = trains and torch.is_grad_enabled()
         with torch.set_grad_enabled(records):
-            if self.lowering is None:
-                return self.module(mode)(*inputs)
-            return self._compiled(mode, records, self.lowering)(*inputs)
+            if trains or not any(map(torch.is_autocast_enabled, self.device_types)):
+                return self._run(mode, records, inputs)
+            with ExitStack() as stack:
+                for kind in self.device_types:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                return self._run(mode, records, inputs)
+
+    def _run(self, mode: Mode, records: bool, inputs: Sequence[Tensor]) -> Any:
+        if self.lowering is None:
+            return self.module(mode)(*inputs)
+        return self._compiled(mode, records, self.lowering)(*inputs)
 
     def module(self, mode: Mode) -> fx.GraphModule:
         """The graph of `mode` as a module; a program captured in eval mode has that alone."""

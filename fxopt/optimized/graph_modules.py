@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from fxopt.optimized.names import quote_names
 from fxopt.program import Program, materialize
 
 aten = torch.ops.aten
@@ -31,7 +32,9 @@ def graph_module(program: Program) -> fx.GraphModule:
     graph = _copied(program.graph)
     if program.mode == "train":
         _read_before_writing(graph)
-    module = fx.GraphModule(state, graph, class_name=program.name)
+    module = _empty(program.name)
+    for name in state:
+        _make_owner(module, name)
     for path, kind in program.module_types.items():
         if kind == "LayerNorm" and path:
             _contain(module, path, LayerNormTensors())
@@ -40,9 +43,10 @@ def graph_module(program: Program) -> fx.GraphModule:
         if isinstance(tensor, nn.Parameter):
             owner._parameters[leaf] = tensor
         else:
-            owner.register_buffer(leaf, tensor, persistent=name not in program.non_persistent)
+            _put_buffer(owner, leaf, tensor, persistent=name not in program.non_persistent)
     for alias, name in program.aliases.items():
         _alias(module, alias, name)
+    module.graph = graph
     return module
 
 
@@ -51,8 +55,9 @@ def graph_over(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
     Whatever moves or replaces a tensor in one of the two moves or replaces it in both.
     """
-    other = fx.GraphModule(module, _copied(graph), class_name=type(module).__name__)
+    other = _empty(type(module).__name__)
     share_tables(other, module)
+    other.graph = _copied(graph)
     return other
 
 
@@ -94,7 +99,7 @@ def share_tables(module: nn.Module, source: nn.Module) -> None:
 def attribute(module: nn.Module, name: str) -> Tensor:
     """The tensor that `module` holds under a dotted name."""
     owner, leaf = _owner(module, name)
-    tensor = getattr(owner, leaf)
+    tensor = {**owner._buffers, **owner._parameters}.get(leaf)
     assert isinstance(tensor, Tensor)
     return tensor
 
@@ -102,7 +107,14 @@ def attribute(module: nn.Module, name: str) -> Tensor:
 def _copied(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    quote_names(copy)
     return copy
+
+
+def _empty(name: str) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph, class_name=name)
 
 
 def _read_before_writing(graph: fx.Graph) -> None:
@@ -122,7 +134,12 @@ def _read_before_writing(graph: fx.Graph) -> None:
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
+    owner = module
+    for part in path.split(".") if path else []:
+        inner = owner._modules[part]
+        assert inner is not None
+        owner = inner
+    return owner, leaf
 
 
 def _contain(module: nn.Module, path: str, container: nn.Module) -> None:
@@ -139,14 +156,29 @@ def _contain(module: nn.Module, path: str, container: nn.Module) -> None:
 
 def _alias(module: nn.Module, alias: str, name: str) -> None:
     """Let `alias` name the same tensor as `name`, in containers made where they are missing."""
-    path, _, leaf = alias.rpartition(".")
-    owner = module
-    for part in path.split(".") if path else []:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
+    owner, leaf = _make_owner(module, alias)
     tensor = attribute(module, name)
     if isinstance(tensor, nn.Parameter):
         owner._parameters[leaf] = tensor
-    elif not hasattr(owner, leaf):
-        owner.register_buffer(leaf, tensor)
+    elif leaf not in owner._buffers:
+        _put_buffer(owner, leaf, tensor)
+
+
+def _make_owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that is to hold `name`, in containers made where they are missing, and its leaf.
+
+    Past `add_module` and `register_buffer`, which refuse names that nn.Module's methods have.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else []:
+        inner = owner._modules.setdefault(part, nn.Module())
+        assert inner is not None
+        owner = inner
+    return owner, leaf
+
+
+def _put_buffer(owner: nn.Module, leaf: str, tensor: Tensor, persistent: bool = True) -> None:
+    owner._buffers[leaf] = tensor
+    if not persistent:
+        owner._non_persistent_buffers_set.add(leaf)

@@ -35,9 +35,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     twin = optimized_like(program.name, program.signature.forward, carried)
     report = Report.from_json(saved.report_json)
-    further = tuple(
-        Outcome(one, replace(report, domains=()), (), lowering) for one in saved.further
-    )
+    known = replace(report, domains=())  # those of all programs are in the one report
+    further = tuple(Outcome(one, known, (), lowering) for one in saved.further)
     evaluation = Evaluation.saved(saved.evaluation)
     outcome = Outcome(program, report, (), lowering, evaluation=evaluation, further=further)
     try:

@@ -25,6 +25,7 @@ from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.optimized.members import Member, present_tensors
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
 from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
@@ -97,7 +98,7 @@ class Optimized(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What every pass did, refused, claimed and measured, and for which calls it all holds."""
+        """What every pass did, refused, claimed and measured; which calls each program takes."""
         report = self._done().report
         further = [one.outcome.report.domains for one in self._programs.valid()]
         return replace(report, domains=sum(further, report.domains))
@@ -122,6 +123,14 @@ class Optimized(nn.Module):
         """The dtype of the first floating-point tensor of the state."""
         floating = (t.dtype for t in self._tensors() if t.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    @property
+    def origins(self) -> Origins | None:
+        """The tensors of the original that passes derived others from; None where there are none.
+
+        `origins.check()` raises `ModelError` where one of them was changed since.
+        """
+        return self._outcome.origins if self._outcome is not None else None
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -158,10 +167,13 @@ class Optimized(nn.Module):
         """The model's outputs for the model's arguments, in the model's own output type.
 
         A call for which the model takes another branch is answered by another program, captured at
-        the first such call. Raises `InputError` when the arguments fit none and none can be made.
+        the first such call. Raises `InputError` when the arguments fit none and none can be made,
+        and `ModelError` when a tensor of the original from which passes derived others was changed
+        in place since.
         """
         if self._outcome is None:
             self.install(self._build(args, kwargs))
+        self._check_origins()
         execution, mode = self._execution, self._mode
         if mode != execution.program.mode:
             self._check_evaluation()
@@ -267,7 +279,8 @@ class Optimized(nn.Module):
         twin = type(self)(dict(self._carried))
         memo[id(self)] = twin
         object.__setattr__(twin, "_wanted", self.training)
-        twin.install(self._renewed(replace(program, state=state), evaluation))
+        renewed = self._renewed(replace(program, state=state), evaluation)
+        twin.install(replace(renewed, origins=None))
         members = self._programs.valid()
         programs = beside(twin._outcome, members, lambda tensor: copy.deepcopy(tensor, memo))
         object.__setattr__(twin, "_programs", programs)
@@ -296,7 +309,8 @@ class Optimized(nn.Module):
             evaluation = self._done().evaluation.program
             if evaluation is not None:
                 evaluation = self._over_present(evaluation).on_device(self.device)
-            self.install(self._renewed(self._present().on_device(self.device), evaluation))
+            moved = self._renewed(self._present().on_device(self.device), evaluation)
+            self.install(replace(moved, origins=None))
         device = self.device if self.device != before else None
         object.__setattr__(self, "_programs", beside(self._outcome, members, fn, device))
         return self
@@ -350,6 +364,7 @@ class Optimized(nn.Module):
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""
         outcome = self._done()
+        self._check_origins()
         return replace(outcome.program, state=present_tensors(outcome))
 
     def _over_present(self, program: Program) -> Program:
@@ -361,6 +376,13 @@ class Optimized(nn.Module):
     def _saved_members(self) -> list[Member]:
         """The further programs that are whole in what is saved of them."""
         return [one for one in self._programs.valid() if one.follows or not self.training]
+
+    def _check_origins(self) -> None:
+        """Raise `ModelError` where the original has changed under what was derived from it."""
+        origins = self._outcome.origins
+        watches = origins is not None and not torch.compiler.is_compiling()
+        if watches and not torch._C._len_torch_dispatch_stack():
+            origins.check()
 
     def _done(self) -> Outcome:
         outcome: Outcome | None = self._outcome

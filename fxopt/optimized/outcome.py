@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
+from fxopt.optimized.origins import Origins
 from fxopt.optimized.source import Source
 from fxopt.program import Program
 from fxopt.report import Report, Step
@@ -50,7 +51,8 @@ class Outcome:
 
     `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
     model of a program that trains computes in evaluation; `source` makes further programs of the
-    same model, where it can; `further` are those that exist already.
+    same model, where it can; `further` are those that exist already; `origins` are the tensors of
+    the original from which passes derived others.
     """
 
     program: Program
@@ -63,3 +65,4 @@ class Outcome:
     evaluation: Evaluation = Evaluation()
     source: Source | None = None
     further: tuple[Outcome, ...] = ()
+    origins: Origins | None = None

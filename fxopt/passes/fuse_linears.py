@@ -130,8 +130,8 @@ class FuseLinears(RulePass):
 
 
 def _reads_for(user: fx.Node, roots: Sequence[fx.Node]) -> bool:
-    """Whether a reader of a weight is one of the products, or transposes it for them alone."""
-    return user in roots or (bool(user.users) and all(one in roots for one in user.users))
+    """Whether a reader of a weight is one of the products, or turns it for them alone."""
+    return user in roots or (is_computed_constant(user) and all(one in roots for one in user.users))
 
 
 def _fits(first: Linear, other: Linear) -> bool:

@@ -35,6 +35,7 @@ _BELOW_BUDGET = 3.0
 
 Where = Literal["faster", "always"]
 Weights = Literal["nearest", "gptq"]
+Range = Literal["auto", 7, 8]
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +57,11 @@ class Int8Linear(Pass):
     are, until the outputs keep that ratio on calibration inputs; `max_layers` leaves at most so
     many.
 
+    `range` is how many bits of an int8 the weights use: 8, or 7, with which a CPU that has no int8
+    dot product multiplies exactly at twice float32's speed; with 8 its products would saturate, so
+    they are computed in float32 there. "auto" takes 7 on such a CPU where activations are rounded
+    too, else 8; the plan says what 7 costs in decibels of the weights.
+
     Claim: a signal-to-noise ratio of the model's outputs, 16 dB dynamic, 10 dB static, 26 dB
     weight-only, 3 dB below `budget` where one is given, unless `claim` gives another.
 
@@ -74,6 +80,7 @@ class Int8Linear(Pass):
     budget: Sqnr | None = None
     max_layers: int | None = None
     where: Where = "faster"
+    range: Range = "auto"
     name: ClassVar[str] = "int8-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
@@ -87,6 +94,7 @@ class Int8Linear(Pass):
         self._check_choice("observer", get_args(RangeMethod))
         self._check_choice("weights", get_args(Weights))
         self._check_choice("where", get_args(Where))
+        self._check_choice("range", get_args(Range))
         for option in ("include", "exclude"):
             given = checked_selections("Int8Linear", option, getattr(self, option))
             object.__setattr__(self, option, given)
@@ -118,7 +126,7 @@ class Int8Linear(Pass):
         )
 
     def _needs(self) -> dict[str, Any]:
-        names = ("observer", "weights", "budget", "max_layers", "where")
+        names = ("observer", "weights", "budget", "max_layers", "where", "range")
         return {name: getattr(self, name) for name in names}
 
     def _usual_claim(self) -> Claim:
@@ -126,7 +134,7 @@ class Int8Linear(Pass):
             return _FLOOR[self.mode]
         return Sqnr(max(self.budget.db - _BELOW_BUDGET, 1.0))
 
-    def _check_choice(self, option: str, choices: Sequence[str]) -> None:
+    def _check_choice(self, option: str, choices: Sequence[object]) -> None:
         given = getattr(self, option)
         if given not in choices:
             raise PassError(f"Int8Linear({option}={given!r}): {option} must be one of {choices}.")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -33,6 +34,9 @@ from fxopt.analyses import (
     quantize_rows,
     stored,
 )
+from fxopt.analyses.rounding_noise import rounding_db
+from fxopt.analyses.speed import LINEAR_KERNELS
+from fxopt.kernels import saturates
 from fxopt.kernels.onednn import dense_linear
 from fxopt.passes.linear_rule import chosen_linears
 from fxopt.passes.quantize_linear import (
@@ -53,6 +57,10 @@ _UNSEEN = (
     "no value reached it on the calibration inputs, so its range isn't known: give calibration= "
     "inputs that use it, or mode='dynamic'"
 )
+_SATURATES = (
+    "no faster in int8 here: this CPU has no int8 dot product, so weights of 8 bits are multiplied "
+    "in float32 (range=7 is exact and faster; where='always' rewrites it all the same)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Int8Plan(Plan):
 def make_plan(program: Program, scheme: Scheme, needs: Mapping[str, Any], spec: str) -> Int8Plan:
     """The plan of Int8Linear for `program`; `needs` are its options about what to leave alone."""
     planning = _Planning(program, scheme)
+    planning.choose_range(needs["range"])
     if needs["where"] == "faster":
         planning.keep_slower()
     if scheme.mode == "static" or needs["weights"] == "gptq":
@@ -97,17 +106,41 @@ class _Planning:
             sensitivity=self.sensitivity,
         )
 
+    def choose_range(self, given: Any) -> None:
+        """How many bits the weights have, and what 7 of them cost."""
+        devices = {linear.weight.meta["val"].device for linear in self.linears}
+        needed = any(map(self._saturates, devices))
+        bits = given if given != "auto" else 7 if needed else 8
+        self.scheme = replace(self.scheme, bits=bits)
+        if bits == 8 or not self.linears:
+            return
+        why = "this CPU has no int8 dot product" if needed else "range=7"
+        weights = {weight_key(linear): linear for linear in self.linears}.values()
+        seven, eight = (rounding_db(map(self._rows_of, weights), each) for each in (7, 8))
+        self.details.append(
+            f"weights of 7 bits ({why}): rounding leaves them {seven:.1f} dB, 8 bits {eight:.1f} dB"
+        )
+
+    def _saturates(self, device: torch.device) -> bool:
+        """Whether no int8 product of this scheme is both exact and fast on `device`."""
+        return self.scheme.mode != "weight_only" and self.scheme.bits == 8 and saturates(device)
+
     def keep_slower(self) -> None:
         """Leave alone what is not faster in int8 here, at the example's number of rows."""
         kernel = "weight_only_groups" if self.scheme.group else _KERNELS[self.scheme.mode]
+        table = {name: LINEAR_KERNELS[name] for name in ("float", kernel)}
+        bits = self.scheme.bits
         speeds: dict[Any, BreakEven] = {}
         reasons = {}
         for linear in self.linears:
             m, shape = _rows(linear), (linear.in_features, linear.out_features, linear.dtype)
             device = linear.weight.meta["val"].device
+            if self._saturates(device):
+                reasons[linear.node.name] = _SATURATES
+                continue
             key = (m, *shape, device)
             if key not in speeds:
-                speeds[key] = linear_speeds(m, *shape, device)
+                speeds[key] = linear_speeds(m, *shape, device, rows=(), table=table, bits=bits)
             timing = speeds[key].at(m)
             if not timing.pays(kernel):
                 ratio = timing.ratios.get(kernel)
@@ -259,6 +292,7 @@ class _Planning:
             seen = [one.matrix for one in meeting[key].values() if one.rows]
             rounded[key] = quantize_rows(
                 self._rows_of(linear),
+                bits=self.scheme.bits,
                 group=self.scheme.group,
                 method="gptq" if seen else "nearest",
                 second_moment=sum(seen[1:], seen[0]) if seen else None,

@@ -68,6 +68,7 @@ class StaticScale:
 class Scheme:
     """How linears are rounded: the options, and what planning found out for them.
 
+    Weights have `bits` bits: 8, or 7 within an int8, for products that would saturate.
     `scales` gives the static scale of a linear's input by the linear's node name, `weights` a
     weight rounded ahead by what `weight_key` gives, `kept` the reason for leaving a linear alone by
     its node's name.
@@ -79,13 +80,14 @@ class Scheme:
     include: tuple[Selection, ...]
     exclude: tuple[Selection, ...]
     tied: bool
+    bits: int = 8
     scales: Mapping[str, StaticScale] = field(default_factory=dict)
     weights: Mapping[WeightKey, Rounded] = field(default_factory=dict, repr=False, compare=False)
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def round_weight(self, weight: Tensor) -> Rounded:
         """A float weight [N, K] to the nearest int8 values."""
-        return quantize_rows(weight.detach(), group=self.group)
+        return quantize_rows(weight.detach(), bits=self.bits, group=self.group)
 
     def dense_weight(self, linear: Linear, q: Any, scale: Any, call: Call) -> Any:
         """dq(q(W)) [N, K], of values and scales as `stored` gives them."""

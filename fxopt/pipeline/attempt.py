@@ -16,7 +16,7 @@ from fxopt import wellformed
 from fxopt.analyses import rounds_activations
 from fxopt.claim import Exact, sqnr
 from fxopt.errors import PassError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.evaluation_mode import without_dropout
 from fxopt.program import Changes, Program
 from fxopt.rewriting import Pass, Plan
 from fxopt.verify import (
@@ -96,8 +96,12 @@ def attempt(
     redrawn = not draws_alike(oracle or before, after)
     compared = (before, after, oracle)
     if redrawn:
-        outputs = outputs_of(_undropped(before), trials)
-        compared = (_undropped(before), _undropped(after), oracle and _undropped(oracle))
+        outputs = outputs_of(without_dropout(before), trials)
+        compared = (
+            without_dropout(before),
+            without_dropout(after),
+            oracle and without_dropout(oracle),
+        )
     return _judged(
         pass_, compared, trials, outputs, Attempt(after, [], None, oracle, compared, redrawn)
     )
@@ -146,11 +150,6 @@ def _intent(before: Outputs, after: Outputs) -> str:
         default=float("inf"),
     )
     return f"against the model before it: {worst:.1f} dB (pruning changes outputs by intent)"
-
-
-def _undropped(program: Program) -> Program:
-    """The program without dropout, which learns all the same."""
-    return replace(evaluation_mode(program), mode="train")
 
 
 def _same(before: Program, after: Program) -> bool:

@@ -16,9 +16,16 @@ from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, FxoptError, InputError, OutsideError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.evaluation_mode import evaluation_mode, without_dropout
 from fxopt.lower import Lower, compile_program
-from fxopt.optimized import Evaluation, Optimized, OptimizedStep, Outcome, graph_module
+from fxopt.optimized import (
+    Evaluation,
+    Optimized,
+    OptimizedStep,
+    Origins,
+    Outcome,
+    graph_module,
+)
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
@@ -105,7 +112,7 @@ class Pipeline:
         start = time.perf_counter()
         self.inputs = inputs
         if isinstance(self.model, Optimized) and self.model.is_captured:
-            program = replace(self.model.program, changes=Changes())
+            program = replace(self.model.program, changes=Changes(), taken=frozenset())
             observe_sizes(program)
         else:
             program = capture(self.model, inputs, mode, empty=further)
@@ -305,6 +312,12 @@ class Pipeline:
         program = self.program if self.lowering else self.program.materialized()
         module = self.module or graph_module(program)
         self._note_unread_calibration()
+        origins = self._origins()
+        if origins is not None:
+            self.notes.append(
+                f"weights were derived from {len(origins)} tensors of the original: once one of "
+                "these is changed in place, calls raise ModelError; transform again then"
+            )
         evaluation = self._evaluation(program)
         program = replace(program, changes=Changes(), notes=tuple(self.notes), calibration=None)
         result = Result(program, module, self.compiled)
@@ -324,7 +337,8 @@ class Pipeline:
             self.compiled,
             module,
             None if self.config is getattr(self.model, "config", None) else self.config,
-            evaluation,
+            evaluation=evaluation,
+            origins=origins,
         )
 
     def _evaluation(self, program: Program) -> Evaluation:
@@ -344,12 +358,27 @@ class Pipeline:
             self.notes.append(f"opt.eval() is refused: {missing}")
         return Evaluation(found, missing, evaluator.for_call)
 
+    def _origins(self) -> Origins | None:
+        """The original's tensors from which passes derived others, but for what calls write, which
+        is copied anyway, and in training for what the result itself trains."""
+        captured, program = self.standard.captured, self.program
+        kept = {id(tensor) for tensor in program.state.values()} if program.mode == "train" else ()
+        taken = {
+            name: tensor
+            for name, tensor in captured.state.items()
+            if name in program.taken - captured.written
+            and isinstance(tensor, Tensor)
+            and id(tensor) not in kept
+        }
+        earlier = self.model.origins if isinstance(self.model, Optimized) else None
+        return Origins(taken, earlier) if taken or earlier else None
+
     def _judge_whole(self, result: Result) -> str:
         """The end-to-end verdict, against the original where the user set a budget."""
         held = self.standard if self.budget is None else self.standard.original()
         known = self.outputs
         if held.redrawn:
-            program, known = evaluation_mode(result.program), []
+            program, known = evaluation_mode(without_dropout(result.program)), []
             result = replace(result, program=program, compiled=None)
         elif is_random(result.program):
             # Compiled code draws other numbers; what it computes has been judged without dropout.

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxopt import measure
 from fxopt.claim import Claim
 from fxopt.errors import EquivalenceError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.evaluation_mode import evaluation_mode, without_dropout
 from fxopt.lower import Lower
 from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
@@ -73,14 +73,16 @@ class Result:
     ) -> Verdict:
         """The verdict on this program compiled by `options`, both it and `before` in evaluation.
 
-        Compiled code draws other random numbers than the graph, so that a training program's own
-        outputs can't be compared.
+        Compiled code draws other random numbers than the graph, so that the outputs of a program
+        that draws can't be compared.
         """
-        program = evaluation_mode(self.program)
+        program = evaluation_mode(without_dropout(self.program))
         module = graph_over(self.module, program.graph)
         with torch.no_grad():
             run = one_by_one(runner(options.compile(module), program, module))
-        reference = run_program(evaluation_mode(before))([trial.inputs for trial in trials])
+        reference = run_program(evaluation_mode(without_dropout(before)))(
+            [trial.inputs for trial in trials]
+        )
         return judge(claim, trials, reference, run, output_names(program))[0]
 
     def reported(

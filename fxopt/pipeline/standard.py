@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.claim import Claim
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.evaluation_mode import evaluation_mode, without_dropout
 from fxopt.pipeline.attempt import Attempt, Outputs, outputs_of
 from fxopt.program import Program
 from fxopt.verify import Trial, compose
@@ -55,7 +55,7 @@ class Standard:
     def outputs(self, trials: Sequence[Trial]) -> Outputs:
         """What the trials' outputs should be."""
         if self.redrawn:
-            return outputs_of(evaluation_mode(self.program), trials)
+            return outputs_of(evaluation_mode(without_dropout(self.program)), trials)
         if self.oracle is None:
             return [trial.outputs for trial in trials]
         return outputs_of(self.oracle, trials)

@@ -16,7 +16,16 @@ from torch import Tensor, fx, nn
 
 from fxopt.errors import RewriteError
 from fxopt.graph_text.types import type_text
-from fxopt.program import Changes, Program, Recipe, drop_dead_nodes, label, same_sizes, source_line
+from fxopt.program import (
+    Changes,
+    Program,
+    Recipe,
+    constants_below,
+    drop_dead_nodes,
+    label,
+    same_sizes,
+    source_line,
+)
 from fxopt.rewriting.edit import origin
 from fxopt.rewriting.fake_types import FakeTypes, type_key
 from fxopt.rewriting.own_memory import keep_sharing
@@ -85,6 +94,7 @@ class _Walk:
         self.retyped: set[fx.Node] = set()
         self.converted: dict[str, Tensor | Recipe] = {}
         self.state: dict[str, Tensor | Recipe] = {}
+        self.taken: set[str] = set()
         self.calls = 0
         self.first_call: fx.Node | None = None
         self.names = {node.name for node in program.graph.nodes}
@@ -104,7 +114,7 @@ class _Walk:
         if not self.calls and not self.state:
             return self.program
         keep_sharing(self.program.graph, self.graph, self.rule)
-        dead = len(drop_dead_nodes(self.graph, self.program.mode))
+        dead = len(drop_dead_nodes(self.graph, "train"))
         count = self.conversion.fired or self.calls + len(self.state)
         fired = {self.rule: count, **({"dead nodes": dead} if dead else {})}
         alive = set(self.graph.nodes)
@@ -114,7 +124,8 @@ class _Walk:
             if new in alive and new.name != old.name
         }
         changed = self.program.with_graph(self.graph, self.state)
-        return replace(changed, changes=self.program.changes.then(Changes(fired, replaced)))
+        changes = self.program.changes.then(Changes(fired, replaced))
+        return replace(changed, changes=changes, taken=changed.taken | self.taken)
 
     def _copied(self, node: fx.Node) -> fx.Node:
         new = self.graph.node_copy(node, self.copies.__getitem__)
@@ -137,6 +148,8 @@ class _Walk:
             return
         if new.target != name and new.target in self.program.state:
             raise RewriteError(f"{self.rule} renames {name} to {new.target}, which is taken")
+        if given is not old:
+            self.taken.add(name)
         if new.target not in self.state:
             self.state[new.target] = old if given is old else _like(old, given)
         self._take_type(node, new, self.types.of_tensor(given))
@@ -147,7 +160,10 @@ class _Walk:
         settled = self.retyped.isdisjoint(node.all_input_nodes)
 
         build = _Build(self, node, same if settled else None)
+        known = len(self.state)
         given = self.conversion.call(node, args, kwargs, build)
+        if len(self.state) > known:
+            self.taken |= constants_below([node])
         new = build(node.target, *args, **kwargs) if given is None else given
         if not isinstance(new, fx.Node) or new.graph is not self.graph:
             raise RewriteError(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
 from fxopt.errors import RewriteError
-from fxopt.program import Changes, Program, Refusal, is_pure, label
+from fxopt.program import Changes, Program, Refusal, constants_below, is_pure, label
 from fxopt.rewriting.edit import Edit
 from fxopt.rewriting.own_memory import keep_sharing
 from fxopt.rewriting.pattern import Match, Target
@@ -53,6 +53,7 @@ class _Driver:
         self.refused: dict[tuple[str, fx.Node], Refusal] = {}
         self.origin = {node: node.name for node in self.edit.graph.nodes}
         self.depth: Counter[fx.Node] = Counter()
+        self.taken: set[str] = set()
 
     def run(self) -> Program:
         # A firing wakes its neighbours only; what a deep pattern sees from further off, or what
@@ -85,7 +86,13 @@ class _Driver:
 
     def _fire(self, rule: Rule, match: Match) -> None:
         self.edit.start(min(match.roots) if len(match.roots) > 1 else match.root)
+        known = len(self.edit.added)
         result = rule.rewrite(match, self.edit)
+        if len(self.edit.added) > known:
+            bound = [value for value in match.bound.values() if isinstance(value, fx.Node)]
+            read = constants_below((*match.roots, *match.inner, *bound))
+            live = {str(one.target) for new in self.edit.new_nodes for one in new.all_input_nodes}
+            self.taken |= read - (live - self.edit.fetched)
         results = (result,) if isinstance(result, fx.Node) else tuple(result)
         if len(results) != len(match.roots):
             raise RewriteError(
@@ -128,7 +135,7 @@ class _Driver:
         while stack:
             dead = stack.pop()
             # What was matched is drawn anew by its replacement, if at all, and not a second time.
-            pure = is_pure(dead, "eval" if dead in matched else self.program.mode)
+            pure = is_pure(dead, "eval" if dead in matched else "train")
             if dead in self.gone or dead.users or not pure:
                 continue
             operands = dead.all_input_nodes
@@ -144,7 +151,7 @@ class _Driver:
 
     def _sweep(self) -> None:
         for node in reversed(self.edit.graph.nodes):
-            if not node.users and is_pure(node, self.program.mode):
+            if not node.users and is_pure(node, "train"):
                 self.edit.graph.erase_node(node)
                 self.gone.add(node)
                 self.fired["dead nodes"] += node.op == "call_function"
@@ -195,7 +202,7 @@ class _Driver:
         fired = {rule: count for rule, count in self.fired.items() if count}
         changes = self.program.changes.then(Changes(fired, replaced, refused))
         changed = self.program.with_graph(self.edit.graph, self.edit.added)
-        return replace(changed, changes=changes)
+        return replace(changed, changes=changes, taken=changed.taken | self.taken)
 
 
 def _same_shape(old: torch.Size, new: torch.Size) -> bool:

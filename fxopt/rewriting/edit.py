@@ -25,6 +25,7 @@ class Edit:
         self.program = program
         self.graph = fx.Graph()
         self.added: dict[str, Tensor | Recipe] = {}
+        self.fetched: set[str] = set()  # the state whose values were asked for since `start`
         self._types = FakeTypes(program.fake_mode)
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
@@ -48,6 +49,7 @@ class Edit:
     def start(self, root: fx.Node) -> None:
         """Begin a rewrite at `root`: new nodes go before it and inherit its origin."""
         self._root, self._new, self._stand_ins = root, [], []
+        self.fetched = set()
 
     @property
     def new_nodes(self) -> list[fx.Node]:
@@ -99,6 +101,7 @@ class Edit:
         if node.op != "get_attr":
             return as_recipe(node, self.state)
         name = str(node.target)
+        self.fetched.add(name)
         return self.added[name] if name in self.added else self.program.state[name]
 
     def tensor(self, node: fx.Node) -> Tensor:

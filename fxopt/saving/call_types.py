@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import SaveError
 from fxopt.graph_text import describe
-from fxopt.program import module_path
+from fxopt.program import module_path, size_at_capture
 from fxopt.rewriting.fake_types import KnownCalls, run_on_fakes
 from fxopt.saving.expressions import check_shapes, terms
 from fxopt.saving.symbols import NamedSizes
@@ -28,7 +28,8 @@ _NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 _WORD = 2**63
 _LARGEST_EXPONENT = 16
 _HIGHEST_RANK = 64
-_CALLS_OF_A_GRAPH = 20_000
+_MOST_PARTS = 4_096
+_CALLS_OF_A_GRAPH = 8_192
 _CALLS_OF_A_NODE = 200
 _RESULTS_OF_A_GRAPH = 16_384
 _RESULTS_OF_A_NODE = 4
@@ -45,6 +46,8 @@ class BoundedFakeMode(FakeTensorMode):
     def __init__(self, calls: int) -> None:
         super().__init__(shape_env=NamedSizes(), allow_fallback_kernels=False)
         self._calls: float = calls
+        self._was_cached = self.cache_enabled
+        self.cache_enabled = False  # that of the process would keep whatever a file holds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._calls -= 1
@@ -56,6 +59,7 @@ class BoundedFakeMode(FakeTensorMode):
         """Count no longer, and let operators without a shape rule run: passes may need them."""
         self._calls = math.inf
         self.allow_fallback_kernels = True
+        self.cache_enabled = self._was_cached
 
 
 class CallTypes:
@@ -85,6 +89,7 @@ class CallTypes:
     def _run(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(target, torch._ops.OpOverload):
             check_shapes((args, kwargs))
+            _check_parts(target, args, kwargs)
             return run_on_fakes(self.mode, target, args, kwargs)
         if kwargs:
             raise SaveError(f"the saved graph names arguments of {target.__name__}, which has none")
@@ -101,6 +106,24 @@ class CallTypes:
                     f"the saved graph makes a tensor of {leaf.ndim} axes; {_HIGHEST_RANK} can be"
                 )
         check_shapes(value)
+
+
+def _check_parts(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what takes a tensor into more parts than are counted: torch makes the list first."""
+    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False))
+    given.update(kwargs)
+    whole = given.get("self")
+    if not isinstance(whole, Tensor) or not whole.ndim:
+        return
+    counts = [given.get(name) for name in ("chunks", "sections", "indices_or_sections", "r", "N")]
+    axis = given.get("dim", 0)
+    size = size_at_capture(whole.shape[axis]) if isinstance(axis, int) else 0
+    if "split_size" in given and isinstance(given["split_size"], int):
+        counts.append(size // max(given["split_size"], 1))
+    elif "unbind" in str(target):
+        counts.append(size)
+    if any(isinstance(count, int) and count > _MOST_PARTS for count in counts):
+        raise SaveError("the saved graph takes a tensor into too many parts")
 
 
 def _computed_size(function: Callable[..., Any], args: Sequence[Any]) -> Any:

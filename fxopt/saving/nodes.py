@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import keyword
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,8 +16,6 @@ from fxopt.saving.call_types import CallTypes
 from fxopt.saving.symbols import fake_inputs
 from fxopt.saving.values import decode, encode, field
 from fxopt.signature import Signature
-
-_STATE_NAME = re.compile(r"[\w.\-]+")
 
 
 def encode_nodes(program: Program) -> list[dict[str, Any]]:
@@ -58,11 +55,6 @@ def decode_nodes(
 def _encode_node(node: fx.Node) -> dict[str, Any]:
     where = f"an argument of {node.name}"
     is_call = node.op == "call_function"
-    if node.op == "get_attr" and not _STATE_NAME.fullmatch(str(node.target)):
-        raise SaveError(
-            f"the tensor name {node.target!r} can't be saved: only letters, digits, '_', '-' and "
-            "'.' can. Rename the module it belongs to."
-        )
     return {
         "name": node.name,
         "op": node.op,
@@ -94,11 +86,12 @@ def _decode_node(
 
 
 def _refuse_code(op: str, target: Any, kwargs: Mapping[str, Any]) -> None:
-    """torch.fx writes these names into the Python source of a GraphModule, so none may be code."""
+    """torch.fx writes these names into the Python source of a GraphModule, so none may be code.
+
+    Names of tensors are quoted there and may hold anything.
+    """
     names = [*kwargs, target] if op == "placeholder" else list(kwargs)
     hostile = [name for name in names if not name.isidentifier() or keyword.iskeyword(name)]
-    if op == "get_attr" and not _STATE_NAME.fullmatch(target):
-        hostile.append(target)
     if hostile:
         raise SaveError(f"the saved graph holds the name {hostile[0]!r:.80}, which is no name")
 

@@ -7,7 +7,8 @@ A name from a file is looked up among registered operators only, never imported 
     other namespaces                  only where the caller of `load` names them
 
 Operators of TorchScript that live in the aten namespace without a dispatcher entry (aten.save,
-aten.open) and those that touch files are refused.
+aten.open) and those that touch files are refused. So are those that torch can't type without
+running them, and internal ones that don't check their arguments: some read past the end of a list.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 
 from fxopt.errors import SaveError
 from fxopt.wellformed import SIZE_FUNCTIONS
@@ -29,6 +31,18 @@ _TRUSTED = {
     "transformers": "transformers.integrations.moe",
 }
 _TOUCHES_FILES_OR_PROCESS = frozenset({"aten::from_file", "aten::_print"})
+_TYPED_BY = ("Meta", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+_INTERNAL = frozenset(
+    (
+        *("__and__", "__or__", "__xor__", "_weight_norm", "_pad_enum", "_pad_circular"),
+        *("_convolution_mode", "_scaled_dot_product_attention_math", "_shape_as_tensor"),
+    )
+)
+"""Internal operators made of others that graphs do hold."""
+_FOREIGN = (
+    *("quantized_", "fbgemm_", "choose_qparams", "sparse_", "_sparse_", "to_sparse", "_nested_"),
+    *("to_mkldnn", "mkldnn_", "cudnn_", "_cudnn_", "miopen_", "_test_"),
+)
 _NAMES_OF_FUNCTIONS = {function: name for name, function in SIZE_FUNCTIONS.items()}
 _NAME = re.compile(r"\w+")
 
@@ -60,15 +74,27 @@ def resolve(name: str, namespaces: Collection[str] | None = ()) -> Callable[...,
         )
     qualified = f"{namespace}::{packet}"
     full = qualified if overload == "default" else f"{qualified}.{overload}"
-    if not torch._C._dispatch_has_kernel(full) or qualified in _TOUCHES_FILES_OR_PROCESS:
+    target = None
+    if torch._C._dispatch_has_kernel(full) and qualified not in _TOUCHES_FILES_OR_PROCESS:
+        target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    if target is None or (namespace == "aten" and not _is_safe_to_type(target, packet, full)):
         raise SaveError(
             f"the saved graph calls {name}, which is no operator of torch {torch.__version__} "
             "that a graph may call. It may come from another version of torch or fxopt."
         )
-    target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     if target._schema.is_mutable and target is not torch.ops.aten.copy_.default:
         raise SaveError(f"the saved graph calls {name}, which writes to its arguments")
     return target  # type: ignore[no-any-return]
+
+
+def _is_safe_to_type(target: Any, packet: str, full: str) -> bool:
+    """Whether torch finds the type of a call without running it, whatever its arguments are."""
+    if packet.startswith(_FOREIGN):
+        return False
+    if not packet.startswith("_") or packet in _INTERNAL or target._schema.is_mutable:
+        return True
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return target in decomposition_table or any(has_kernel(full, key) for key in _TYPED_BY)
 
 
 def _parts(name: str) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.capture import attributes_kept, in_mode
+from fxopt.capture import attributes_kept, callers_device, in_mode, is_compiled
 from fxopt.errors import InputError
 from fxopt.evaluate import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, draws_random, materialize
@@ -57,7 +57,7 @@ def trials(
         shapes = shapes_text(program, other)
         try:
             found.append(_trial(shapes, program, other, reference))
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except Exception as error:  # a forward may refuse a size with an exception of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             skipped.append(f"not judged at {shapes}: the original rejects it ({reason})")
     return tuple(found), tuple(dict.fromkeys(skipped))
@@ -66,7 +66,7 @@ def trials(
 def _given(what: str, program: Program, inputs: tuple[Tensor, ...], reference: Run) -> Trial:
     try:
         return _trial(what, program, inputs, reference)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+    except Exception as error:
         name = "the example inputs" if what == "the example" else what
         reason = (str(error).splitlines() or ["(no message)"])[0]
         raise InputError(
@@ -98,11 +98,20 @@ def run_model(model: nn.Module, program: Program, changed: set[str] | None = Non
 
 
 def call_model(model: nn.Module, program: Program) -> Run:
-    """A call of the eager original on the graph's input tensors, whatever it writes."""
+    """A call of the eager original on the graph's input tensors, whatever it writes.
+
+    What torch.compile compiles in it runs eagerly.
+    """
+    compiled = is_compiled(model)
 
     def call(inputs: Sequence[Tensor]) -> list[Tensor]:
         args, kwargs = program.signature.arguments(inputs)
-        with in_mode(model, program.mode), torch.set_grad_enabled(program.mode == "train"):
+        with (
+            in_mode(model, program.mode),
+            torch.set_grad_enabled(program.mode == "train"),
+            callers_device(),
+            torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
+        ):
             leaves = pytree.tree_leaves(model(*args, **kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -154,12 +163,10 @@ def is_random(program: Program) -> bool:
 
 
 def draws_alike(one: Program, other: Program) -> bool:
-    """Whether calls of two training programs draw for the same operators and sizes, in order.
+    """Whether calls of two programs draw for the same operators and sizes, in order.
 
-    Only then do they draw the same numbers from one seed. Programs in evaluation draw none.
+    Only then do they draw the same numbers from one seed.
     """
-    if one.mode == other.mode == "eval":
-        return True
     return _draws(one) == _draws(other)
 
 

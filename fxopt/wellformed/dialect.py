@@ -37,13 +37,3 @@ ASSERTIONS = frozenset(
         "aten::sym_constrain_range_for_size",
     )
 )
-DROPOUT = frozenset(
-    f"aten::{name}"
-    for name in (
-        "dropout",
-        "native_dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-    )
-)

@@ -12,7 +12,7 @@ from fxopt.errors import WellFormedError
 from fxopt.graph_text import describe, operator_name, type_text
 from fxopt.program import Program, module_path, source_line
 from fxopt.sharing import may_alias
-from fxopt.wellformed.dialect import ASSERTIONS, DROPOUT, NODE_KINDS, SIZE_FUNCTIONS
+from fxopt.wellformed.dialect import ASSERTIONS, NODE_KINDS, SIZE_FUNCTIONS
 from fxopt.wellformed.schema import argument_fault, facts
 
 _SIZE_FUNCTIONS = frozenset(SIZE_FUNCTIONS.values())
@@ -177,28 +177,14 @@ class _Checker:
                 )
 
     def _operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
-        name, mutable, dropout_at, parameters = facts(target)
+        name, mutable, parameters = facts(target)
         if name in ASSERTIONS:
             _fail(node, "an assertion node", "drop it: the signature checks the inputs of calls")
-        if self.program.mode == "eval":
-            self._no_dropout(node, name, dropout_at)
         if mutable:
             self._write(node, target)
         fault = argument_fault(node, parameters)
         if fault:
             _fail(node, fault, f"the schema is {target._schema}")
-
-    def _no_dropout(self, node: fx.Node, name: str, dropout_at: int | None) -> None:
-        rate: Any = 0.0
-        if dropout_at is not None:
-            default = node.kwargs.get("dropout_p", 0.0)
-            rate = node.args[dropout_at] if dropout_at < len(node.args) else default
-        if name in DROPOUT or rate != 0.0:
-            _fail(
-                node,
-                "dropout in a program captured in eval mode",
-                "replace the node by its input, or capture with mode='train'",
-            )
 
     def _write(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         written = node.args[0] if node.args else None

@@ -20,14 +20,12 @@ Parameter = tuple[str, bool, bool, Check]
 @lru_cache(maxsize=4096)
 def facts(
     target: torch._ops.OpOverload,
-) -> tuple[str, bool, int | None, tuple[Parameter, ...]]:
-    """(qualified name, writes, index of dropout_p, (name, required, keyword only, type check))."""
+) -> tuple[str, bool, tuple[Parameter, ...]]:
+    """(qualified name, writes, (name, required, keyword only, type check))."""
     schema = target._schema
-    names = [argument.name for argument in schema.arguments]
     return (
         schema.name,
         bool(schema.is_mutable),
-        names.index("dropout_p") if "dropout_p" in names else None,
         tuple(
             (a.name, not a.has_default_value(), bool(a.kwarg_only), _type_check(a.type))
             for a in schema.arguments

@@ -19,6 +19,7 @@ from fxopt.program import Program, Recipe
 from tests.architectures import TRANSFORMERS
 from tests.models import Drawn, ParallelLinears, models
 from tests.rewriting.functions import program_of
+from tests.sweeps import in_parts
 
 X = torch.randn(2, 6, 16)
 _HALF = torch.bfloat16
@@ -104,6 +105,7 @@ def test_a_size_that_depends_on_values_is_no_number() -> None:
     assert _evaluated(program).activation_bytes == 6 * int((X > 0).sum())
 
 
+@in_parts(25)
 @given(drawn=models())
 def test_autocast_on_fake_tensors_casts_what_autocast_casts(drawn: Drawn) -> None:
     program = capture(drawn.model, drawn.example)

@@ -13,10 +13,11 @@ from fxopt.program import materialize
 from tests.models import Drawn
 from tests.pruned_models import prunable_models
 from tests.pruning_oracles import reaches_output, refusal_is_justified, strays
+from tests.sweeps import in_parts
 
 _DOUBLES = st.just(torch.float64)
 _FEW = settings(max_examples=60)
-_MANY = settings(max_examples=500)
+_MANY = in_parts(500, one_in=5)
 
 
 def _assert_sound(drawn: Drawn, data: st.DataObject) -> None:
@@ -50,6 +51,7 @@ def _assert_refusals_justified(drawn: Drawn) -> None:
 
 
 @_FEW
+@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES), st.data())
 def test_channels_that_can_be_cut_feed_their_readers_only(
     drawn: Drawn, data: st.DataObject
@@ -58,6 +60,7 @@ def test_channels_that_can_be_cut_feed_their_readers_only(
 
 
 @_FEW
+@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES))
 def test_what_cannot_be_cut_has_a_way_out(drawn: Drawn) -> None:
     _assert_refusals_justified(drawn)

@@ -39,6 +39,7 @@ def channels_of(name: str) -> Channels:
     return channels(opt.program)
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_feed_forward_channels_and_heads_can_be_cut_in_every_layer(name: str) -> None:
     found = channels_of(name)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -25,6 +25,7 @@ from tests.architectures import ARCHITECTURES, randomize
 from tests.idle_channels import idle
 from tests.pruned_models import prunable_models
 from tests.rewriting.functions import calls, program_of
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
@@ -70,7 +71,7 @@ def found(known: Known | None) -> list[float | None]:
     return [value if mask else None for mask, value in pairs]
 
 
-@settings(max_examples=60)
+@in_parts(60)
 @given(prunable_models(dtypes=st.just(torch.float64)), st.integers(0, 2**16))
 def test_each_claimed_constant_is_one(drawn: Any, seed: int) -> None:
     model = idle(drawn.model, seed)
@@ -88,6 +89,7 @@ def test_each_claimed_constant_is_one(drawn: Any, seed: int) -> None:
             assert length == 1 or (isinstance(size, int) and size == length)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     "name",
     ["bert", "gpt2", "deberta-v2", "qwen3", "t5-encoder", "vit", "whisper-encoder", "cnn"],

@@ -166,6 +166,7 @@ def test_obs_lets_the_cheapest_leave_first(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "cnn"])
 def test_every_kind_ranks_every_group(name: str, kind: Any) -> None:
     program, groups = architecture(name)

@@ -200,7 +200,19 @@ def test_a_length_of_one_is_fixed_and_a_note_says_so() -> None:
     assert program.signature.tensors[0].sizes[1] == 1
     assert program.notes == (
         "input axis 1 is fixed to 1; an example longer than 1 there keeps it dynamic",
+        "the model fixes the size of input to 4 on axis 2: a call with another is refused",
     )
+
+
+def test_a_length_that_a_loop_over_time_fixes_is_noted() -> None:
+    program = capture(nn.LSTM(4, 3, batch_first=True).eval(), (torch.randn(2, 12, 4),))
+    assert program.signature.tensors[0].sizes[1:] == (12, 4)
+    assert program.notes == (
+        "the model fixes the size of input to 12 on axis 1, 4 on axis 2: a call with another is "
+        "refused",
+    )
+    with pytest.raises(InputError, match="has size 7 on axis 1, but the model fixes it to 12"):
+        program.signature.flatten((torch.randn(2, 7, 4),), {})
 
 
 def test_a_first_axis_of_one_that_is_no_batch_is_fixed() -> None:

@@ -173,3 +173,22 @@ def test_without_a_home_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
         assert contest._default_bench().store.folder is None
     finally:
         contest._default_bench.cache_clear()
+
+
+def test_what_is_far_slower_at_a_glance_is_timed_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    times = {"float": 1.0, "near": 2.4, "far": 30.0}
+
+    def clock(systems: Mapping[str, Callable[[], object]], **_: object) -> dict[str, Latency]:
+        asked.append(tuple(systems))
+        return {name: summarize([times[name], 1.1 * times[name]]) for name in systems}
+
+    monkeypatch.setattr(contest, "latency", clock)
+    with timings_in(None):
+        timing = compare_kernels(kernels(*times), "key")
+    assert asked == [("float", "near", "far"), ("float", "near")]
+    assert not timing.pays("far")
+    assert timing.ratios["far"].median == pytest.approx(30.0)
+    assert timing.spread == timing.ratios["near"].spread

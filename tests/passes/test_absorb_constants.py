@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +27,7 @@ from tests.architectures import randomize
 from tests.check import check
 from tests.idle_channels import idle
 from tests.pruned_models import prunable_models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
@@ -155,7 +156,7 @@ def assert_unread(result: Program, before: Program) -> None:
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=30)
+@in_parts(30)
 @given(prunable_models(), st.integers(0, 2**16))
 def test_outputs_stay(drawn: Any, seed: int) -> None:
     program = capture(idle(drawn.model, seed), drawn.example)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -27,6 +27,7 @@ from fxopt.program import Program
 from tests.architectures import TRANSFORMERS
 from tests.check import check, tensors_of
 from tests.models import Attention, Drawn, GatedMlp, Residual, conv_models, sequence_models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 PASS = Autocast(dtype=torch.bfloat16, force=True)
@@ -336,7 +337,7 @@ def many(drawn: Drawn) -> dict[str, Tensor]:
 _MODELS = st.one_of(sequence_models(dtypes=_FLOATS), conv_models(dtypes=_FLOATS))
 
 
-@settings(max_examples=40)
+@in_parts(40)
 @given(_MODELS)
 def test_it_is_as_true_as_torch_autocast(drawn: Drawn) -> None:
     call = many(drawn)
@@ -349,7 +350,7 @@ def test_it_is_as_true_as_torch_autocast(drawn: Drawn) -> None:
         assert sqnr(reference, ours) >= sqnr(reference, other) - 1.0
 
 
-@settings(max_examples=40)
+@in_parts(40)
 @given(_MODELS, POLICIES, st.sampled_from(["mixed", "half"]))
 def test_any_policy_gives_a_well_formed_graph_of_the_planned_dtypes(
     drawn: Drawn, policy: dict[str, Any], mode: Any
@@ -384,7 +385,7 @@ def test_any_policy_gives_a_well_formed_graph_of_the_planned_dtypes(
         assert bool(out.isfinite().all())
 
 
-@settings(max_examples=25)
+@in_parts(25)
 @given(_MODELS)
 def test_no_placement_of_a_model_casts_fewer_bytes(drawn: Drawn) -> None:
     program = capture(drawn.model, drawn.example)
@@ -400,6 +401,7 @@ def test_no_placement_of_a_model_casts_fewer_bytes(drawn: Drawn) -> None:
     assert cheapest_placement(graph).bytes == min(placed.bytes for placed in found)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5-encoder"])
 def test_it_casts_far_less_than_torch_autocast(name: str) -> None:
     case = TRANSFORMERS[name]()
@@ -429,7 +431,7 @@ def test_the_plan_shows_the_casts_beside_torch_autocasts() -> None:
 # Training
 
 
-@settings(max_examples=20, deadline=None)
+@in_parts(20)
 @given(sequence_models(dtypes=_FLOATS), st.integers(0, 9))
 def test_gradients_are_those_of_float32_within_bfloat16(drawn: Drawn, seed: int) -> None:
     model = copy.deepcopy(drawn.model).train()

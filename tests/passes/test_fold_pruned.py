@@ -27,11 +27,12 @@ from tests.models import Drawn
 from tests.pruned_blocks import Mlp, Stem, TiedTranspose, TwiceRead
 from tests.pruned_models import Kill, kill, kills, masked, prunable_models
 from tests.pruning_oracles import is_needed, relative_change
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
 _FEW = settings(max_examples=50)
-_MANY = settings(max_examples=500)
+_MANY = in_parts(500, one_in=5)
 _DOUBLES = st.just(torch.float64)
 _RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-12}
 _MODELS = st.integers(0, 3).flatmap(
@@ -118,12 +119,14 @@ def _stands_in(found: Channels, group: Group, node: fx.Node, axes: Sequence[int]
 
 
 @_FEW
+@in_parts(25)
 @given(_MODELS, st.data())
 def test_outputs_equal_those_of_the_masked_original(drawn: Drawn, data: st.DataObject) -> None:
     _assert_equals_masked_original(drawn, data)
 
 
 @_FEW
+@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES), st.data())
 def test_every_channel_that_stays_is_needed(drawn: Drawn, data: st.DataObject) -> None:
     _assert_nothing_left(drawn, data)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -22,6 +22,7 @@ from fxopt.program import Program
 from fxopt.spec import parse_passes
 from tests.check import assert_close_to_model, assert_unchanged, check
 from tests.models import Drawn, LinearsOnTwoInputs, TiedHead, models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16)
@@ -332,7 +333,7 @@ def test_training_may_share_a_weight_with_an_embedding() -> None:
     assert len(pass_.plan(program).sites) == 2
 
 
-@settings(max_examples=20)
+@in_parts(20)
 @given(models(), st.sampled_from(DTYPES))
 def test_any_model_is_well_formed_smaller_and_close(drawn: Drawn, dtype: torch.dtype) -> None:
     program = capture(drawn.model, drawn.example)

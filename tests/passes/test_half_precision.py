@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -20,6 +20,7 @@ from fxopt.rewriting import rewrite
 from tests.architectures import Stateful, randomize
 from tests.check import assert_close_to_model
 from tests.models import Drawn, models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16)
@@ -281,7 +282,7 @@ def test_what_can_be_half_is_known() -> None:
     assert names == {"sin", "to", "gt"}
 
 
-@settings(max_examples=20)
+@in_parts(20)
 @given(models(), st.sampled_from(DTYPES), st.data())
 def test_any_nodes_of_any_model_can_be_chosen(
     drawn: Drawn, dtype: torch.dtype, data: st.DataObject

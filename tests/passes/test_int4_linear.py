@@ -29,6 +29,7 @@ from fxopt.saving import load, save
 from fxopt.spec import resolve_passes
 from tests.check import check
 from tests.models import TiedHead
+from tests.sweeps import in_parts
 
 ops = torch.ops.fxopt
 
@@ -111,6 +112,7 @@ def stacks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Int4Linear, int]:
     return model, torch.randn(3, widths[0]).to(dtype), Int4Linear(group, claim=claim), sum(fits)
 
 
+@in_parts(25)
 @given(stacks())
 def test_drawn_stacks_of_linears(drawn: Any) -> None:
     model, x, pass_, count = drawn
@@ -118,6 +120,7 @@ def test_drawn_stacks_of_linears(drawn: Any) -> None:
     assert len(result.changes.refused) == len(model) - count
 
 
+@in_parts(25)
 @given(stacks())
 def test_the_kernel_computes_what_the_numerics_say(drawn: Any) -> None:
     model, x, pass_, count = drawn

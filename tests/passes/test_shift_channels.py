@@ -22,6 +22,7 @@ from fxopt.program import Changes, Program
 from fxopt.spec import parse_passes
 from tests.check import check
 from tests.models import Drawn, models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
@@ -101,6 +102,7 @@ def test_int8_gets_truer_where_channels_are_one_sided() -> None:
     assert after > before + 10.0
 
 
+@in_parts(25)
 @given(models(), st.floats(0.01, 0.99))
 def test_any_model_keeps_its_outputs(drawn: Drawn, gain: float) -> None:
     pass_ = ShiftChannels(gain=gain)

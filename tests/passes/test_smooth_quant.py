@@ -26,6 +26,7 @@ from fxopt.spec import parse_passes
 from tests.architectures import ARCHITECTURES, randomize
 from tests.check import assert_close_to_model, assert_unchanged, check, grown
 from tests.models import Attention, Drawn, GatedMlp, SharedLinear, models
+from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
@@ -135,6 +136,7 @@ def reasons(program: Program) -> str:
     return "\n".join(map(str, program.changes.refused))
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(
     ("name", "linears", "multiplied"),
     [
@@ -357,7 +359,7 @@ def test_auto_leaves_alone_what_does_not_gain() -> None:
     assert "no alpha makes its int8 product truer on calibration" in reasons(result)
 
 
-@settings(max_examples=12)
+@in_parts(12)
 @given(models(), st.sampled_from([0.0, 0.5, 0.85, 1.0, "auto"]))
 def test_any_model_keeps_its_outputs(drawn: Drawn, alpha: Any) -> None:
     pass_ = SmoothQuant(alpha)

@@ -27,6 +27,7 @@ from fxopt.rewriting import SingleRule
 from fxopt.saving import load, save
 from tests.check import check
 from tests.models import IntegerLinear, LinearsOnTwoInputs, SharedLinear, TiedHead, TiedLinears
+from tests.sweeps import in_parts
 
 ops = torch.ops.fxopt
 FORCED = Sparsify24(force=True)
@@ -79,6 +80,7 @@ def stacks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Sparsify24, int]:
     return nn.Sequential(*layers).to(dtype), torch.randn(5, widths[0]).to(dtype), pass_, fits
 
 
+@in_parts(25)
 @given(stacks())
 def test_every_masked_weight_is_2_to_4(drawn: tuple[nn.Module, Tensor, Sparsify24, int]) -> None:
     model, x, pass_, fits = drawn
