@@ -146,6 +146,13 @@ class Program:
             if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr"
         )
 
+    @functools.cached_property
+    def learning(self) -> frozenset[str]:
+        """The names of the state that training changes: none of a program in eval mode."""
+        if self.mode == "eval":
+            return frozenset()
+        return frozenset(name for name, tensor in self.state.items() if tensor.requires_grad)
+
     def is_constant(self, node: fx.Node) -> bool:
         """Whether `node` is state that no training and no call changes."""
         is_state = node.op == "get_attr" and self.mode == "eval"

@@ -99,7 +99,7 @@ def _captured(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with attributes_kept(model), in_mode(model, mode), callers_device():
-        exported, guards = _export(model, named)
+        exported, guards = _export(model, named, mode)
     program = to_program(exported, model, signature, _copied(named), mode)
     _check_written(model, program)
     if returns_written(program):
@@ -111,13 +111,13 @@ def _captured(
 
 
 def _export(
-    model: nn.Module, named: Mapping[str, Any]
+    model: nn.Module, named: Mapping[str, Any], mode: Mode
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            exported, guards = _export_dynamic(model, doubled)
+            exported, guards = _export_dynamic(model, doubled, mode)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
         else:
@@ -126,7 +126,7 @@ def _export(
             if admits(exported, guards, shapes):
                 return exported, guards
     try:
-        return _export_dynamic(model, named)
+        return _export_dynamic(model, named, mode)
     except InputError:
         raise
     except Exception as error:
@@ -135,13 +135,13 @@ def _export(
 
 
 def _export_dynamic(
-    model: nn.Module, named: Mapping[str, Any]
+    model: nn.Module, named: Mapping[str, Any], mode: Mode
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
-        torch.set_grad_enabled(torch.is_grad_enabled() and model.training),
+        torch.set_grad_enabled(mode == "train"),
         recorded() as questions,
     ):
         shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))

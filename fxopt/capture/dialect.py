@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -114,6 +114,7 @@ class _Translation:
         self.state: dict[str, Tensor] = {}
         self.module_types: dict[str, str] = {"": type(model).__name__}
         self.nodes: dict[fx.Node, Any] = {}
+        self.stopped = 0  # how many regions without gradients the walk stands in
         self.shares: dict[fx.Node, fx.Node] = {}
         self.canonical, self.aliases = _tied_names(model)
 
@@ -149,6 +150,8 @@ class _Translation:
         out_constants = self._outputs()
         graph = functionalized(self.graph, self.shares)
         drop_dead_nodes(graph, "train")
+        if self.mode == "train":
+            self._refuse_written_parameters(graph)
         in_spec = pytree.tree_structure(dict(named))
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
@@ -228,7 +231,7 @@ class _Translation:
             self.nodes[user] = new
 
     def _copy(self, node: fx.Node) -> None:
-        new = self.graph.node_copy(node, self._value)
+        new = self.graph.node_copy(node, self._operands(node))
         respell(new)
         new.meta = self._meta(node)
         self.nodes[node] = new
@@ -236,6 +239,13 @@ class _Translation:
         operand = None if shared is None else self.nodes[shared]
         if isinstance(operand, fx.Node):
             self.shares[new] = operand
+
+    def _operands(self, node: fx.Node) -> Callable[[fx.Node], Any]:
+        """How `node` reads its operands: where gradients are off, what it writes carries none."""
+        if not self.stopped or not _is_mutable(node):
+            return self._value
+        places = [node.kwargs.get("out", node.args[0])]
+        return lambda one: self._value(one) if one in places else self._detached(self._value(one))
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         stack = node.meta.get("nn_module_stack") or {}
@@ -272,15 +282,21 @@ class _Translation:
             )
         module = self._value(node.args[skip])
         assert isinstance(module, fx.GraphModule)
+        stops = kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train"
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
         for placeholder, argument in zip(inner, node.args[skip + 1 :], strict=True):
             self.nodes[placeholder] = self._value(argument)
         body = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
+        self.stopped += stops
         self._inline(body, module)
+        self.stopped -= stops
         (results,) = next(iter(reversed(module.graph.nodes))).args
-        values = [self._value(result) for result in results]
-        if kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train":
-            values = [self._detach(value) for value in values]
+        # What a region hands through is the caller's own tensor, with its gradient.
+        values = [
+            self._detached(self._value(result)) if stops and result not in inner
+            else self._value(result)
+            for result in results
+        ]  # fmt: skip
         self.nodes[node] = values
         for user in node.users:
             assert user.target.__name__ == "getitem"  # type: ignore[union-attr]
@@ -295,9 +311,16 @@ class _Translation:
         sources = (_source(n.meta.get("stack_trace")) for n in (region, *inner))
         return next(filter(None, sources), "")
 
-    def _detach(self, value: fx.Node) -> fx.Node:
+    def _detached(self, value: Any) -> Any:
+        """`value` without the gradient that it may carry."""
+        if not isinstance(value, fx.Node) or value.target is aten.detach.default:
+            return value
+        tensor = value.meta["val"]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return value
         new = self.graph.call_function(aten.detach.default, (value,))
         new.meta = dict(value.meta)
+        self.shares[new] = value
         return new
 
     def _outputs(self) -> dict[int, object]:
@@ -328,6 +351,16 @@ class _Translation:
         output.meta = {"val": tuple(node.meta["val"] for node in outputs)}
         return constants
 
+    def _refuse_written_parameters(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+            place = node.args[0]
+            if isinstance(self.state.get(str(place.target)), nn.Parameter):
+                raise CaptureError(
+                    f"{type(self.model).__name__} writes to its parameter {place.target} in "
+                    f"forward (at {node.meta['source'] or 'an unknown line'}), which a graph that "
+                    "trains can't hold. Write it between the calls, or make it a buffer."
+                )
+
     def _check_output(self, node: fx.Node) -> None:
         if not isinstance(node.meta["val"], Tensor):
             raise CaptureError(
@@ -348,6 +381,11 @@ class _Translation:
             "module_path": value.meta["module_path"],
             "source": value.meta["source"],
         }
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgram:

@@ -79,11 +79,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Every submodule in `mode` inside the block, each restored to its own flag after it."""
+    """`model` in `mode` inside the block; each of its modules restored to its own flag after it.
+
+    A model that is training already stays as it is: what its user has put in eval mode, such as a
+    frozen batch norm, stays in it. One in eval mode is put in train mode by its own `train`.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in flags:
-            module.training = mode == "train"
+        if mode == "eval":
+            for module, _ in flags:
+                module.training = False
+        elif not model.training:
+            model.train()
         yield
     finally:
         for module, training in flags:

@@ -33,6 +33,7 @@ _NAMED_OTHERWISE = MappingProxyType(
         aten.zero_.default: aten.zeros_like.default,
         aten.fill_.Scalar: aten.full_like.default,
         aten.normal_.default: aten.normal_functional.default,
+        aten.bernoulli_.float: aten.bernoulli.p,
     }
 )
 
@@ -104,6 +105,8 @@ def written(
         return Written({"self": value})
     assert target is not None
     args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+    if target is aten.bernoulli.p:  # of which p is no option, as it is in place
+        args = (args[0], given["p"])
     kwargs = {name: value for name, value in kwargs.items() if name != _out(node.target)}
     return Written({places[0]: _as_type(place, build(target, *args, **kwargs), build)})
 
@@ -144,7 +147,7 @@ def _batch_norm(node: fx.Node, read: Callable[[fx.Node], fx.Node], build: Build)
 def _instance_norm(node: fx.Node, read: Callable[[fx.Node], fx.Node], build: Build) -> Written:
     """A running statistic moves towards the mean over the batch of each instance's own."""
     given = fx.map_arg(arguments(node), read)
-    x, momentum = given["input"], given["momentum"]
+    x, momentum = build(aten.detach.default, given["input"]), given["momentum"]
     axes = list(range(2, x.meta["val"].ndim))
     pair = _items(build(aten.var_mean.correction, x, axes, correction=1), build)
     values = {}

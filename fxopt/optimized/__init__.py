@@ -2,18 +2,20 @@
 
 from fxopt.optimized.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
-from fxopt.optimized.optimized import Optimized, make_optimized
+from fxopt.optimized.optimized import Optimized, evaluation_of, make_optimized
 from fxopt.optimized.origins import Origins
-from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.outcome import Evaluation, OptimizedStep, Outcome
 from fxopt.optimized.source import MOST_PROGRAMS, Source
 
 __all__ = [
     "MOST_PROGRAMS",
+    "Evaluation",
     "Optimized",
     "OptimizedStep",
     "Origins",
     "Outcome",
     "Source",
+    "evaluation_of",
     "graph_module",
     "graph_over",
     "load",

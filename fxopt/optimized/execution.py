@@ -14,12 +14,14 @@ from fxopt.kernels import native
 from fxopt.lower import Lower
 from fxopt.optimized.graph_modules import graph_over
 from fxopt.program import Mode, Program
+from fxopt.signature import Signature
 
 
 class Execution:
     """The callables of one program over one set of tensors; each is made when it is first needed.
 
-    `module` is the program as it was captured and `compiled`, where it is given, the same compiled.
+    `module` is the program as it was captured and `compiled`, where it is given, the same compiled;
+    `evaluation` is the evaluation graph of one that trains, left out where it follows from it.
     A program captured in eval mode runs without gradients; one captured in train mode records them
     where they are enabled, in evaluation mode too. Each of these ways is compiled by itself, since
     what the backward needs is part of what is compiled. A program for inference has its precision
@@ -35,14 +37,17 @@ class Execution:
         module: fx.GraphModule,
         lowering: Lower | None,
         compiled: Callable[..., Any] | None,
+        evaluation: Program | None = None,
     ) -> None:
         self.program = program
+        self.evaluation = evaluation
         self.lowering = lowering
         self.modules: dict[Mode, fx.GraphModule] = {program.mode: module}
         self.compiled: dict[tuple[Mode, bool], Callable[..., Any]] = {}
         tensors = program.signature.tensors
         self.device_types = sorted({tensor.device.type for tensor in tensors})
-        if any(native.serves(node.target) for node in program.graph.nodes):
+        programs = (program, *([evaluation] if evaluation else []))
+        if any(native.serves(node.target) for one in programs for node in one.graph.nodes):
             native.load()
         if compiled is not None:
             self.compiled[program.mode, program.mode == "train"] = compiled
@@ -68,9 +73,23 @@ class Execution:
     def module(self, mode: Mode) -> fx.GraphModule:
         """The graph of `mode` as a module; a program captured in eval mode has that alone."""
         if mode not in self.modules:
-            graph = evaluation_mode(self.program).graph
+            graph = self.evaluated().graph
             self.modules[mode] = graph_over(self.modules[self.program.mode], graph)
         return self.modules[mode]
+
+    def evaluated(self) -> Program:
+        """The program in evaluation mode."""
+        return self.evaluation or evaluation_mode(self.program)
+
+    def signature(self, mode: Mode) -> Signature:
+        """How the program is called in `mode`."""
+        given = self.evaluation if mode == "eval" else None
+        return (given or self.program).signature
+
+    def evaluating(self, program: Program) -> Execution:
+        """The same training program with another evaluation, over the same tensors."""
+        module = self.modules[self.program.mode]
+        return Execution(self.program, module, self.lowering, None, program)
 
     def _compiled(self, mode: Mode, records: bool, lowering: Lower) -> Callable[..., Any]:
         if (mode, records) not in self.compiled:

@@ -10,7 +10,7 @@ from fxopt.errors import FxoptError, SaveError
 from fxopt.lower import Lower
 from fxopt.optimized.configs import read_config
 from fxopt.optimized.optimized import Optimized, optimized_like
-from fxopt.optimized.outcome import Outcome
+from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.report import Report
 from fxopt.rewriting import Pass
 from fxopt.saving import load as read
@@ -37,7 +37,8 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     report = Report.from_json(saved.report_json)
     known = replace(report, domains=())  # those of all programs are in the one report
     further = tuple(Outcome(one, known, (), lowering) for one in saved.further)
-    outcome = Outcome(program, report, (), lowering, further=further)
+    evaluation = Evaluation.saved(saved.evaluation)
+    outcome = Outcome(program, report, (), lowering, evaluation=evaluation, further=further)
     try:
         twin.install(outcome)
     except Exception as error:  # names of tensors that can't stand beside one another, and the like

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.errors import InputError
+from fxopt.errors import InputError, ModelError
+from fxopt.evaluation_mode import evaluation_mode
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.graph_modules import attribute, graph_module
+from fxopt.optimized.graph_modules import attribute, graph_module, hold
 from fxopt.optimized.outcome import Outcome
 from fxopt.program import Mode, Program, materialize
 
@@ -42,9 +43,27 @@ class Member:
 
     def run(self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's outputs for a call; raises `InputError` where it isn't of this program's."""
-        signature = self.outcome.program.signature
+        if mode != self.outcome.program.mode and self.outcome.evaluation.missing:
+            raise ModelError(f"no evaluation mode for this call: {self.outcome.evaluation.missing}")
+        signature = self.execution.signature(mode)
         leaves = signature.flatten(args, kwargs)
         return signature.unflatten(self.execution.run(mode, leaves))
+
+    @property
+    def follows(self) -> bool:
+        """Whether its evaluation graph follows from it."""
+        return self.outcome.evaluation.program is None and not self.outcome.evaluation.missing
+
+    def in_mode(self, mode: Mode) -> Program:
+        """The program of `mode` over the tensors that it holds by now."""
+        if mode == self.outcome.program.mode:
+            return self.program
+        evaluated = self.outcome.evaluation.program
+        if evaluated is None:
+            return evaluation_mode(self.program)
+        assert self.outcome.module is not None
+        state = {name: attribute(self.outcome.module, name) for name in evaluated.state}
+        return replace(evaluated, state=state)
 
     def answers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call is one of this program's."""
@@ -67,7 +86,10 @@ def member(outcome: Outcome, present: Mapping[str, Tensor], shared: Collection[s
         for name in program.written.intersection(shared):
             put(module, name, present[name])  # what calls write, both programs write
     outcome = replace(outcome, program=program, module=module, compiled=compiled)
-    execution = Execution(program, module, outcome.lowering, compiled)
+    evaluated = outcome.evaluation.program
+    if evaluated is not None:
+        hold(module, evaluated)
+    execution = Execution(program, module, outcome.lowering, compiled, evaluated)
     made_beside = None if set(shared) == set(state) else stamp(present)
     return Member(outcome, execution, frozenset(shared), made_beside)
 

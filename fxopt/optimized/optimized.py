@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
-from fxopt.errors import ModelError, NotCapturedError, OutsideError
+from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
 from fxopt.evaluation_mode import evaluation_mode
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.graph_modules import graph_module, share_tables
-from fxopt.optimized.members import present_tensors
+from fxopt.optimized.graph_modules import attribute, graph_module, hold, share_tables
+from fxopt.optimized.members import Member, present_tensors
 from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
 from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
 from fxopt.saving import save
-from fxopt.signature import forward_signature
+from fxopt.signature import bind, forward_signature
 
 _CARRIED_FROM_CLASS = (
     "main_input_name",
@@ -39,6 +39,9 @@ _CARRIED_FROM_CLASS = (
     "input_modalities",
     "_keys_to_ignore_on_save",  # transformers.Trainer reads it when it resumes
 )
+
+_MOST_EVALUATIONS = 8
+"""Sets of arguments, beside the example's, that a module is evaluated with: each is a capture."""
 
 
 class Optimized(nn.Module):
@@ -50,12 +53,14 @@ class Optimized(nn.Module):
 
     One captured with mode="train" trains. `train()` and `eval()` switch between the graph as it was
     captured and its evaluation graph, which computes what the original computes in eval mode; both
-    run over the same tensors. `graph`, `program` and `save` are those of the present mode, so that
-    `fxopt.transform(opt.eval(), ...)` goes on from the trained model. Parameters that no pass
-    touched are the original's own: training this module trains the original, but for buffers that a
-    call writes (running statistics), which are copies. `model.load_state_dict(opt.state_dict())`
-    brings all of it back where no pass replaced a weight. Move the module to its device before an
-    optimizer is made over its parameters: there it gets parameters of its own.
+    run over the same tensors. In evaluation a call may leave out arguments that the training graph
+    takes, such as labels: the original is captured for it then. `graph`, `program` and `save` are
+    those of the present mode, so that `fxopt.transform(opt.eval(), ...)` goes on from the trained
+    model. Parameters that no pass touched are the original's own: training this module trains the
+    original, but for buffers that a call writes (running statistics), which are copies.
+    `model.load_state_dict(opt.state_dict())` brings all of it back where no pass replaced a
+    weight. Move the module to its device before an optimizer is made over its parameters: there it
+    gets parameters of its own.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Optimized(nn.Module):
         object.__setattr__(self, "_build", build)
         object.__setattr__(self, "_outcome", None)
         object.__setattr__(self, "_execution", None)
+        object.__setattr__(self, "_evaluations", {})
         object.__setattr__(self, "_programs", None)
         object.__setattr__(self, "_wanted", None)  # what train() and eval() asked for last
         self.training = False
@@ -137,11 +143,17 @@ class Optimized(nn.Module):
     def install(self, outcome: Outcome) -> None:
         """Take over a finished pipeline; called once by `transform` and `load`."""
         module = outcome.module or graph_module(outcome.program)
-        execution = Execution(outcome.program, module, outcome.lowering, outcome.compiled)
+        evaluation = outcome.evaluation.program
+        if evaluation is not None:
+            hold(module, evaluation)
+        execution = Execution(
+            outcome.program, module, outcome.lowering, outcome.compiled, evaluation
+        )
         outcome = replace(outcome, module=module)
         object.__setattr__(self, "_outcome", outcome)
         object.__setattr__(self, "_programs", Programs(outcome))
         object.__setattr__(self, "_execution", execution)
+        object.__setattr__(self, "_evaluations", {})  # of other arguments, by their names
         object.__setattr__(self, "_build", None)  # it holds the original model
         if outcome.config is not None:
             self._carried["config"] = outcome.config
@@ -162,17 +174,43 @@ class Optimized(nn.Module):
         if self._outcome is None:
             self.install(self._build(args, kwargs))
         self._check_origins()
-        signature = self._outcome.program.signature
+        execution, mode = self._execution, self._mode
+        if mode != execution.program.mode:
+            self._check_evaluation()
+            execution = self._execution_for(args, kwargs)
+        signature = execution.signature(mode)
         try:
             leaves = signature.flatten(args, kwargs)
         except OutsideError as outside:
-            return self._programs.run(self._mode, args, kwargs, outside)
-        return signature.unflatten(self._execution.run(self._mode, leaves))
+            return self._programs.run(mode, args, kwargs, outside)
+        return signature.unflatten(execution.run(mode, leaves))
+
+    def _execution_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:
+        """The evaluation of a call's arguments: that of the example's, or one captured for it."""
+        execution: Execution = self._execution
+        signature, make = execution.signature("eval"), self._done().evaluation.make
+        if make is None:
+            return execution
+        given = bind(signature.forward, args, kwargs, spelled_out=signature.names)
+        names = frozenset(given) | frozenset(signature.constants) | frozenset(signature.zeros)
+        if names == set(signature.names):
+            return execution
+        others: dict[frozenset[str], Execution] = self._evaluations
+        if names not in others:
+            if len(others) == _MOST_EVALUATIONS:
+                raise InputError(
+                    f"this module was evaluated with {_MOST_EVALUATIONS} other sets of arguments "
+                    f"already; ({', '.join(given)}) is one too many. Call it in fewer ways."
+                )
+            found = make(args, kwargs, self._present())
+            hold(execution.modules[execution.program.mode], found)
+            others[names] = execution.evaluating(found)
+        return others[names]
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """All programs over their present tensors: the first, then those of other branches."""
-        further = [self._in_mode(one.program) for one in self._programs.valid()]
+        further = [one.in_mode(self._mode) for one in self._programs.valid()]
         return (self.program, *further)
 
     def save(self, folder: str | Path) -> None:
@@ -186,8 +224,15 @@ class Optimized(nn.Module):
         lowering = outcome.lowering.spec if outcome.lowering is not None else None
         report = self.report.to_json()
         config = saved_config(getattr(self, "config", None))
-        first, *further = self.programs
-        save(first, folder, lowering=lowering, report_json=report, config=config, further=further)
+        save(
+            self.program,
+            folder,
+            lowering=lowering,
+            report_json=report,
+            config=config,
+            further=[one.in_mode(self._mode) for one in self._saved_members()],
+            evaluation=self._apart() if self.training else None,
+        )
 
     def train(self, mode: bool = True) -> Optimized:
         """Switch to the training graph, or with `False`, as `eval()` does, to the evaluation graph.
@@ -202,6 +247,7 @@ class Optimized(nn.Module):
                 'norms are folded. Use fxopt.transform(model, ..., mode="train").'
             )
         if not mode and captured_in == "train":
+            self._check_evaluation()
             self._execution.module("eval")  # derived here: a tracer of forward couldn't
         object.__setattr__(self, "_wanted", mode)
         return super().train(mode)
@@ -225,10 +271,16 @@ class Optimized(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
         program = self._present()
         state = {name: copy.deepcopy(tensor, memo) for name, tensor in program.state.items()}
+        evaluation = self._done().evaluation.program
+        if evaluation is not None:
+            own = self._over_present(evaluation)
+            kept = {name: copy.deepcopy(tensor, memo) for name, tensor in own.state.items()}
+            evaluation = replace(own, state=kept)
         twin = type(self)(dict(self._carried))
         memo[id(self)] = twin
         object.__setattr__(twin, "_wanted", self.training)
-        twin.install(replace(self._renewed(replace(program, state=state)), origins=None))
+        renewed = self._renewed(replace(program, state=state), evaluation)
+        twin.install(replace(renewed, origins=None))
         members = self._programs.valid()
         programs = beside(twin._outcome, members, lambda tensor: copy.deepcopy(tensor, memo))
         object.__setattr__(twin, "_programs", programs)
@@ -237,9 +289,9 @@ class Optimized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         from fxopt.optimized.pickling import reduced  # which imports this file
 
-        programs = [self._present(), *(one.program for one in self._programs.valid())]
+        programs = [self._present(), *(one.program for one in self._saved_members())]
         outcome = replace(self._done(), report=self.report)
-        return reduced(programs, outcome, self._carried, self.training)
+        return reduced(programs, self._apart(), outcome, self._carried, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -254,7 +306,10 @@ class Optimized(nn.Module):
             self._unshare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
-            moved = self._renewed(self._present().on_device(self.device))
+            evaluation = self._done().evaluation.program
+            if evaluation is not None:
+                evaluation = self._over_present(evaluation).on_device(self.device)
+            moved = self._renewed(self._present().on_device(self.device), evaluation)
             self.install(replace(moved, origins=None))
         device = self.device if self.device != before else None
         object.__setattr__(self, "_programs", beside(self._outcome, members, fn, device))
@@ -270,22 +325,57 @@ class Optimized(nn.Module):
                     twin.grad = None if parameter.grad is None else parameter.grad.detach()
                     module._parameters[name] = own.setdefault(parameter, twin)
 
-    def _renewed(self, program: Program) -> Outcome:
-        """The outcome with `program`, to be compiled again at its first call."""
-        return replace(self._done(), program=program, module=None, compiled=None, further=())
+    def _renewed(self, program: Program, evaluation: Program | None) -> Outcome:
+        """The outcome with these programs, to be compiled again at its first call."""
+        evaluated = replace(self._done().evaluation, program=evaluation)
+        return replace(
+            self._done(),
+            program=program,
+            module=None,
+            compiled=None,
+            evaluation=evaluated,
+            further=(),
+        )
 
     @property
     def _mode(self) -> Mode:
         return "train" if self.training else "eval"
 
     def _in_mode(self, program: Program) -> Program:
-        return program if self.training else evaluation_mode(program)
+        if self.training:
+            return program
+        self._check_evaluation()
+        evaluation = self._done().evaluation.program
+        return evaluation_mode(program) if evaluation is None else self._over_present(evaluation)
+
+    def _check_evaluation(self) -> None:
+        missing = self._done().evaluation.missing
+        if missing:
+            raise ModelError(f"this module has no evaluation mode: {missing}")
+
+    def _apart(self) -> Program | str | None:
+        """The evaluation program where it doesn't follow from the training program, or why there is
+        none."""
+        evaluation = self._done().evaluation
+        if evaluation.program is None:
+            return evaluation.missing or None
+        return self._over_present(evaluation.program)
 
     def _present(self) -> Program:
         """The program as it was captured, over the tensors that this module holds by now."""
         outcome = self._done()
         self._check_origins()
         return replace(outcome.program, state=present_tensors(outcome))
+
+    def _over_present(self, program: Program) -> Program:
+        module = self._done().module
+        assert module is not None
+        state = {name: attribute(module, name) for name in program.state}
+        return replace(program, state=state)
+
+    def _saved_members(self) -> list[Member]:
+        """The further programs that are whole in what is saved of them."""
+        return [one for one in self._programs.valid() if one.follows or not self.training]
 
     def _check_origins(self) -> None:
         """Raise `ModelError` where the original has changed under what was derived from it."""
@@ -305,6 +395,20 @@ class Optimized(nn.Module):
 
     def _tensors(self) -> Sequence[Tensor]:
         return [*self.parameters(), *self.buffers()]
+
+
+def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
+    """What a training `optimized` computes in evaluation for calls like `inputs`.
+
+    Those are a tensor, a tuple of positionals or a dict of keywords; left out, those of the example
+    that it was captured with.
+    """
+    execution: Execution = optimized._execution
+    if inputs is not None:
+        args = (inputs,) if isinstance(inputs, Tensor) else inputs
+        call = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
+        execution = optimized._execution_for(*call)
+    return optimized._over_present(execution.evaluated())
 
 
 def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:

@@ -28,12 +28,31 @@ class OptimizedStep:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """A model in evaluation: `program` left out is the training program's own evaluation graph.
+
+    `missing` says why there is none. `make` gives the program for other arguments of a call, over
+    the tensors of a training program; None where the model is gone.
+    """
+
+    program: Program | None = None
+    missing: str = ""
+    make: Callable[[tuple[Any, ...], dict[str, Any], Program], Program] | None = None
+
+    @classmethod
+    def saved(cls, kept: Program | str | None) -> Evaluation:
+        """The evaluation that was saved as a program, or as the reason why there is none."""
+        return cls(missing=kept) if isinstance(kept, str) else cls(kept)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
-    `config` is the model's, where cutting channels has changed its sizes; `source` makes further
-    programs of the same model, where it can; `further` are those that exist already; `origins` are
-    the tensors of the original from which passes derived others.
+    `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
+    model of a program that trains computes in evaluation; `source` makes further programs of the
+    same model, where it can; `further` are those that exist already; `origins` are the tensors of
+    the original from which passes derived others.
     """
 
     program: Program
@@ -43,6 +62,7 @@ class Outcome:
     compiled: Callable[..., Any] | None = None
     module: fx.GraphModule | None = None
     config: Any = None
+    evaluation: Evaluation = Evaluation()
     source: Source | None = None
     further: tuple[Outcome, ...] = ()
     origins: Origins | None = None

@@ -15,17 +15,28 @@ from torch import Tensor
 
 from fxopt.lower import Lower
 from fxopt.optimized.optimized import Optimized, optimized_like
-from fxopt.optimized.outcome import Outcome
+from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.program import Program
 from fxopt.report import Report
-from fxopt.saving import decode_further, first_of, from_document, tensors_of, to_document
+from fxopt.saving import (
+    decode_beside,
+    decode_further,
+    document_beside,
+    first_of,
+    from_document,
+    tensors_beside,
+    tensors_of,
+    to_document,
+)
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """What goes into a pickle; `program`, its `further` branches and `report` are JSON."""
+    """What goes into a pickle; `program`, `further` ones of other branches, the `evaluation` beside
+    it and `report` are JSON."""
 
     program: str
+    evaluation: str
     report: str
     state: Mapping[str, Tensor]
     example: tuple[Tensor, ...]
@@ -39,24 +50,33 @@ class Pickled:
         state = first_of(self.state)
         program = from_document(json.loads(self.program), state, self.example)
         others = decode_further(json.loads(self.further), self.state, from_document)
+        beside = decode_beside(json.loads(self.evaluation), self.state, program, from_document)
         report = Report.from_json(self.report)
         further = tuple(
             Outcome(one, replace(report, domains=()), (), self.lowering) for one in others
         )
+        kept = Evaluation.saved(beside)
+        outcome = Outcome(program, report, (), self.lowering, evaluation=kept, further=further)
         twin = optimized_like(program.name, program.signature.forward, dict(self.carried))
-        twin.install(Outcome(program, report, (), self.lowering, further=further))
+        twin.install(outcome)
         return twin.train(self.training)
 
 
 def reduced(
-    programs: Sequence[Program], outcome: Outcome, carried: Mapping[str, Any], training: bool
+    programs: Sequence[Program],
+    evaluation: Program | str | None,
+    outcome: Outcome,
+    carried: Mapping[str, Any],
+    training: bool,
 ) -> tuple[Callable[[Pickled], Optimized], tuple[Pickled]]:
     """The module of `programs` for the pickle protocol; `SaveError` where it has no saved form."""
     program, *further = [one.materialized() for one in programs]
+    state = {name: program.tensor(name) for name in program.state}
     pickled = Pickled(
         program=json.dumps(to_document(program)),
+        evaluation=json.dumps(document_beside(evaluation)),
         report=outcome.report.to_json(),
-        state={name: program.tensor(name) for name in program.state} | tensors_of(further),
+        state=state | tensors_of(further) | tensors_beside(evaluation),
         example=program.example,
         lowering=outcome.lowering,
         carried=dict(carried),

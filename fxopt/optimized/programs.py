@@ -140,6 +140,8 @@ def beside(
     programs = Programs(first)
     present = present_tensors(first)
     for one in members:
+        if not one.follows:
+            continue  # tensors of its evaluation aren't changed here: it is captured anew
         state = {
             name: tensor if name in one.shared else _like(tensor, change(tensor))
             for name, tensor in one.program.state.items()

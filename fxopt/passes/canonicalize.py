@@ -55,14 +55,21 @@ _COPIES = (
 )
 
 
+@dataclass(frozen=True)
 class DropIdentity(Rule):
     """cast(x) = x, view(x) = x, x[0:] = x, copy(x) = x where type, sizes and strides stay.
 
     pad(x, [0, 0, ...]) = x
+
+    detach(x) has the value of x and none of its gradient: it is x where nothing learns.
     """
 
+    learns: bool = False
+
     def targets(self) -> tuple[Target, ...]:
-        return _MAY_BE_IDENTITY
+        if not self.learns:
+            return _MAY_BE_IDENTITY
+        return tuple(target for target in _MAY_BE_IDENTITY if target is not aten.detach.default)
 
     def match(self, node: fx.Node) -> Match | None:
         source = node.args[0]
@@ -191,7 +198,7 @@ class Canonicalize(RulePass):
     def rules(self, program: Program) -> Sequence[Rule]:
         """The equations; folding only where parameters don't move."""
         rules: list[Rule] = [
-            DropIdentity(),
+            DropIdentity(program.mode == "train"),
             DropDoubleTranspose(),
             MergeDuplicate(),
             CountsFromThere(),

@@ -31,6 +31,12 @@ _PADDED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 class FoldBatchNorm(Rule):
     """batch_norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + beta)"""
 
+    moving: frozenset[str] = frozenset()
+
+    def see(self, program: Program) -> None:
+        """In train mode s W would take other steps than W and gamma do."""
+        self.moving = program.learning | program.written
+
     pattern = op(
         aten.batch_norm.default,
         either(
@@ -71,6 +77,8 @@ class FoldBatchNorm(Rule):
             value = match[name]
             if value is not None and (not isinstance(value, fx.Node) or value.op != "get_attr"):
                 return f"its {name} is computed, not constant"
+            if value is not None and str(value.target) in self.moving:
+                return f"its {name} is trained, and would take other steps folded"
         if match["mean"] is None or match["var"] is None:
             return "the batch norm has no running statistics"
         layer = match["layer"]

@@ -36,10 +36,13 @@ class FuseSiblings(Rule):
     """[x @ W1ᵀ + b1, ...] = split(x @ [W1; ...]ᵀ + [b1; ...])"""
 
     mode: Mode = "eval"
+    learning: frozenset[str] = frozenset()
 
     def see(self, program: Program) -> None:
-        """In train mode a weight that is computed from parameters stays so."""
+        """In train mode a weight that is computed from parameters stays so, and what is joined
+        learns as a whole or not at all."""
         self.mode = program.mode
+        self.learning = program.learning
 
     def targets(self) -> tuple[Target, ...]:
         return PRODUCT_TARGETS
@@ -85,6 +88,15 @@ class FuseSiblings(Rule):
             reason = refuse_shared_weight(linear, lambda user: _reads_for(user, match.roots))
             if reason is not None:
                 return reason
+        return self._refuse_to_train(match["linears"]) if self.mode == "train" else None
+
+    def _refuse_to_train(self, linears: Sequence[Linear]) -> str | None:
+        if len({linear.bias is None for linear in linears}) > 1:
+            return "some of them have no bias, and would learn one"
+        for operands in ([one.weight for one in linears], [one.bias for one in linears]):
+            learn = {one is not None and str(one.target) in self.learning for one in operands}
+            if len(learn) > 1:
+                return "some of them are frozen, and would learn"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:

@@ -15,14 +15,22 @@ from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.data_sizes import observe_sizes
-from fxopt.errors import EquivalenceError, InputError, OutsideError
+from fxopt.errors import EquivalenceError, FxoptError, InputError, OutsideError
 from fxopt.evaluation_mode import evaluation_mode, without_dropout
 from fxopt.lower import Lower, compile_program
-from fxopt.optimized import Optimized, OptimizedStep, Origins, Outcome, graph_module
+from fxopt.optimized import (
+    Evaluation,
+    Optimized,
+    OptimizedStep,
+    Origins,
+    Outcome,
+    graph_module,
+)
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
 from fxopt.passes.channel_plan import ChannelPlan
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
 from fxopt.pipeline.domains import domain_of
+from fxopt.pipeline.evaluation import Evaluator, Rows, joined_rows
 from fxopt.pipeline.recording import Taken, since, violation_text
 from fxopt.pipeline.resized_config import resized_config
 from fxopt.pipeline.result import Result, runner
@@ -37,6 +45,7 @@ from fxopt.verify import (
     compose,
     is_random,
     judge,
+    judge_learning,
     note_on_attributes,
     one_by_one,
     output_names,
@@ -70,6 +79,9 @@ class Pipeline:
         self.budget = budget
         self.progress = progress or (lambda line: None)
         self.steps: list[OptimizedStep] = []
+        self.taken: list[tuple[Pass, Plan]] = []
+        self.joined: dict[str, Rows] = {}
+        self.inputs: Inputs | None = None
         self.notes: list[str] = []
         self.config: Any = getattr(model, "config", None)
         self.lowering: Lower | None = None
@@ -98,6 +110,7 @@ class Pipeline:
         """
         self.progress(f"capturing {type(self.model).__name__}")
         start = time.perf_counter()
+        self.inputs = inputs
         if isinstance(self.model, Optimized) and self.model.is_captured:
             program = replace(self.model.program, changes=Changes(), taken=frozenset())
             observe_sizes(program)
@@ -161,6 +174,9 @@ class Pipeline:
         names = output_names(program)
         verdict, outputs = judge(claim, found, reference, run_program(program), names)
         self.outputs = outputs[: len(self.trials)]
+        if program.mode == "train" and verdict.holds and self.unrounded is None:
+            learnt = judge_learning(claim, self.model, program, self.trials[0])
+            verdict = learnt if learnt is not None and not learnt.holds else verdict
         if not verdict.holds:
             raise EquivalenceError(violation_text("the capture", verdict))
         return claim, verdict
@@ -200,6 +216,9 @@ class Pipeline:
         self._note_rounding(pass_.claim, before, tried)
         if isinstance(plan, ChannelPlan) and tried.after.changes.fired:
             self.config = resized_config(self.config, before, tried.after)
+        if tried.after.changes.fired:
+            self.joined = {**self.joined, **joined_rows(before, tried.after)}
+            self.taken.append((pass_, plan))
         self.program, self.outputs = tried.after, tried.outputs
         self._record(
             Taken(
@@ -299,6 +318,7 @@ class Pipeline:
                 f"weights were derived from {len(origins)} tensors of the original: once one of "
                 "these is changed in place, calls raise ModelError; transform again then"
             )
+        evaluation = self._evaluation(program)
         program = replace(program, changes=Changes(), notes=tuple(self.notes), calibration=None)
         result = Result(program, module, self.compiled)
         end_to_end = self._judge_whole(result) if self.verify else None
@@ -317,8 +337,26 @@ class Pipeline:
             self.compiled,
             module,
             None if self.config is getattr(self.model, "config", None) else self.config,
-            origins,
+            evaluation=evaluation,
+            origins=origins,
         )
+
+    def _evaluation(self, program: Program) -> Evaluation:
+        """What the model computes in evaluation, where `program` trains; or why that isn't had."""
+        if program.mode == "eval":
+            return Evaluation()
+        self.progress("capturing the evaluation graph")
+        captured = replace(self.standard.captured, calibration=None)
+        kept = (name for name, one in captured.state.items() if program.state.get(name) is one)
+        evaluator = Evaluator(self.model, captured, tuple(self.taken), frozenset(kept), self.joined)
+        held = self.standard if self.budget is None else self.standard.original()
+        budget = None if held.oracle is not None or not self.verify else self.budget or held.budget
+        try:
+            found, missing = evaluator.program(self.inputs, program, budget), ""
+        except FxoptError as error:
+            found, missing = None, str(error)
+            self.notes.append(f"opt.eval() is refused: {missing}")
+        return Evaluation(found, missing, evaluator.for_call)
 
     def _origins(self) -> Origins | None:
         """The original's tensors from which passes derived others, but for what calls write, which

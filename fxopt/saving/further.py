@@ -18,13 +18,15 @@ from fxopt.saving.tensors import EXAMPLE
 Decode = Callable[[Any, Mapping[str, Tensor], tuple[Tensor, ...]], Program]
 
 _START = "further::"
+EVALUATION = "evaluation::"
+"""How the names of the tensors of an evaluation program start."""
 
 
-def tensors_of(programs: Sequence[Program]) -> dict[str, Tensor]:
-    """State and example of each program under names that no other has."""
+def tensors_of(programs: Sequence[Program], start: str = _START) -> dict[str, Tensor]:
+    """State and example of each program under names that no other has; they begin with `start`."""
     named: dict[str, Tensor] = {}
     for index, program in enumerate(programs):
-        prefix = f"{_START}{index}::"
+        prefix = f"{start}{index}::"
         named |= {f"{prefix}{name}": program.tensor(name) for name in program.state}
         named |= {f"{prefix}{EXAMPLE}{i}": tensor for i, tensor in enumerate(program.example)}
     return named
@@ -32,18 +34,22 @@ def tensors_of(programs: Sequence[Program]) -> dict[str, Tensor]:
 
 def first_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of the first program."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_START)}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith((_START, EVALUATION))
+    }
 
 
 def decode_further(
-    documents: Any, tensors: Mapping[str, Tensor], decode: Decode
+    documents: Any, tensors: Mapping[str, Tensor], decode: Decode, start: str = _START
 ) -> tuple[Program, ...]:
     """The further programs of which `tensors_of` named the tensors, each made by `decode`."""
     if not isinstance(documents, list):
         raise SaveError("the saved further programs are no list")
     programs = []
     for index, document in enumerate(documents):
-        prefix = f"{_START}{index}::"
+        prefix = f"{start}{index}::"
         own = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from torch import Tensor
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
+<<<<<<< HEAD
 from fxopt.saving.call_types import CallTypes
 from fxopt.saving.further import decode_further, first_of, tensors_of
+=======
+from fxopt.saving.further import EVALUATION, Decode, decode_further, first_of, tensors_of
+>>>>>>> training
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
@@ -26,7 +31,8 @@ class Saved:
     """What a folder held: the program, the spec of its lowering pass, its report as JSON text.
 
     `config` is the JSON of the model's transformers config, where it had one; `further` are the
-    programs for other branches of the model.
+    programs for other branches of the model; `evaluation` is what a program that trains computes in
+    evaluation, where that doesn't follow from it, or why that isn't known.
     """
 
     program: Program
@@ -34,6 +40,7 @@ class Saved:
     report_json: str | None
     config: Mapping[str, Any] | None = None
     further: tuple[Program, ...] = ()
+    evaluation: Program | str | None = None
 
 
 def save(
@@ -44,22 +51,28 @@ def save(
     report_json: str | None = None,
     config: Mapping[str, Any] | None = None,
     further: Sequence[Program] = (),
+    evaluation: Program | str | None = None,
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
-    So are `further` programs of the same model; a tensor that several hold is written once.
-    Tensors that exist as recipes are computed first. What was written is read back, as `load` will,
-    before it takes its place; a folder that was there keeps its content until then. Raises
-    `WellFormedError` for a program that breaks the dialect, and `SaveError` where something can't
-    be saved, `folder` can't be written, or holds anything else.
+    So are `further` programs of the same model, and its `evaluation` or why there is none; a tensor
+    that several hold is written once. Tensors that exist as recipes are computed first. What was
+    written is read back, as `load` will, before it takes its place; a folder that was there keeps
+    its content until then. Raises `WellFormedError` for a program that breaks the dialect, and
+    `SaveError` where something can't be saved, `folder` can't be written, or holds anything else.
     """
     for one in (program, *further):
         check(one)
     with folders.writing(Path(folder)) as partial:
         program = program.materialized()
         others = [one.materialized() for one in further]
-        graph = {**to_document(program), "further": [to_document(one) for one in others]}
-        state = {name: program.tensor(name) for name in program.state} | tensors_of(others)
+        graph = {
+            **to_document(program),
+            "further": [to_document(one) for one in others],
+            "evaluation": document_beside(evaluation),
+        }
+        state = {name: program.tensor(name) for name in program.state}
+        state |= tensors_of(others) | tensors_beside(evaluation)
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
@@ -74,7 +87,8 @@ def _prove(folder: Path, program: Program, state: Mapping[str, Tensor]) -> None:
     """Read the graph in `folder` back over the tensors in memory; `SaveError` where that fails."""
     try:
         data = folders.read_json(folder / folders.GRAPH)
-        _programs(data, state, program.example)
+        program, *_ = _programs(data, state, program.example)
+        decode_beside(data.get("evaluation"), state, program, from_document)
         _report(folder)
     except (SaveError, WellFormedError) as error:
         raise SaveError(
@@ -108,13 +122,16 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
     try:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
         program, *further = _programs(data, state, example, namespaces)
+        beside = decode_beside(
+            data.get("evaluation"), state, program, partial(from_document, namespaces=namespaces)
+        )
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
             raise SaveError("the saved lowering is no text")
         config = data["config"]
         if not isinstance(config, dict | None):
             raise SaveError("the saved model config is no object")
-        return Saved(program, lowering, _report(path), config, tuple(further))
+        return Saved(program, lowering, _report(path), config, tuple(further), beside)
     except SaveError as error:
         raise SaveError(
             f"{path} (saved by fxopt {manifest['fxopt']}, torch {manifest['torch']}) can't be "
@@ -192,6 +209,33 @@ def from_document(
     )
     check(program)
     return program
+
+
+def document_beside(evaluation: Program | str | None) -> Any:
+    """What is written of the evaluation of a program that trains."""
+    if not isinstance(evaluation, Program):
+        return evaluation
+    check(evaluation)
+    return to_document(evaluation)
+
+
+def tensors_beside(evaluation: Program | str | None) -> dict[str, Tensor]:
+    """Its tensors, under names that no other program's have."""
+    if not isinstance(evaluation, Program):
+        return {}
+    return tensors_of([evaluation.materialized()], EVALUATION)
+
+
+def decode_beside(
+    document: Any, tensors: Mapping[str, Tensor], program: Program, decode: Decode
+) -> Program | str | None:
+    """The evaluation of `program` that `document_beside` wrote; earlier versions wrote none."""
+    if document is None or isinstance(document, str):
+        return document
+    (found,) = decode_further([document], tensors, decode, EVALUATION)
+    if program.mode != "train" or found.mode != "eval":
+        raise SaveError("the saved evaluation program doesn't fit the one that trains")
+    return found
 
 
 def _report(path: Path) -> str | None:

@@ -3,7 +3,7 @@
 from fxopt.verify.attributes import note_on_attributes
 from fxopt.verify.bisect import Blame, blame, judge_nodes
 from fxopt.verify.edges import with_edges
-from fxopt.verify.gradients import judge_gradients
+from fxopt.verify.gradients import judge_gradients, judge_learning
 from fxopt.verify.judge import Verdict, compare, compose, judge
 from fxopt.verify.oracle import (
     RunAll,
@@ -35,6 +35,7 @@ __all__ = [
     "is_random",
     "judge",
     "judge_gradients",
+    "judge_learning",
     "judge_nodes",
     "model_kept",
     "note_on_attributes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -125,9 +125,14 @@ def model_kept(
     inputs: Sequence[Tensor],
     changed: set[str] | None = None,
 ) -> Iterator[bool]:
-    """What calls of the eager original change is put back: state, inputs and Python attributes."""
-    with attributes_kept(model) as names, state_kept(program, inputs) as kept:
-        yield kept
+    """What calls of the eager original change is put back: state, inputs and Python attributes.
+
+    Of a model that trains that is all its buffers, in case the capture doesn't see one written.
+    """
+    trains = program.mode == "train"
+    buffers = tensors_kept(model.buffers() if trains else ())
+    with attributes_kept(model) as names, state_kept(program, inputs) as kept, buffers:
+        yield kept or trains
     if changed is not None:
         changed.update(names)
 
@@ -200,9 +205,17 @@ def state_kept(
     for node, tensor in zip(program.placeholders, inputs, strict=False):
         if any(user.target is torch.ops.aten.copy_.default for user in node.users):
             written.append(tensor)
+    with tensors_kept(written):
+        yield bool(written)
+
+
+@contextmanager
+def tensors_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What is written to `tensors` inside is put back."""
+    written = list(tensors)
     before = [tensor.detach().clone() for tensor in written]
     try:
-        yield bool(written)
+        yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(written, before, strict=True):

@@ -106,8 +106,22 @@ def test_the_claim_of_the_pass_is_the_bound(share: float, holds: bool) -> None:
     assert verdict.holds is holds
 
 
+def test_gradients_of_inputs_are_judged_where_no_parameter_trains() -> None:
+    frozen = capture(nn.Sequential(nn.Linear(8, 8), nn.GELU()).requires_grad_(False), (X,), "train")
+    verdict = judge_gradients(Exact(), frozen, frozen, trial(frozen))
+    assert verdict is not None
+    assert verdict.where == "the gradient of the input input"
+    assert verdict.holds
+    for share in (1.0, 0.002):
+        broken = with_detached_share(frozen, share)
+        verdict = judge_gradients(Exact(), frozen, broken, trial(frozen))
+        assert verdict is not None
+        assert not verdict.holds
+
+
 def test_nothing_is_judged_where_nothing_trains() -> None:
-    frozen = capture(Net().requires_grad_(False), (X,), "train")
+    embedding = nn.Embedding(4, 2).requires_grad_(False)
+    frozen = capture(embedding, (torch.tensor([1, 2]),), "train")
     assert judge_gradients(Exact(), frozen, frozen, trial(frozen)) is None
 
 

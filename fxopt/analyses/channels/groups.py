@@ -174,10 +174,7 @@ def _state_axes(walk: Walk, node: fx.Node) -> Axes:
     known = next((other for other in walk.axes if other.target == node.target), None)
     if known is not None and known.op == "get_attr":
         return walk.axes[known]
-    axes = walk.fresh(node.meta["val"].shape)
-    if node.target in walk.program.written:
-        walk.pin(axes, Refusal("a call writes it", label(node)))
-    return axes
+    return walk.fresh(node.meta["val"].shape)
 
 
 def _visit_call(walk: Walk, node: fx.Node) -> None:
@@ -204,7 +201,8 @@ def _handled(walk: Walk, node: fx.Node) -> Axes | list[Axes]:
         if node.target is operator.getitem:
             return views.HANDLERS[operator.getitem](walk, node, {})
         return unfollowed(walk, node, f"{node.target} isn't followed")
-    if node.target._schema.is_mutable:  # type: ignore[union-attr]
+    stored = node.target is torch.ops.aten.copy_.default
+    if node.target._schema.is_mutable and not stored:  # type: ignore[union-attr]
         return unfollowed(walk, node, f"{node.target} writes it")
     return handler(walk, node, arguments(node))
 

@@ -80,13 +80,23 @@ def _prelu(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes:
     return axes
 
 
-def _batch_norm(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes:
+def _batch_norm(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[Axes]:
     axes = walk.of(args["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         for dim in walk.of(args[name]):
             walk.unify(axes[1], dim, node)
     if node.target is aten.instance_norm.default:
         walk.pin(axes[2:], Refusal("instance norm takes statistics along it", label(node)))
+    if node.target is aten._native_batch_norm_legit_functional.default:
+        return [axes, *[(axes[1],)] * 4]
+    return axes
+
+
+def _stored(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes:
+    """State after a call has the channels of what was written to it."""
+    axes = walk.of(args["self"])
+    for one, other in zip(axes, walk.of(args["src"]), strict=True):
+        walk.unify(one, other, node)
     return axes
 
 
@@ -192,6 +202,8 @@ HANDLERS: dict[Any, Handler] = {
     aten.glu.default: _glu,
     aten.batch_norm.default: _batch_norm,
     aten.instance_norm.default: _batch_norm,
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten.copy_.default: _stored,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _layer_norm,
     aten.group_norm.default: _group_norm,

@@ -90,6 +90,12 @@ def _whole(x: Known | None, source: fx.Node, axes: Sequence[int]) -> Known | Non
     return x.only(x.mask.all(dim=tuple(axes), keepdim=True)) if axes else x
 
 
+def _learning_norm(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
+    """A batch norm on batch statistics, of which it gives four more results."""
+    after = args["input"].meta["val"].ndim - 2
+    return [_affine(facts, None, args, after), None, None, None, None]
+
+
 def _batch_norm(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
     """In eval mode (x - mean) / sqrt(var + eps), per channel."""
     source = args["input"]
@@ -175,6 +181,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
     **handlers_of(_batch_norm, aten.batch_norm.default, aten.instance_norm.default),
+    aten._native_batch_norm_legit_functional.default: _learning_norm,
     **handlers_of(
         _windowed(1),
         aten.avg_pool1d.default,

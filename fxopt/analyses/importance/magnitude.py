@@ -55,8 +55,14 @@ def parameters(group: Group, places: Iterable[Place]) -> list[Place]:
     return found
 
 
+_BATCH_NORMS = (
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+)
+
+
 def _is_statistic(state: fx.Node, user: fx.Node) -> bool:
-    if user.target is not torch.ops.aten.batch_norm.default:
+    if user.target not in _BATCH_NORMS:
         return False
     args = arguments(user)
     return state in (args["running_mean"], args["running_var"])
