@@ -318,7 +318,6 @@ class _Translation:
                     constants[index] = value
                 index += 1
             elif spec.kind in _MUTATIONS:
-                self._check_write(spec)
                 self._write(spec, names, self._value(result))
             else:
                 raise CaptureError(
@@ -335,14 +334,6 @@ class _Translation:
                 f"{type(self.model).__name__} returns a number that depends on its inputs "
                 f"({node.name}, at {node.meta['source'] or 'an unknown line'}); a program returns "
                 "tensors. Return it as one, with torch.scalar_tensor, or leave it out."
-            )
-
-    def _check_write(self, spec: Any) -> None:
-        if spec.kind == OutputKind.PARAMETER_MUTATION and self.mode == "train":
-            raise CaptureError(
-                f"{type(self.model).__name__} writes its parameter {spec.target} in forward, as "
-                "nn.Embedding(max_norm=) does, and a program can't train what it writes. Set "
-                "max_norm=None for the training, and bound the rows after each optimizer step."
             )
 
     def _write(self, spec: Any, names: Mapping[str, fx.Node], value: fx.Node) -> None:

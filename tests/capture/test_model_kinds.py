@@ -316,20 +316,18 @@ def test_an_embedding_with_max_norm_bounds_its_rows_as_eager_does() -> None:
 
 
 def test_a_forward_with_an_exception_of_its_own_is_judged_where_it_answers() -> None:
-    class TooShortError(Exception):
+    class ThreeRowsError(Exception):
         pass
 
     class Strict(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            if not torch.compiler.is_compiling() and x.shape[0] < 2:
-                raise TooShortError("at least two rows")
+            if not torch.compiler.is_compiling() and x.shape[0] != 3:
+                raise ThreeRowsError("three rows, please")
             return x * 2
 
     notes = taken(Strict(), X).report.notes
-    (note,) = notes
-    assert note.startswith("not judged at x (1, ")
-    assert note.endswith("the original rejects it (at least two rows)")
-    with pytest.raises(InputError, match="itself rejects verify_inputs\\[0\\]: TooShortError"):
+    assert any(note.endswith("the original rejects it (three rows, please)") for note in notes)
+    with pytest.raises(InputError, match="itself rejects verify_inputs\\[0\\]: ThreeRowsError"):
         fxopt.transform(Strict(), "canonicalize", example_inputs=(X,), verify_inputs=[(X[:1],)])
 
 
