@@ -327,7 +327,7 @@ def test_a_forward_with_an_exception_of_its_own_is_judged_where_it_answers() -> 
 
     notes = taken(Strict(), X).report.notes
     assert any(note.endswith("the original rejects it (three rows, please)") for note in notes)
-    with pytest.raises(InputError, match="itself rejects verify_inputs\\[0\\]: ThreeRowsError"):
+    with pytest.raises(InputError, match="itself rejects .*: ThreeRowsError: three rows"):
         fxopt.transform(Strict(), "canonicalize", example_inputs=(X,), verify_inputs=[(X[:1],)])
 
 
