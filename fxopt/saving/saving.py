@@ -13,12 +13,8 @@ from torch import Tensor
 from fxopt.errors import SaveError, WellFormedError
 from fxopt.program import Program
 from fxopt.saving import folder as folders
-<<<<<<< HEAD
 from fxopt.saving.call_types import CallTypes
-from fxopt.saving.further import decode_further, first_of, tensors_of
-=======
 from fxopt.saving.further import EVALUATION, Decode, decode_further, first_of, tensors_of
->>>>>>> training
 from fxopt.saving.nodes import decode_nodes, encode_nodes
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
@@ -123,7 +119,10 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         state, example = read_tensors(path / folders.TENSORS, field(data, "tensors", dict))
         program, *further = _programs(data, state, example, namespaces)
         beside = decode_beside(
-            data.get("evaluation"), state, program, partial(from_document, namespaces=namespaces)
+            data.get("evaluation"),
+            state,
+            program,
+            partial(from_document, namespaces=namespaces, programs=2),
         )
         lowering = data["lowering"]
         if not isinstance(lowering, str | None):
@@ -155,6 +154,7 @@ def _programs(
 
     further = data.get("further", [])  # folders of earlier versions hold one program
     count = 1 + (len(further) if isinstance(further, list) else 0)
+    count += isinstance(data.get("evaluation"), dict)
 
     def decode(document: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Program:
         return from_document(document, tensors, inputs, namespaces, count)
