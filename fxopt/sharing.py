@@ -96,6 +96,11 @@ def reaches_output(node: fx.Node) -> bool:
     return False
 
 
+def is_returned_in_place(node: fx.Node) -> bool:
+    """Whether an output is in the memory of `node`'s value, and that in an input's or a state's."""
+    return reaches_output(node) and chain(node)[-1].op in ("placeholder", "get_attr")
+
+
 def chain(node: fx.Node) -> list[fx.Node]:
     """From `node` back to where its memory is made: an input, state, or a call that allocates it.
 

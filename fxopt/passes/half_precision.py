@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from fxopt.passes.half_values import HALF, HalfValues, is_cast, is_tensor_of
 from fxopt.rewriting import Edit, Match, Rule, arguments
 from fxopt.rewriting.pattern import Target
+from fxopt.sharing import is_returned_in_place
 
 aten = torch.ops.aten
 
@@ -106,6 +107,8 @@ class ComputeInHalf(Rule):
             known = (torch.float32, self.dtype)
             if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in known:
                 return f"its operand {operand.name} is {value.dtype}; only float32 is rounded"
+        if any(is_returned_in_place(root) for root in match.roots):
+            return "it is returned as a view of an input or of state, which a rounded copy isn't"
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> Sequence[fx.Node]:
