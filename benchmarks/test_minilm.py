@@ -15,6 +15,7 @@ from benchmarks.systems import (
     EAGER,
     FXOPT_CAREFUL,
     FXOPT_DYNAMIC,
+    FXOPT_FP32,
     FXOPT_MIXED,
     ONNXRUNTIME_INT8,
     OPENVINO_BF16,
@@ -28,6 +29,7 @@ from benchmarks.systems import (
 _OURS = (FXOPT_MIXED, FXOPT_DYNAMIC, FXOPT_CAREFUL)
 _PEERS = (
     EAGER,
+    FXOPT_FP32,
     OPENVINO_FP32,
     OPENVINO_BF16,
     OPENVINO_INT8,
