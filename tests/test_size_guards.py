@@ -198,7 +198,7 @@ def test_a_changed_original_makes_no_mixture() -> None:
     model = Sized(_one_step)
     opt = _transform(model, 4, 12, passes="int8-linear{mode=weight_only}")
     model.l.weight.data.mul_(2)
-    with pytest.raises((InputError, ModelError), match="of the original model w.* changed"):
+    with pytest.raises((InputError, ModelError), match=r"of the original model w.* changed"):
         opt(_x(4, 1))
 
 
