@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxopt
-from fxopt.errors import InputError, PassError
+from fxopt.errors import InputError, ModelError, PassError
 from fxopt.report import Report
 
 _WIDTH = 16
@@ -188,24 +188,17 @@ def test_another_word_for_recapture_is_refused(value: Any) -> None:
 def test_changed_weights_make_no_mixture() -> None:
     model = Sized(_one_step)
     opt = _transform(model, 4, 12, passes="int8-linear{mode=weight_only}")
-    opt(_x(4, 1))
     with torch.no_grad():
-        next(iter(opt.buffers())).data.mul_(2)
-        model.l.weight.data.mul_(2)  # past the version counter
-    fresh = _transform(Sized(_one_step), 4, 12, passes="int8-linear{mode=weight_only}")
-    with torch.no_grad():
-        for buffer in fresh.buffers():
-            buffer.add_(0)
-            buffer.mul_(2)
+        next(iter(opt.buffers())).data.mul_(2)  # past autograd's version counters
     with pytest.raises(InputError, match="No program can be captured for it: weights of this mod"):
-        fresh(_x(4, 1))
+        opt(_x(4, 1))
 
 
 def test_a_changed_original_makes_no_mixture() -> None:
     model = Sized(_one_step)
     opt = _transform(model, 4, 12, passes="int8-linear{mode=weight_only}")
-    model.l.weight.data.mul_(2)  # past autograd's version counters
-    with pytest.raises(InputError, match="weights of the original model were changed since"):
+    model.l.weight.data.mul_(2)
+    with pytest.raises((InputError, ModelError), match=r"of the original model w.* changed"):
         opt(_x(4, 1))
 
 
