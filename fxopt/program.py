@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx

@@ -106,7 +106,8 @@ def _places(exported: ExportedProgram) -> tuple[Places, ShapeEnv | None]:
     places: dict[Any, tuple[str, int, int]] = {}
     environment = None
     for index, value in _inputs(exported):
-        for axis, size in enumerate(value.shape):
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        for axis, size in enumerate(sizes):
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
                 # What the size was called before torch found it equal to another, or a constant.

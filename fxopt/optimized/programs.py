@@ -28,7 +28,7 @@ from fxopt.optimized.members import (
 )
 from fxopt.optimized.outcome import Outcome
 from fxopt.optimized.source import Source
-from fxopt.program import Mode
+from fxopt.program import Mode, materialize
 from fxopt.signature import bind
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -143,7 +143,7 @@ def beside(
         if not one.follows:
             continue  # tensors of its evaluation aren't changed here: it is captured anew
         state = {
-            name: tensor if name in one.shared else _like(tensor, change(tensor))
+            name: tensor if name in one.shared else _like(tensor, change(materialize(tensor)))
             for name, tensor in one.program.state.items()
         }
         outcome = one.outcome
@@ -159,7 +159,7 @@ def beside(
 
 def _on_device(outcome: Outcome, device: torch.device | None) -> Outcome:
     """A program that was captured where the original is, for a module that was moved."""
-    tensors = outcome.program.materialized().state
+    tensors = {name: materialize(t) for name, t in outcome.program.state.items()}
     if device is None or all(tensor.device == device for tensor in tensors.values()):
         return outcome
     moved = {name: _like(tensor, tensor.to(device)) for name, tensor in tensors.items()}

@@ -155,8 +155,7 @@ class Pipeline:
         program = self.program
         extra = [[tensor.clone() for tensor in one] for one in own]
         changed: set[str] = set()
-        reference = run_model(self.model, program, changed)
-        found, skipped = trials(program, reference, extra)
+        found, skipped = trials(program, run_model(self.model, program, changed), extra)
         if changed:
             self.notes.append(note_on_attributes(self.model, program, changed))
         # One other size a step keeps judging cheap; the whole list is judged on both.

@@ -271,7 +271,9 @@ def test_a_constant_that_two_nodes_read_is_stored_once_and_stays_trainable() -> 
             return (x @ self.weight) @ self.weight.t()
 
     result = lowered(capture(Twice(), (X,)))
-    assert lines(result) == ["float(matmul(matmul(half(x), weight_bfloat16), transpose(weight_bfloat16)))"]
+    assert lines(result) == [
+        "float(matmul(matmul(half(x), weight_bfloat16), transpose(weight_bfloat16)))"
+    ]
     stored = result.materialized().state["weight_bfloat16"]
     assert isinstance(stored, nn.Parameter)
     assert stored.dtype == torch.bfloat16

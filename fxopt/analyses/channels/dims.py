@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from networkx.utils import UnionFind
 from torch import Tensor
