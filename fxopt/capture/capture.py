@@ -101,7 +101,6 @@ def _captured(
     with attributes_kept(model), in_mode(model, mode), callers_device():
         exported, guards = _export(model, named, mode)
     program = to_program(exported, model, signature, _copied(named), mode)
-    _check_written(model, program)
     if returns_written(program):
         program = with_returned_places(program, *_eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
@@ -244,16 +243,6 @@ def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
         return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(double, dict(named))  # type: ignore[no-any-return]
-
-
-def _check_written(model: nn.Module, program: Program) -> None:
-    for name in program.written:
-        if program.mode == "train" and isinstance(program.state[name], nn.Parameter):
-            raise CaptureError(
-                f"{type(model).__name__} writes its parameter {name} in forward, as "
-                "nn.Embedding(max_norm=) does, and a program can't train what it writes. Set "
-                "max_norm=None for the training, and bound the rows after each optimizer step."
-            )
 
 
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:

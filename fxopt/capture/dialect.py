@@ -358,7 +358,9 @@ class _Translation:
                 raise CaptureError(
                     f"{type(self.model).__name__} writes to its parameter {place.target} in "
                     f"forward (at {node.meta['source'] or 'an unknown line'}), which a graph that "
-                    "trains can't hold. Write it between the calls, or make it a buffer."
+                    "trains can't hold. Write it between the calls, or make it a buffer; for "
+                    "nn.Embedding(max_norm=), set max_norm=None for the training and bound the "
+                    "rows after each optimizer step."
                 )
 
     def _check_output(self, node: fx.Node) -> None:

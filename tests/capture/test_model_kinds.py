@@ -308,9 +308,11 @@ def test_an_embedding_with_max_norm_bounds_its_rows_as_eager_does() -> None:
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(optimized.state_dict()["0.weight"], model[0].weight.detach())
-    with pytest.raises(CaptureError, match=r"writes its parameter 0\.weight in forward") as caught:
+    with pytest.raises(
+        CaptureError, match=r"writes to its parameter 0\.weight in forward"
+    ) as caught:
         fxopt.transform(model, "canonicalize", example_inputs=(IDS,), mode="train")
-    assert "Set max_norm=None for the training" in str(caught.value)
+    assert "set max_norm=None for the training" in str(caught.value)
     model[0].max_norm = None
     fxopt.transform(model, "canonicalize", example_inputs=(IDS,), mode="train")
 
@@ -327,7 +329,7 @@ def test_a_forward_with_an_exception_of_its_own_is_judged_where_it_answers() -> 
 
     notes = taken(Strict(), X).report.notes
     assert any(note.endswith("the original rejects it (three rows, please)") for note in notes)
-    with pytest.raises(InputError, match="itself rejects verify_inputs\\[0\\]: ThreeRowsError"):
+    with pytest.raises(InputError, match=r"itself rejects .*: ThreeRowsError: three"):
         fxopt.transform(Strict(), "canonicalize", example_inputs=(X,), verify_inputs=[(X[:1],)])
 
 
