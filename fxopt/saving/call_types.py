@@ -120,7 +120,8 @@ def _check_parts(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return
     counts = [given.get(name) for name in ("chunks", "sections", "indices_or_sections", "r", "N")]
     axis = given.get("dim", 0)
-    size = size_at_capture(whole.shape[axis]) if isinstance(axis, int) else 0
+    known = isinstance(axis, int) and -whole.ndim <= axis < whole.ndim
+    size = size_at_capture(whole.shape[axis]) if known else 0
     if "split_size" in given and isinstance(given["split_size"], int):
         counts.append(size // max(given["split_size"], 1))
     elif "unbind" in str(target):
