@@ -81,7 +81,7 @@ def candidates_of(program: Program) -> list[Candidate]:
 def rewritten_db(program: Program, names: Sequence[str], batches: Sequence[Any]) -> float:
     """The oracle: the program that Int8Linear makes of these layers, evaluated."""
     paths = tuple(path for name in names for path in name.split("|"))
-    pass_ = Int8Linear(include=paths, where="always")
+    pass_ = Int8Linear(include=paths, where="always", range=8)
     after = pass_.apply(program, pass_.plan(program))
     return min(
         Sqnr(1.0).measure(old, new).value

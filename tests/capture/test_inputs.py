@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fxopt.capture import capture, derive_inputs, normalize_inputs
+from fxopt.capture import derive_inputs, normalize_inputs
 from fxopt.errors import InputError, NotCapturedError
 from tests.architectures import TRANSFORMERS
 from tests.seq2seq import SEQ2SEQ
@@ -174,12 +174,4 @@ def test_a_shape_is_never_guessed(make: Any) -> None:
         f"no example inputs can be derived from {type(model).__name__}: it has no transformers "
         "config that says what its inputs are. Pass example_inputs=(...) or call the result once; "
         "the capture then uses the inputs of that call."
-    )
-
-
-def test_the_length_that_a_recurrent_network_fixes_is_noted_and_a_weights_width_is_not() -> None:
-    program = capture(nn.LSTM(6, 4, batch_first=True).eval(), (torch.randn(2, 5, 6),))
-    assert program.notes == (
-        "the model fixes the size of input to 5 on axis 1: a call with another needs a program of "
-        "its own",
     )
