@@ -24,6 +24,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 import fxopt
 from fxopt import kept_memory
 from fxopt.kept_memory import pool
+from fxopt.kernels.onednn_int8 import takes_full_range
 from fxopt.measure import peak_memory
 
 _KB = 1 << 10
@@ -256,8 +257,10 @@ def test_a_lowered_model_takes_no_fresh_memory(passes: str) -> None:
 
     for _ in range(3):
         faults()
-    # Its intermediate results alone are 512 pages or more.
-    assert sorted(faults() for _ in range(5))[2] < 100
+    # Its intermediate results alone are 512 pages or more. Where oneDNN has no int8 dot product it
+    # takes some 100 pages a product from the C library itself, for sums of its own.
+    of_the_library = 0 if "int8" not in passes or takes_full_range() else 200
+    assert sorted(faults() for _ in range(5))[2] < 100 + of_the_library
 
 
 def test_what_a_program_kept_goes_with_it() -> None:

@@ -39,7 +39,7 @@ def casts(program: Program) -> list[fx.Node]:
 
 
 def layers(program: Program) -> list[Any]:
-    return [layer for node in program.graph.nodes if (layer := as_layer(node)) is not None]
+    return [layer for node in program.graph.nodes if (layer := as_layer(node, True)) is not None]
 
 
 class Convolutions(nn.Module):
