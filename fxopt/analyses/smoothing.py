@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxopt import kernels
+import fxopt.kernels  # noqa: F401  the operators
+from fxopt.analyses.weights import quantize_rows
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """What `choose_alpha` tries, from weights that carry the outliers to activations that do."""
@@ -53,17 +54,18 @@ def choose_alpha(
     largest: Tensor,
     ties: Tensor,
     static: bool = False,
+    bits: int = 8,
 ) -> float | None:
     """The alpha of least error of the int8 products on a sample; None where none gains by it.
 
     `rows` [R, K] and `weights` [N, K] each are samples; the error is the squared difference to the
-    float products, with a scale per output channel and per token or, if `static`, one for all rows,
-    which holds `activations`.
+    float products, with weights of `bits` bits, a scale per output channel and per token or, if
+    `static`, one for all rows, which holds `activations`.
     """
 
     def error(scale: Tensor) -> float:
         step = (activations / scale).amax() / _STEPS if static else None
-        return _int8_error(rows, weights, scale, step)
+        return _int8_error(rows, weights, scale, step, bits)
 
     errors = {alpha: error(smoothing_scale(activations, largest, ties, alpha)) for alpha in ALPHAS}
     best = min(errors, key=errors.__getitem__)
@@ -82,14 +84,14 @@ def _tied_largest(values: Tensor, ties: Tensor) -> Tensor:
 
 
 def _int8_error(
-    rows: Tensor, weights: Sequence[Tensor], scale: Tensor, step: Tensor | None
+    rows: Tensor, weights: Sequence[Tensor], scale: Tensor, step: Tensor | None, bits: int
 ) -> float:
     """The squared error of the products, `rows` rounded in units of `step`, else per token."""
     factor = scale.to(rows)
     x = _rounded(rows / factor, step)
     error = 0.0
     for weight in weights:
-        w = torch.ops.fxopt.dequantize(*kernels.quantize_weight(weight * factor), rows.dtype)
+        w = torch.ops.fxopt.dequantize(*quantize_rows(weight * factor, bits=bits), rows.dtype)
         error += (x @ w.t() - rows @ weight.t()).square().sum().item()
     return error
 

@@ -21,7 +21,7 @@ from fxopt.analyses import RangeMethod, Sensitivity
 from fxopt.claim import Claim, Sqnr
 from fxopt.errors import PassError
 from fxopt.passes.int8_planning import Int8Plan, make_plan
-from fxopt.passes.quantize_linear import Activations, Int8Mode, QuantizeLinear, Scheme
+from fxopt.passes.quantize_linear import Activations, Int8Mode, QuantizeLinear, Range, Scheme
 from fxopt.passes.selection import Selection, checked_selections
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage, rewrite
@@ -35,7 +35,6 @@ _BELOW_BUDGET = 3.0
 
 Where = Literal["faster", "always"]
 Weights = Literal["nearest", "gptq"]
-Range = Literal["auto", 7, 8]
 
 
 @dataclass(frozen=True, repr=False)

@@ -45,6 +45,7 @@ from fxopt.passes.quantize_linear import (
     Scheme,
     StaticScale,
     WeightKey,
+    bits_of,
     weight_key,
 )
 from fxopt.program import Program, materialize, module_path, size_at_capture
@@ -108,9 +109,8 @@ class _Planning:
 
     def choose_range(self, given: Any) -> None:
         """How many bits the weights have, and what 7 of them cost."""
-        devices = {linear.weight.meta["val"].device for linear in self.linears}
-        needed = any(map(self._saturates, devices))
-        bits = given if given != "auto" else 7 if needed else 8
+        multiplied = [] if self.scheme.mode == "weight_only" else self.linears
+        bits = bits_of(given, multiplied)
         self.scheme = replace(self.scheme, bits=bits)
         if bits == 8 or not self.linears:
             return

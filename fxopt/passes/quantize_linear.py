@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses import Linear, quantize_rows, reads_as_linear, refuse_shared_weight
+from fxopt.kernels import saturates
 from fxopt.passes.linear_rule import ProductRule
 from fxopt.passes.selection import Selection, refuse_by_path, refuse_weight
 from fxopt.passes.split_outliers import is_outlying
@@ -26,6 +27,7 @@ aten, ops = torch.ops.aten, torch.ops.fxopt
 
 Int8Mode = Literal["dynamic", "static", "weight_only"]
 Activations = Literal["symmetric", "affine"]
+Range = Literal["auto", 7, 8]
 Rounded = tuple[Tensor, Tensor]
 """int8 values [N, K] of a weight, and float32 scales [N, 1] or [N, K / group]."""
 
@@ -37,6 +39,14 @@ Call = Callable[..., Any]
 
 _STEPS = 255
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def bits_of(given: Range, linears: Sequence[Linear]) -> int:
+    """How many bits int8 weights have that are multiplied by rounded inputs: as given, or 7 where a
+    device multiplies 8 bits exactly in float alone."""
+    if given != "auto":
+        return given
+    return 7 if any(saturates(linear.weight.meta["val"].device) for linear in linears) else 8
 
 
 @dataclass(frozen=True)

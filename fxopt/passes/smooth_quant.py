@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,7 @@ from fxopt.analyses.observers import ChannelMagnitude, Observer, Rows
 from fxopt.analyses.smoothing import choose_alpha, largest_per_channel, smoothing_scale
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
+from fxopt.passes.quantize_linear import Range, bits_of
 from fxopt.passes.selection import checked_globs, has_mark, refuse_by_path, refuse_weight
 from fxopt.passes.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear, readers
 from fxopt.program import Program, Refusal, label, materialize
@@ -48,9 +49,9 @@ class SmoothQuant(Pass):
     `alpha` in [0, 1] says how far: 0 leaves the activations' outliers, 1 moves them whole;
     `"auto"` tries several on a sample of each input and takes the one of least int8 error, or
     none, as `Int8Linear` of this `mode` rounds the input: `"static"` has one scale for all tokens
-    and gains by more smoothing. `include` and `exclude` are globs over module paths. Scales come
-    from the calibration inputs, or from the example where none were given, with a warning. A
-    smoothed weight ends in `_smoothed`, which a second run leaves alone.
+    and gains by more smoothing; `range` is that of its weights. `include` and `exclude` are globs
+    over module paths. Scales come from the calibration inputs, or from the example where none were
+    given, with a warning. A smoothed weight ends in `_smoothed`, which a second run leaves alone.
 
     Claim: close. Raises `PassError` for another alpha or mode, and when it comes after a pass that
     quantized linears.
@@ -60,6 +61,7 @@ class SmoothQuant(Pass):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     mode: Literal["dynamic", "static"] = "dynamic"
+    range: Range = "auto"
     name: ClassVar[str] = "smooth-quant"
     stage: ClassVar[Stage] = Stage.NUMERICS
     claim: Claim = Close()
@@ -72,6 +74,8 @@ class SmoothQuant(Pass):
             )
         if self.mode not in ("dynamic", "static"):
             raise PassError(f'SmoothQuant(mode={self.mode!r}): mode must be "dynamic" or "static"')
+        if self.range not in get_args(Range):
+            raise PassError(f'SmoothQuant(range={self.range!r}): range must be "auto", 7 or 8')
         for option in ("include", "exclude"):
             globs = checked_globs("SmoothQuant", option, getattr(self, option))
             object.__setattr__(self, option, globs)
@@ -212,7 +216,8 @@ class _Planning:
         if alpha == "auto":
             rows = torch.cat([self.observers[x][1].rows.float().cpu() for x in group.inputs])
             static = self.options.mode == "static"
-            chosen = choose_alpha(rows, samples, activations, largest, ties, static)
+            bits = bits_of(self.options.range, group.linears)
+            chosen = choose_alpha(rows, samples, activations, largest, ties, static, bits)
             if chosen is None:
                 return self._leave(group, "no alpha makes its int8 product truer on calibration")
             alpha = chosen
