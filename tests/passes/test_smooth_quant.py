@@ -447,6 +447,8 @@ def test_options_are_checked_and_parsed() -> None:
             SmoothQuant(alpha)  # type: ignore[arg-type]
     with pytest.raises(PassError, match=r'mode=\'half\'\): mode must be "dynamic" or "static"'):
         SmoothQuant(mode="half")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match=r'SmoothQuant\(range=6\): range must be "auto", 7 or 8'):
+        SmoothQuant(range=6)  # type: ignore[arg-type]
     with pytest.raises(PassError, match=r"SmoothQuant\(include=\(3,\)\): give globs"):
         SmoothQuant(include=(3,))  # type: ignore[arg-type]
     assert parse_passes("smooth-quant{alpha=auto, exclude=lm_head}") == (

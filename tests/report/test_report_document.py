@@ -23,6 +23,7 @@ def test_schema_is_stable(report):
         *("schema", "version", "model", "capture_ms", "steps", "end_to_end"),
         *("latency_before", "latency_after", "memory_before", "memory_after"),
         *("notes", "fingerprint", "picture_before", "picture_after"),
+        *("domains", "most_programs"),
     ]
     assert list(data["steps"][0]) == [
         *("name", "spec", "fired", "refused", "reverted", "nodes_before", "nodes_after"),
