@@ -14,13 +14,12 @@ Side = Literal["student", "teacher"]
 
 _HOW = {
     "hidden_states": (
-        "Have them returned with config.output_hidden_states = True; a captured model: "
-        "fxopt.transform(..., example_inputs={**batch, 'output_hidden_states': True})"
+        "Have them returned with config.output_hidden_states = True, set before fxopt.transform "
+        "captures the model"
     ),
     "attentions": (
         "Have them returned with config.output_attentions = True on a model loaded with "
-        "attn_implementation='eager'; a captured model: fxopt.transform(..., "
-        "example_inputs={**batch, 'output_attentions': True})"
+        "attn_implementation='eager', set before fxopt.transform captures the model"
     ),
     "logits": "For a model that gives embeddings use terms=[Hidden()]",
     "loss": (

@@ -172,11 +172,11 @@ def test_every_kind_of_output_is_read() -> None:
 
 
 def test_a_captured_student_gives_the_same_loss() -> None:
-    teacher, model = bert(2, **WITH_STATES), bert(1, 8, seed=1)
+    teacher, model = bert(2, **WITH_STATES), bert(1, 8, seed=1, **WITH_STATES)
     batch = text_batch(1)
-    opt = captured(model, {**text_batch(0), **WITH_STATES})
+    opt = captured(model, text_batch(0))
     loss = DistillationLoss(teacher, [Task(), Logits(), Hidden()]).prepare(opt, batch)
-    expected = loss(model(**batch, **WITH_STATES), batch)
+    expected = loss(model(**batch), batch)
     torch.testing.assert_close(loss(opt(**batch), batch), expected)
 
 
@@ -216,8 +216,8 @@ MASK = {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
             {"hidden_states": (torch.zeros(2, 6, 4),)},
             {},
             "the term Hidden() needs hidden_states, and the student returned only logits. Have "
-            "them returned with config.output_hidden_states = True; a captured model: "
-            "fxopt.transform(..., example_inputs={**batch, 'output_hidden_states': True}).",
+            "them returned with config.output_hidden_states = True, set before fxopt.transform "
+            "captures the model.",
         ),
         (
             [Attention()],
@@ -226,8 +226,7 @@ MASK = {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
             {},
             "the term Attention() needs attentions, and the student returned only logits. Have "
             "them returned with config.output_attentions = True on a model loaded with "
-            "attn_implementation='eager'; a captured model: fxopt.transform(..., "
-            "example_inputs={**batch, 'output_attentions': True}).",
+            "attn_implementation='eager', set before fxopt.transform captures the model.",
         ),
         (
             [Task()],
