@@ -44,8 +44,8 @@ class Execution:
         self.lowering = lowering
         self.modules: dict[Mode, fx.GraphModule] = {program.mode: module}
         self.compiled: dict[tuple[Mode, bool], Callable[..., Any]] = {}
-        tensors = program.signature.tensors
-        self.device_types = sorted({tensor.device.type for tensor in tensors})
+        kinds = sorted({tensor.device.type for tensor in program.signature.tensors})
+        self.device_types = [one for one in kinds if torch.amp.is_autocast_available(one)]
         programs = (program, *([evaluation] if evaluation else []))
         if any(native.serves(node.target) for one in programs for node in one.graph.nodes):
             native.load()
