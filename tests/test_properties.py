@@ -95,7 +95,6 @@ def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_programs_are_well_formed_and_keep_their_metadata(drawn: Drawn, passes: list[Any]) -> None:
     program = capture(drawn.model, drawn.example)
@@ -109,7 +108,6 @@ def test_programs_are_well_formed_and_keep_their_metadata(drawn: Drawn, passes: 
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_the_model_is_left_as_it_was(drawn: Drawn, passes: list[Any]) -> None:
     model = drawn.model.train()
@@ -128,7 +126,6 @@ def test_the_model_is_left_as_it_was(drawn: Drawn, passes: list[Any]) -> None:
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_a_second_run_of_a_pass_changes_nothing(drawn: Drawn, passes: list[Any]) -> None:
     program = capture(drawn.model, drawn.example)
@@ -138,7 +135,6 @@ def test_a_second_run_of_a_pass_changes_nothing(drawn: Drawn, passes: list[Any])
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_untouched_state_is_shared_and_not_copied(drawn: Drawn, passes: list[Any]) -> None:
     opt = _optimize(drawn, passes, on_violation="revert")
@@ -150,7 +146,6 @@ def test_untouched_state_is_shared_and_not_copied(drawn: Drawn, passes: list[Any
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_the_printed_graph_is_deterministic(drawn: Drawn, passes: list[Any]) -> None:
     first = _optimize(drawn, passes, on_violation="revert")
@@ -160,7 +155,6 @@ def test_the_printed_graph_is_deterministic(drawn: Drawn, passes: list[Any]) -> 
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_specs_parse_back_to_the_same_passes(drawn: Drawn, passes: list[Any]) -> None:
     resolved = resolve_passes(passes)
@@ -170,7 +164,6 @@ def test_specs_parse_back_to_the_same_passes(drawn: Drawn, passes: list[Any]) ->
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_saving_and_loading_gives_the_same_program(drawn: Drawn, passes: list[Any]) -> None:
     opt = _optimize(drawn, passes, on_violation="revert")
@@ -184,7 +177,6 @@ def test_saving_and_loading_gives_the_same_program(drawn: Drawn, passes: list[An
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists())
 def test_sizes_stay_dynamic(drawn: Drawn, passes: list[Any]) -> None:
     before = capture(drawn.model, drawn.example).signature.tensors
@@ -195,7 +187,6 @@ def test_sizes_stay_dynamic(drawn: Drawn, passes: list[Any]) -> None:
 
 
 @_FEW
-@in_parts(25)
 @given(models(), pass_lists(int8=False), pass_lists(int8=False))
 def test_a_transformed_model_can_be_transformed_again(
     drawn: Drawn, first: list[Any], second: list[Any]
@@ -251,7 +242,6 @@ def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.Dat
 
 
 @_FEW
-@in_parts(25)
 @given(models(), st.data())
 def test_revert_undoes_a_planted_fault(drawn: Drawn, data: st.DataObject) -> None:
     program = capture(drawn.model, drawn.example)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fxopt.analyses.channels import channels
@@ -16,7 +16,7 @@ from tests.pruning_oracles import reaches_output, refusal_is_justified, strays
 from tests.sweeps import in_parts
 
 _DOUBLES = st.just(torch.float64)
-_FEW = settings(max_examples=60)
+_FEW = in_parts(60)
 _MANY = in_parts(500, one_in=5)
 
 
@@ -51,7 +51,6 @@ def _assert_refusals_justified(drawn: Drawn) -> None:
 
 
 @_FEW
-@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES), st.data())
 def test_channels_that_can_be_cut_feed_their_readers_only(
     drawn: Drawn, data: st.DataObject
@@ -60,7 +59,6 @@ def test_channels_that_can_be_cut_feed_their_readers_only(
 
 
 @_FEW
-@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES))
 def test_what_cannot_be_cut_has_a_way_out(drawn: Drawn) -> None:
     _assert_refusals_justified(drawn)

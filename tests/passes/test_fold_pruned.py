@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers import BertConfig, BertModel
@@ -31,7 +31,7 @@ from tests.sweeps import in_parts
 
 aten = torch.ops.aten
 
-_FEW = settings(max_examples=50)
+_FEW = in_parts(50)
 _MANY = in_parts(500, one_in=5)
 _DOUBLES = st.just(torch.float64)
 _RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -119,14 +119,12 @@ def _stands_in(found: Channels, group: Group, node: fx.Node, axes: Sequence[int]
 
 
 @_FEW
-@in_parts(25)
 @given(_MODELS, st.data())
 def test_outputs_equal_those_of_the_masked_original(drawn: Drawn, data: st.DataObject) -> None:
     _assert_equals_masked_original(drawn, data)
 
 
 @_FEW
-@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES), st.data())
 def test_every_channel_that_stays_is_needed(drawn: Drawn, data: st.DataObject) -> None:
     _assert_nothing_left(drawn, data)

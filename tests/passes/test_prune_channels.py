@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -26,7 +26,7 @@ from tests.pruned_models import prunable_models
 from tests.pruning_oracles import pruned_by_hand, relative_change
 from tests.sweeps import in_parts
 
-_FEW = settings(max_examples=50)
+_FEW = in_parts(50)
 _MANY = in_parts(500, one_in=5)
 _DOUBLES = st.just(torch.float64)
 _KINDS = ("ffn", "heads", "queries", "residual", "channels")
@@ -65,7 +65,6 @@ def _assert_equals_blind_original(drawn: Drawn, pass_: Pass) -> None:
 
 
 @_FEW
-@in_parts(25)
 @given(prunable_models(dtypes=_DOUBLES), _passes())
 def test_the_pruned_program_is_the_original_with_blind_readers(
     drawn: Drawn, pass_: PruneChannels
