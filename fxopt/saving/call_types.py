@@ -53,6 +53,8 @@ class BoundedFakeMode(FakeTensorMode):
         self._calls -= 1
         if self._calls < 0:
             raise SaveError("the operators of the saved graph fall into too many parts")
+        if self._calls < math.inf:
+            _check_parts(func, args, kwargs or {})  # torch unbinds a tensor given for a list
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def release(self) -> None:
