@@ -65,12 +65,14 @@ def capture(
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     mode: Mode = "eval",
     empty: bool = False,
+    learns: bool = False,
 ) -> Program:
     """The graph of `model` on inputs like `example_inputs`, with every size dynamic that can be.
 
     `example_inputs` left out: derived from the model's transformers config. Parameters and buffers
     are the model's own tensors; tied ones stay tied. The model's mode flags are restored. Inputs
-    without entries, which show little, are taken where they may be `empty`.
+    without entries, which show little, are taken where they may be `empty`. A program in train mode
+    learns; one in eval mode that is the evaluation of such a program `learns` too, by its inputs.
 
     Raises `ModelError` for a model that can't be captured at all, `InputError` for inputs that the
     model itself rejects, `NotCapturedError` when no inputs are given and none can be derived, and
@@ -79,7 +81,7 @@ def capture(
     model = uncompiled(model)
     check_model(model)
     with callers_modes_off():
-        return _captured(model, example_inputs, mode, empty)
+        return _captured(model, example_inputs, mode, empty, learns or mode == "train")
 
 
 def _captured(
@@ -87,6 +89,7 @@ def _captured(
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
     mode: Mode,
     empty: bool,
+    learns: bool,
 ) -> Program:
     signature = forward_signature(model)
     named = normalize_inputs(
@@ -99,8 +102,8 @@ def _captured(
         notes.append("captured with use_cache=False: the key/value cache is not an output")
     _check_devices(model, named)
     with attributes_kept(model), in_mode(model, mode), callers_device():
-        exported, guards = _export(model, named, mode)
-    program = to_program(exported, model, signature, _copied(named), mode)
+        exported, guards = _export(model, named, learns)
+    program = to_program(exported, model, signature, _copied(named), mode, learns)
     if returns_written(program):
         program = with_returned_places(program, *_eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
@@ -110,13 +113,13 @@ def _captured(
 
 
 def _export(
-    model: nn.Module, named: Mapping[str, Any], mode: Mode
+    model: nn.Module, named: Mapping[str, Any], learns: bool
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
     doubled = _double_batch(named)
     if doubled is not None:
         try:
-            exported, guards = _export_dynamic(model, doubled, mode)
+            exported, guards = _export_dynamic(model, doubled, learns)
         except Exception:
             pass  # not a batch after all: capture it as it is, with the axis fixed to 1
         else:
@@ -125,7 +128,7 @@ def _export(
             if admits(exported, guards, shapes):
                 return exported, guards
     try:
-        return _export_dynamic(model, named, mode)
+        return _export_dynamic(model, named, learns)
     except InputError:
         raise
     except Exception as error:
@@ -134,13 +137,13 @@ def _export(
 
 
 def _export_dynamic(
-    model: nn.Module, named: Mapping[str, Any], mode: Mode
+    model: nn.Module, named: Mapping[str, Any], learns: bool
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     args, kwargs = unbind(forward_signature(model), _distinct(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
-        torch.set_grad_enabled(mode == "train"),
+        torch.set_grad_enabled(learns),
         recorded() as questions,
     ):
         shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))

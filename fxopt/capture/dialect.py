@@ -89,27 +89,32 @@ def to_program(
     forward: inspect.Signature,
     named: Mapping[str, Any],
     mode: Mode,
+    learns: bool,
 ) -> Program:
     """The exported graph as a Program over the model's own tensors.
 
-    `named` are the example inputs as {argument name: value}. Raises `CaptureError` for custom
-    objects, effect tokens and enabled autocast regions.
+    Where it `learns`, regions without gradients stay so. `named` are the example inputs as
+    {argument name: value}. Raises `CaptureError` for custom objects, effect tokens and enabled
+    autocast regions.
     """
     exported = _without_vmap(exported, model)
     try:
-        return _Translation(exported, model, mode).program(forward, named)
+        return _Translation(exported, model, mode, learns).program(forward, named)
     except UnknownWriteError:
         decomposed = exported.run_decompositions({})
-        return _Translation(decomposed, model, mode).program(forward, named)
+        return _Translation(decomposed, model, mode, learns).program(forward, named)
 
 
 class _Translation:
     """One walk over an exported graph that builds the program's graph node by node."""
 
-    def __init__(self, exported: ExportedProgram, model: nn.Module, mode: Mode) -> None:
+    def __init__(
+        self, exported: ExportedProgram, model: nn.Module, mode: Mode, learns: bool
+    ) -> None:
         self.exported = exported
         self.model = model
         self.mode = mode
+        self.learns = learns
         self.graph = fx.Graph()
         self.state: dict[str, Tensor] = {}
         self.module_types: dict[str, str] = {"": type(model).__name__}
@@ -282,7 +287,7 @@ class _Translation:
             )
         module = self._value(node.args[skip])
         assert isinstance(module, fx.GraphModule)
-        stops = kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.mode == "train"
+        stops = kind == "wrap_with_set_grad_enabled" and not node.args[0] and self.learns
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
         for placeholder, argument in zip(inner, node.args[skip + 1 :], strict=True):
             self.nodes[placeholder] = self._value(argument)

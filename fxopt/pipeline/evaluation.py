@@ -102,7 +102,7 @@ class Evaluator:
     def _found(self, inputs: Inputs | None) -> Program:
         if isinstance(self.model, Optimized) and self.model.is_captured:
             return evaluation_of(self.model, inputs)
-        return capture(self.model, inputs, "eval")
+        return capture(self.model, inputs, "eval", learns=True)
 
     def _judge(self, who: str, claim: Claim, tried: Sequence[Trial], program: Program) -> None:
         expected = [trial.outputs for trial in tried]
