@@ -29,6 +29,7 @@ _WORD = 2**63
 _LARGEST_EXPONENT = 16
 _HIGHEST_RANK = 64
 _MOST_PARTS = 4_096
+_NUMBERED = ("ScalarType", "Layout", "MemoryFormat", "QScheme")
 _CALLS_OF_A_FILE = 8_192
 _CALLS_OF_A_NODE = 200
 _RESULTS_OF_A_FILE = 16_384
@@ -94,6 +95,7 @@ class CallTypes:
     def _run(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(target, torch._ops.OpOverload):
             check_shapes((args, kwargs))
+            _check_numbered(target, args, kwargs)
             _check_parts(target, args, kwargs)
             return run_on_fakes(self.mode, target, args, kwargs)
         if kwargs:
@@ -111,6 +113,14 @@ class CallTypes:
                     f"the saved graph makes a tensor of {leaf.ndim} axes; {_HIGHEST_RANK} can be"
                 )
         check_shapes(value)
+
+
+def _check_numbered(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a number for a dtype, layout or memory format: torch indexes tables by it unchecked."""
+    for index, argument in enumerate(target._schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        if isinstance(value, int) and any(kind in str(argument.real_type) for kind in _NUMBERED):
+            raise SaveError(f"the saved graph gives the number {value} for {argument.name}")
 
 
 def _check_parts(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

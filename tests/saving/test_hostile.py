@@ -87,6 +87,7 @@ def test_many_hostile_folders_take_no_memory(pristine: Path) -> None:
         ("aten.split.Tensor", [{"node": "big"}, 1], "takes a tensor into too many parts"),
         ("aten.chunk.default", [{"node": "big"}, 2**31], "takes a tensor into too many parts"),
         ("aten.affine_grid_generator.default", [{"node": "big"}] * 2 + [False], "instead found"),
+        ("aten.softmax.int", [{"node": "big"}, 0, -1], "gives the number -1 for dtype"),
         ("aten.quantized_lstm_cell.default", [], "is no operator of torch"),
     ],
 )
