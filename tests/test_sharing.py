@@ -169,6 +169,20 @@ class AddsToInput(nn.Module):
         return part, x.sum(0)
 
 
+def test_a_part_of_a_part_that_is_written_is_still_a_part_of_the_input() -> None:
+    class AddsToEntries(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            part = x[0][1:3]
+            part += 1
+            return part, x.sum(0)
+
+    opt = fxopt.transform(AddsToEntries(), "canonicalize", example_inputs=(X.clone(),))
+    x, expected = X.clone(), X.clone()
+    for model, given in ((opt, x), (AddsToEntries(), expected)):
+        model(given)[0].fill_(7)
+    assert torch.equal(x, expected)
+
+
 def test_a_part_of_an_input_that_is_written_is_still_a_part_of_it() -> None:
     opt = fxopt.transform(AddsToInput(), "canonicalize", example_inputs=(X.clone(),))
     x = X.clone()

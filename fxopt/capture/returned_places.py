@@ -7,7 +7,7 @@ An exported graph returns y, memory of its own, where the model returns x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,24 @@ from fxopt.sharing import Labels, chain
 
 aten = torch.ops.aten
 
+_VIEW_OF: Mapping[Any, Any] = {
+    aten.select_scatter.default: aten.select.int,
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.diagonal_scatter.default: aten.diagonal.default,
+}
+"""The view through which each scatter writes; both take the same arguments after the tensors."""
+
 
 def returns_written(program: Program) -> bool:
     """Whether an output is in the memory of a value that the program writes to an input or state.
 
     Whether it is that input or state, or another tensor of the same value, the graph doesn't tell.
     """
-    roots = {chain(write.args[1])[-1] for write in _writes(program.graph)}  # type: ignore[arg-type]
+    roots = {
+        chain(part)[-1]
+        for write in _writes(program.graph)
+        for part, _ in _parts(write.args[1], ())  # type: ignore[arg-type]
+    }
     results: Any = program.output.args[0]
     return any(chain(result)[-1] in roots for result in results)
 
@@ -67,8 +78,13 @@ def _returned(
         return write
     if path[-1] is place:  # a view made before the write, and of what it wrote by now
         return _replayed(graph, path[:-1], place, write)
-    if written in path:
-        return _replayed(graph, path[: path.index(written)], written, write)
+    for part, views in _parts(written, ()):
+        if part in path:
+            new = write
+            for scatter in views:
+                source: Any = scatter.args[1]
+                new = _after(graph, _VIEW_OF[scatter.target], (new, *scatter.args[2:]), source)
+            return _replayed(graph, path[: path.index(part)], part, new)
     if path[-1] is chain(written)[-1] and _holds_all(result, path[-1]):
         return _after(graph, aten.view_as.default, (write, result), result)
     raise CaptureError(
@@ -76,6 +92,19 @@ def _returned(
         f"the same call (at {source_line(result) or 'an unknown line'}); the graph can't tell "
         "which part. Return a copy of it, with .clone()."
     )
+
+
+def _parts(
+    written: fx.Node, views: tuple[fx.Node, ...]
+) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    """What a written value is made of: itself, and each value scattered into it, with the scatters
+    whose views lead there."""
+    yield written, views
+    if written.target in _VIEW_OF:
+        base: Any = written.args[0]
+        source: Any = written.args[1]
+        yield from _parts(source, (*views, written))
+        yield from _parts(base, views)
 
 
 def _replayed(graph: fx.Graph, views: list[fx.Node], source: fx.Node, new: fx.Node) -> fx.Node:

@@ -116,7 +116,7 @@ class CallTypes:
 
 
 def _check_numbered(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a number for a dtype, layout or memory format: torch indexes tables by it unchecked."""
+    """Refuse a number for a dtype, layout or memory format, by which torch indexes its tables."""
     for index, argument in enumerate(target._schema.arguments):
         value = args[index] if index < len(args) else kwargs.get(argument.name)
         if isinstance(value, int) and any(kind in str(argument.real_type) for kind in _NUMBERED):
