@@ -178,8 +178,8 @@ def test_a_part_of_a_part_that_is_written_is_still_a_part_of_the_input() -> None
 
     opt = fxopt.transform(AddsToEntries(), "canonicalize", example_inputs=(X.clone(),))
     x, expected = X.clone(), X.clone()
-    for model, given in ((opt, x), (AddsToEntries(), expected)):
-        model(given)[0].fill_(7)
+    for model, inputs in ((opt, x), (AddsToEntries(), expected)):
+        model(inputs)[0].fill_(7)
     assert torch.equal(x, expected)
 
 
