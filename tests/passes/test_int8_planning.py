@@ -19,7 +19,7 @@ from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.evaluate import evaluate
 from fxopt.measure import Latency, summarize, timings_in
-from fxopt.passes import int8_planning
+from fxopt.passes import int8_planning, quantize_linear
 from fxopt.program import Program, materialize
 from tests.check import check
 from tests.models import SharedLinear
@@ -225,7 +225,8 @@ def weights_of(pass_: Int8Linear, model: nn.Module, calibration: Any = None) -> 
 @pytest.fixture(params=[True, False], ids=["saturating", "dot-product"])
 def saturating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the CPU is one without an int8 dot product."""
-    monkeypatch.setattr(int8_planning, "saturates", lambda device: request.param)
+    for module in (int8_planning, quantize_linear):
+        monkeypatch.setattr(module, "saturates", lambda device: request.param)
     return bool(request.param)
 
 
@@ -260,7 +261,8 @@ def test_eight_bits_are_refused_untimed_where_they_would_saturate(
     def never(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
         raise AssertionError(f"timed {key}")
 
-    monkeypatch.setattr(int8_planning, "saturates", lambda device: True)
+    for module in (int8_planning, quantize_linear):
+        monkeypatch.setattr(module, "saturates", lambda device: True)
     with timings_in(None, never):
         _, plan = planned(Int8Linear(range=8), mlp())
     assert not plan.sites
