@@ -64,28 +64,15 @@ def graph_over(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 def hold(module: fx.GraphModule, program: Program) -> None:
     """Let `module` hold what `program` reads and it doesn't hold yet; written state is copied."""
     for name, entry in program.state.items():
-        if _holds(module, name):
+        owner, leaf = _make_owner(module, name)
+        if leaf in owner._parameters or leaf in owner._buffers:
             continue
         tensor = materialize(entry)
-        *path, leaf = name.split(".")
-        owner: nn.Module = module
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
         if isinstance(tensor, nn.Parameter):
             owner._parameters[leaf] = tensor
             continue
         own = tensor.detach().clone() if name in program.written else tensor
-        owner.register_buffer(leaf, own, persistent=name not in program.non_persistent)
-
-
-def _holds(module: nn.Module, name: str) -> bool:
-    try:
-        owner, leaf = _owner(module, name)
-    except AttributeError:
-        return False
-    return isinstance(getattr(owner, leaf, None), Tensor)
+        _put_buffer(owner, leaf, own, persistent=name not in program.non_persistent)
 
 
 def share_tables(module: nn.Module, source: nn.Module) -> None:
