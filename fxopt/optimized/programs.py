@@ -8,8 +8,7 @@ judged like the first; later calls find it here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.capture import callers_modes_off
 from fxopt.errors import FxoptError, InputError, OutsideError
 from fxopt.optimized.members import (
     Member,
@@ -96,7 +96,7 @@ class Programs:
         def given(leaf: Any) -> Any:
             return leaf.detach().clone().to(device) if isinstance(leaf, Tensor) else leaf
 
-        with _outside_of_contexts():
+        with callers_modes_off():
             named = bind(self.first.program.signature.forward, args, kwargs)
             try:
                 outcome = source.build(model, pytree.tree_map(given, named))
@@ -175,18 +175,3 @@ def _like(old: Any, new: Tensor) -> Tensor:
 
 def _refuse(outside: OutsideError, obstacle: str) -> NoReturn:
     raise InputError(f"{outside} No program can be captured for it: {obstacle}.") from outside
-
-
-@contextmanager
-def _outside_of_contexts() -> Iterator[None]:
-    """What the caller's inference mode, no_grad and autocast are, a capture must not see."""
-    with torch.inference_mode(False), torch.enable_grad():
-        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not kinds:
-            yield
-        elif len(kinds) == 1:
-            with torch.autocast(kinds[0], enabled=False):
-                yield
-        else:
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                yield
