@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fxopt
-from fxopt.measure import fingerprint
+from fxopt.timing import fingerprint
 
 _RESULTS = Path(__file__).parent / "results"
 _LINES = pytest.StashKey[list[str]]()

@@ -40,7 +40,7 @@ from benchmarks.finetune_recipe import (
 )
 from benchmarks.finetune_results import RunFigures, document, tables, write_run
 from fxopt.errors import FxoptError
-from fxopt.measure import peak_memory
+from fxopt.timing import peak_memory
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

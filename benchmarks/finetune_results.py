@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fxopt
-from fxopt.measure import fingerprint, ratio, summarize
+from fxopt.timing import fingerprint, ratio, summarize
 
 
 @dataclass

@@ -37,9 +37,9 @@ from benchmarks.prunable import parameters
 from benchmarks.pruning_lesson import Lesson, for_tuning, trained
 from benchmarks.systems.torch_pruning_peers import Importance as PeerImportance
 from benchmarks.systems.torch_pruning_peers import pruned
-from fxopt.analyses.gram import Weighting
 from fxopt.analyses.importance import Importance
 from fxopt.errors import FxoptError
+from fxopt.observation.gram import Weighting
 from fxopt.train import Hidden, Logits, Task, distill
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -32,8 +32,8 @@ from benchmarks.pruning_lesson import trained
 from benchmarks.sidebyside import in_turns, spread, timing
 from benchmarks.systems.ours import LISTS
 from fxopt.errors import FxoptError
-from fxopt.measure import fingerprint, ratio
 from fxopt.search import Found, TrialRecord, search
+from fxopt.timing import fingerprint, ratio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.systems import EAGER, Call, System, Workload
 from fxopt.claim import sqnr
-from fxopt.measure import Latency, latency, ratio
+from fxopt.timing import Latency, latency, ratio
 
 # Longer than the thread pools of OpenMP, TBB and ONNX Runtime spin after a call.
 _PAUSE_SECONDS = 0.02
@@ -88,7 +88,7 @@ def compare(
 def in_turns(
     runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float
 ) -> dict[str, Latency]:
-    """`fxopt.measure.latency`, where no system pays for the one before it.
+    """`fxopt.timing.latency`, where no system pays for the one before it.
 
     Before each sample comes a pause, in which the other's threads go to sleep, and a call that
     isn't timed, which fetches the system's own weights into the caches.

@@ -17,7 +17,7 @@ import fxopt
 from benchmarks.conftest import Record
 from benchmarks.models import bert_base, gpt2, smollm2, t5_base_encoder, vit_base
 from benchmarks.systems import InAutocast, Workload
-from fxopt.analyses import Casts, autocast_casts, counted_casts
+from fxopt.analyses.precision import Casts, autocast_casts, counted_casts
 from fxopt.capture import capture
 
 _PASSES = "canonicalize, autocast{dtype=bfloat16, force=true}"

@@ -36,7 +36,7 @@ from benchmarks.systems import (
 from benchmarks.systems.torch_pruning_peers import INSTALLED
 from fxopt.capture import capture
 from fxopt.claim import sqnr
-from fxopt.measure import latency, peak_memory, ratio
+from fxopt.timing import latency, peak_memory, ratio
 
 _HALF = "prune-channels{ratio=0.5, importance=l2, scope=ffn|heads}"
 _STUDENTS = (

@@ -19,7 +19,7 @@ from benchmarks.conftest import Record
 from benchmarks.sidebyside import spread
 from fxopt import Canonicalize, FuseLinears, Int8Linear, transform
 from fxopt.capture import capture
-from fxopt.measure import latency, ratio
+from fxopt.timing import latency, ratio
 
 _PASSES = (Canonicalize(), FuseLinears(), Int8Linear(mode="dynamic"))
 _INPUTS = {"input_ids": torch.arange(16).view(2, 8)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import fxopt
-from fxopt.measure import peak_memory
+from fxopt.timing import peak_memory
 
 _PASSES = "canonicalize, fuse-linears, int8-linear"
 

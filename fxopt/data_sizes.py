@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxopt.evaluate import evaluate, same_draws
+from fxopt.interpreter import evaluate, same_draws
 from fxopt.program import Program, label, source_line
 
 

@@ -12,12 +12,12 @@ from fxopt.calibration import check_is_iterable
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
-from fxopt.evaluate import draws_undone
+from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, Outcome, Source, make_optimized
+from fxopt.pass_list import resolve_passes
 from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
 from fxopt.program import Mode
 from fxopt.signature import bind, forward_signature
-from fxopt.spec import resolve_passes
 
 _UNCOMPILED = (
     "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "

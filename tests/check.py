@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxopt import wellformed
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Changes, Program
 from fxopt.rewriting import Pass
 

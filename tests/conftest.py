@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.kernels import native
-from fxopt.measure import Latency, summarize, timings_in
+from fxopt.timing import Latency, summarize, timings_in
 
 pytest_plugins = ["pytester", "tests.sweeps"]
 

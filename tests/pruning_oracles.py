@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Group, Place, Reader
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Program, label, materialize
 
 aten = torch.ops.aten

@@ -15,10 +15,10 @@ import torch.utils.data
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.analyses import MinMax, calibration_warnings, observe
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.errors import CalibrationError
+from fxopt.observation import MinMax, calibration_warnings, observe
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan
 

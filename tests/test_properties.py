@@ -16,15 +16,15 @@ from torch import Tensor, fx
 
 import fxopt
 from fxopt import wellformed
-from fxopt.analyses import LINEAR_TARGETS, as_linear
 from fxopt.capture import capture
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
+from fxopt.operators import LINEAR_TARGETS, as_linear
+from fxopt.pass_list import resolve_passes
 from fxopt.program import Program, Recipe, label, module_path
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage
 from fxopt.rewriting.pattern import Target
-from fxopt.spec import resolve_passes
 from fxopt.verify import compose
 from tests.check import assert_state_equal, assert_unchanged, eager, tensors_of
 from tests.models import (

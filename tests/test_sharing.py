@@ -215,7 +215,7 @@ def test_a_rule_that_takes_a_view_away_is_named() -> None:
 
 def test_sharing_too_much_is_a_broken_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the driver's repair and the refusals off, the judge finds it."""
-    from fxopt.passes import canonicalize
+    from fxopt.passes.structure import canonicalize
     from fxopt.rewriting import driver
 
     monkeypatch.setattr(canonicalize, "reaches_output", lambda node: False)

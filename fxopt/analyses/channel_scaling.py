@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses.linears import as_linear, refuse_shared_weight
 from fxopt.analyses.view_axes import Layout, is_view, through_view
+from fxopt.operators.linears import as_linear, refuse_shared_weight
 from fxopt.program import label, same_sizes
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxopt.analyses.channels import Channels, Dim, Group, Place, Reader
 from fxopt.analyses.constant_channels import Known, constant_channels
 from fxopt.analyses.constant_channels.products import is_padded
-from fxopt.analyses.linears import LINEAR_TARGETS
+from fxopt.operators.linears import LINEAR_TARGETS
 from fxopt.program import Program, Refusal, arguments, label, module_path
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxopt.evaluate import draws_undone
+from fxopt.interpreter import draws_undone
 
 _MOST_VISITED = 20_000
 """Objects; a model that refers to more (a data set, say) has the nearest ones put back."""

@@ -27,8 +27,8 @@ from fxopt.cli.options import (
 from fxopt.cli.preparing import load, named_lists, prepare, texts
 from fxopt.cli.progress import leave, steps
 from fxopt.cli.rounds import Rounds, measure_rounds
-from fxopt.measure import fingerprint, ratio
 from fxopt.measurement import Energy as Joules
+from fxopt.timing import fingerprint, ratio
 
 _ORIGINAL = "eager"
 

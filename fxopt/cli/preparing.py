@@ -14,7 +14,7 @@ from fxopt.cli.progress import Say
 from fxopt.errors import FxoptError, PassError
 from fxopt.loading import Loaded, TextBatches, load_model
 from fxopt.optimized import Optimized
-from fxopt.spec import resolve_passes
+from fxopt.pass_list import resolve_passes
 from fxopt.transform import transform
 
 # A name is whatever stands before the first "=", as long as no pass has begun.

@@ -9,7 +9,6 @@ import torch
 
 from fxopt.cli.progress import Say
 from fxopt.errors import MeasureError
-from fxopt.measure import Latency, latency, summarize
 from fxopt.measurement import (
     Energy,
     Unmeasured,
@@ -17,6 +16,7 @@ from fxopt.measurement import (
     estimate_energy,
     measure_energy,
 )
+from fxopt.timing import Latency, latency, summarize
 
 System = Callable[[], object]
 

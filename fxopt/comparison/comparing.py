@@ -13,12 +13,12 @@ from torch import Tensor
 from fxopt.comparison.pareto import pareto_front
 from fxopt.comparison.record import Comparison, Failure, Front, Quality, Row
 from fxopt.errors import MeasureError
-from fxopt.measure import fingerprint, ratio
 from fxopt.measurement.fidelity import Fidelity, Pair, fidelity_all
 from fxopt.measurement.measuring import measure_all
 from fxopt.measurement.outputs import judging
 from fxopt.measurement.subject import Subject
 from fxopt.measurement.user_metrics import Metrics, usable_metrics
+from fxopt.timing import fingerprint, ratio
 
 Better = Literal["higher", "lower"]
 

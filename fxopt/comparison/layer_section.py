@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fxopt.comparison import plots
 from fxopt.comparison.marks import amount
-from fxopt.report.units import duration
+from fxopt.rendering.units import duration
 
 if TYPE_CHECKING:
     from fxopt.comparison.record import Row

@@ -13,7 +13,7 @@ from fxopt.comparison.marks import amounts, number
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.comparison.table import COSTS, cell_texts, columns, decibels_text, figure_text, shortened
 from fxopt.measurement.energy import Energy
-from fxopt.report.units import duration, size
+from fxopt.rendering.units import duration, size
 
 if TYPE_CHECKING:
     from fxopt.comparison.record import Comparison, Front, Row

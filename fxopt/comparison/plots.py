@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxopt.comparison import svg
 from fxopt.comparison.placing import place
 from fxopt.comparison.table import shortened
 from fxopt.measurement.ceilings import Ceilings
 from fxopt.measurement.roofline import Layer
+from fxopt.rendering import svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from fxopt.comparison import page, table
 from fxopt.errors import SaveError
-from fxopt.measure import Ratio
 from fxopt.measurement.energy import Energy
 from fxopt.measurement.fidelity import Fidelity
 from fxopt.measurement.measurement import Measurement
-from fxopt.report import document
+from fxopt.rendering import json_document
+from fxopt.timing import Ratio
 
 SCHEMA = "fxopt.comparison"
 
@@ -98,12 +98,12 @@ class Comparison:
 
     def to_json(self) -> str:
         """The comparison as JSON with a schema version; `Comparison.from_json` reads it back."""
-        return document.dump(self, SCHEMA)
+        return json_document.dump(self, SCHEMA)
 
     @staticmethod
     def from_json(content: str) -> Comparison:
         """The comparison that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return document.load(content, Comparison, SCHEMA)
+        return json_document.load(content, Comparison, SCHEMA)
 
     def to_html(self) -> str:
         """One self-contained page without scripts. Raises `SaveError` without matplotlib."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.measurement.energy import Energy
-from fxopt.report.units import duration, size
+from fxopt.rendering.units import duration, size
 
 if TYPE_CHECKING:
     from fxopt.comparison.record import Comparison, Row

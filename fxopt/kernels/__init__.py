@@ -51,23 +51,23 @@ from fxopt.kernels import (
     attention,
     float8,
     gelu,
-    half_attention,
     int4,
-    int8,
-    int8_fused,
-    int8_packed,
+    int8_linear,
+    int8_linear_fused,
     layer_norm,
     native,
-    packed,
+    packed_int8_linear,
+    packed_linear,
     quantization,
     quantize_tokens,
     recurrent,
     sparse24,
+    written_attention,
 )
 from fxopt.kernels.int4 import pack_int4
 from fxopt.kernels.onednn_int8 import takes_full_range
-from fxopt.kernels.packed import POST_OPS
-from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed_linear import POST_OPS
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 from fxopt.kernels.quantization import quantize_weight
 
 NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
@@ -128,18 +128,18 @@ __all__ = [
     "attention",
     "float8",
     "gelu",
-    "half_attention",
     "int4",
-    "int8",
-    "int8_fused",
-    "int8_packed",
+    "int8_linear",
+    "int8_linear_fused",
     "layer_norm",
     "native",
     "pack_int4",
-    "packed",
+    "packed_int8_linear",
+    "packed_linear",
     "quantization",
     "quantize_tokens",
     "quantize_weight",
     "saturates",
     "sparse24",
+    "written_attention",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.errors import KernelError
 from fxopt.kernels.onednn import dense_linear
-from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 LARGEST = 7
 _LOW = -8

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.kernels.onednn import dense_linear, has_onednn
-from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 LARGEST_EXACT = 64
 """The largest magnitude of int8 weights whose products with uint8 saturate in no pair."""

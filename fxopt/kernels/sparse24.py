@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
-from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 GROUP = 4
 _BYTE = 2 * GROUP

@@ -8,7 +8,8 @@ visited in groups of `GROUP` rows of blocks, so that those in flight share what 
 Source: Tillet et al., "Triton: An Intermediate Language and Compiler for Tiled Neural Network
 Computations", MAPL 2019; the order of blocks is that of its matrix multiplication tutorial.
 
-Importing this file imports Triton, which only Linux has: `fxopt.kernels.int8_fused` does so late.
+Importing this file imports Triton, which only Linux has: `fxopt.kernels.int8_linear_fused` does
+so late.
 """
 
 from __future__ import annotations

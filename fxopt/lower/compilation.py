@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.cpu_allocator import keep_freed_memory, release
 from fxopt.errors import LowerError
-from fxopt.kept_memory import keep_freed_memory, release
 from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lower import Lower

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxopt.cpu_allocator import reusing
 from fxopt.errors import LowerError
-from fxopt.kept_memory import reusing
 from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
 from fxopt.lower.shortcut import Shortcut
 from fxopt.program import label
@@ -29,7 +29,8 @@ class InductorBackend:
 
     `codes` holds one text for each graph compiled so far, forward and backward alike. Options apply
     to this backend's compilations alone; nothing process-wide is set. With `keep_memory`, calls in
-    inference reuse what earlier ones freed (`kept_memory`). `shortcut` learns how to call the code.
+    inference reuse what earlier ones freed (`cpu_allocator`). `shortcut` learns how to call the
+    code.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxopt.device import Device
 from fxopt.errors import FxoptError
 from fxopt.kernels.float8 import FLOAT8
-from fxopt.measure.latency import latency
+from fxopt.timing.latency import latency
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, FLOAT8)
 _REPEATS, _SECONDS = 5, 0.1

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fxopt.measure import summarize
 from fxopt.measurement.counters import EnergyCounter, Unmeasured
+from fxopt.timing import summarize
 
 _WINDOWS = 5
 # After work the clocks and the fans need a moment to come down to rest.

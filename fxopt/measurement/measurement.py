@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fxopt.measure import Latency
 from fxopt.measurement import text
 from fxopt.measurement.ceilings import Ceilings
 from fxopt.measurement.counters import Unmeasured
 from fxopt.measurement.energy import Energy
 from fxopt.measurement.roofline import Layer
-from fxopt.report import document
+from fxopt.rendering import json_document
+from fxopt.timing import Latency
 
 SCHEMA = "fxopt.measurement"
 
@@ -88,9 +88,9 @@ class Measurement:
 
     def to_json(self) -> str:
         """The measurement as JSON with a schema version; `Measurement.from_json` reads it back."""
-        return document.dump(self, SCHEMA)
+        return json_document.dump(self, SCHEMA)
 
     @staticmethod
     def from_json(content: str) -> Measurement:
         """The measurement that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return document.load(content, Measurement, SCHEMA)
+        return json_document.load(content, Measurement, SCHEMA)

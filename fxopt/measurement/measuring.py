@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from fxopt.errors import MeasureError
-from fxopt.measure import Latency, fingerprint, latency, peak_memory
 from fxopt.measurement.ceilings import ceilings
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import Energy, estimate_energy, measure_energy
@@ -19,6 +18,7 @@ from fxopt.measurement.measurement import Measurement, Throughput
 from fxopt.measurement.outputs import judging
 from fxopt.measurement.roofline import roofline
 from fxopt.measurement.subject import Inputs, Subject, resident_bytes
+from fxopt.timing import Latency, fingerprint, latency, peak_memory
 
 _NOT_ASKED = Unmeasured("energy=False")
 

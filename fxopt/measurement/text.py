@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fxopt.report.units import duration, size
+from fxopt.rendering.units import duration, size
 
 if TYPE_CHECKING:
     from fxopt.measurement.measurement import Measurement

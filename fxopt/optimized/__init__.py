@@ -1,6 +1,6 @@
 """Optimized, the module that takes the original's place, and what it is made of."""
 
-from fxopt.optimized.graph_modules import graph_module, graph_over
+from fxopt.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, evaluation_of, make_optimized
 from fxopt.optimized.origins import Origins

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.eval_graph import evaluation_mode
+from fxopt.graph_modules import graph_over
 from fxopt.kernels import native
 from fxopt.lower import Lower
-from fxopt.optimized.graph_modules import graph_over
 from fxopt.program import Mode, Program
 from fxopt.signature import Signature
 

@@ -11,10 +11,10 @@ from fxopt.lower import Lower
 from fxopt.optimized.configs import read_config
 from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.outcome import Evaluation, Outcome
+from fxopt.pass_list import parse_passes
 from fxopt.report import Report
 from fxopt.rewriting import Pass
 from fxopt.saving import load as read
-from fxopt.spec import parse_passes
 
 
 def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import InputError, ModelError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.eval_graph import evaluation_mode
+from fxopt.graph_modules import attribute, graph_module, hold
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.graph_modules import attribute, graph_module, hold
 from fxopt.optimized.outcome import Outcome
 from fxopt.program import Mode, Program, materialize
 

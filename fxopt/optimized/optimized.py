@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
 from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.eval_graph import evaluation_mode
+from fxopt.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lower
 from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.optimized.members import Member, present_tensors
 from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome

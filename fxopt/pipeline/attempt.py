@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fxopt import wellformed
-from fxopt.analyses import rounds_activations
+from fxopt.analyses.precision import rounds_activations
 from fxopt.claim import Exact, sqnr
 from fxopt.errors import PassError
-from fxopt.evaluation_mode import without_dropout
+from fxopt.eval_graph import without_dropout
 from fxopt.program import Changes, Program
 from fxopt.rewriting import Pass, Plan
 from fxopt.verify import (

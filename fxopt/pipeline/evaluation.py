@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from fxopt.capture import capture
 from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, FxoptError, ModelError
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.eval_graph import evaluation_mode
 from fxopt.optimized import Optimized, evaluation_of
-from fxopt.passes.channel_plan import ChannelPlan
-from fxopt.passes.fuse_linears import concatenate
+from fxopt.passes.pruning.channel_plan import ChannelPlan
+from fxopt.passes.structure.fuse_linears import concatenate
 from fxopt.pipeline.attempt import attempt
 from fxopt.pipeline.embedding import is_whole, part_of, same_tensor
 from fxopt.pipeline.recording import violation_text

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from fxopt import wellformed
-from fxopt.analyses import rounds_activations, rounds_to_integers
+from fxopt.analyses.precision import rounds_activations, rounds_to_integers
 from fxopt.calibration import Calibration
 from fxopt.capture import capture, normalize_inputs
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, FxoptError, InputError, OutsideError
-from fxopt.evaluation_mode import evaluation_mode, without_dropout
+from fxopt.eval_graph import evaluation_mode, without_dropout
 from fxopt.lower import Lower, compile_program
 from fxopt.optimized import (
     Evaluation,
@@ -27,12 +27,12 @@ from fxopt.optimized import (
     graph_module,
 )
 from fxopt.passes import Autocast, Int8Linear, Prepack, SelectKernels
-from fxopt.passes.channel_plan import ChannelPlan
+from fxopt.passes.pruning.channel_plan import ChannelPlan
+from fxopt.passes.pruning.resized_config import resized_config
 from fxopt.pipeline.attempt import Attempt, Outputs, attempt, outputs_of
 from fxopt.pipeline.domains import domain_of
 from fxopt.pipeline.evaluation import Evaluator, Rows, joined_rows
 from fxopt.pipeline.recording import Taken, since, violation_text
-from fxopt.pipeline.resized_config import resized_config
 from fxopt.pipeline.result import Result, runner
 from fxopt.pipeline.standard import Standard
 from fxopt.program import Changes, Mode, Program, Refusal

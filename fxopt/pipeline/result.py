@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt import measure
+from fxopt import timing
 from fxopt.claim import Claim
 from fxopt.errors import EquivalenceError
-from fxopt.evaluation_mode import evaluation_mode, without_dropout
+from fxopt.eval_graph import evaluation_mode, without_dropout
 from fxopt.lower import Lower
 from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
@@ -102,7 +102,7 @@ class Result:
             steps=steps,
             end_to_end=end_to_end,
             notes=self.program.notes,
-            fingerprint=measure.fingerprint(),
+            fingerprint=timing.fingerprint(),
             picture_before=picture(captured, gone),
             picture_after=picture(self.program, changed),
         )
@@ -124,8 +124,8 @@ class Result:
         device = example[0].device if example else torch.device("cpu")
         buffers = dict(self.module.named_buffers())
         with model_kept(model, self.program, example), state_kept(self.program, (), buffers):
-            latency = measure.latency(systems)
-            memory = {name: measure.peak_memory(call, device) for name, call in systems.items()}
+            latency = timing.latency(systems)
+            memory = {name: timing.peak_memory(call, device) for name, call in systems.items()}
         return replace(
             report,
             latency_before=latency["before"],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fxopt.claim import Claim
-from fxopt.evaluation_mode import evaluation_mode, without_dropout
+from fxopt.eval_graph import evaluation_mode, without_dropout
 from fxopt.pipeline.attempt import Attempt, Outputs, outputs_of
 from fxopt.program import Program
 from fxopt.verify import Trial, compose

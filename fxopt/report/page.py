@@ -8,14 +8,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from fxopt.program import Refusal
-from fxopt.report import comparison
-from fxopt.report.drawing import draw
+from fxopt.rendering.units import duration, size, span
+from fxopt.report import before_after
+from fxopt.report.graph_picture.drawing import draw
+from fxopt.report.graph_picture.picture import GraphPicture
 from fxopt.report.grouping import Group, group
-from fxopt.report.picture import GraphPicture
-from fxopt.report.units import duration, size, span
 
 if TYPE_CHECKING:
-    from fxopt.report.record import Report, Step
+    from fxopt.report.report import Report, Step
 
 _COLUMNS = ("pass", "fired", "operations", "parameters", "time", "claim", "measured")
 _MOST_NODES = 12
@@ -52,10 +52,10 @@ def render(report: Report) -> str:
 def _header(report: Report) -> str:
     names = " → ".join(step.name for step in report.steps) or "captured as it is, no passes"
     alarms = [f"{step.name} broke its claim." for step in report.steps if not step.holds]
-    if comparison.is_slower(report.latency_before, report.latency_after):
-        alarms.append(f"{comparison.SLOWER[0].upper()}{comparison.SLOWER[1:]}.")
+    if before_after.is_slower(report.latency_before, report.latency_after):
+        alarms.append(f"{before_after.SLOWER[0].upper()}{before_after.SLOWER[1:]}.")
     alarms += [f"{step.name}: {warning}" for step in report.steps for warning in step.warnings]
-    busy = comparison.crowded(report)
+    busy = before_after.crowded(report)
     alarms += [f"{busy[0].upper()}{busy[1:]}."] if busy else []
     return (
         f'<header><p class="soft">fxopt report</p><h1>{escape(report.model)}</h1>'
@@ -68,11 +68,11 @@ def _header(report: Report) -> str:
 
 def _cards(report: Report) -> str:
     cards = []
-    factor = comparison.speedup(report.latency_before, report.latency_after)
+    factor = before_after.speedup(report.latency_before, report.latency_after)
     if factor is not None and report.latency_before and report.latency_after:
         change = span(duration(report.latency_before.median), duration(report.latency_after.median))
         style = "bad" if factor < 0.99 else "good" if factor > 1.01 else ""
-        cards.append((comparison.factor_text(factor), f"latency {change}", style))
+        cards.append((before_after.factor_text(factor), f"latency {change}", style))
     if report.steps:
         first, last = report.steps[0], report.steps[-1]
         held = sum(step.holds and bool(step.measured) for step in report.steps)
@@ -120,12 +120,12 @@ def _measurements(report: Report) -> str:
         + _bars(
             "Latency of one call (median, 5th to 95th percentile)",
             times,
-            [comparison.latency_text(latency) for latency in latencies],
+            [before_after.latency_text(latency) for latency in latencies],
         )
         + _bars(
             "Peak extra memory of one call" + (f" ({source})" if source else ""),
             peaks,
-            [comparison.memory_text(memory) for memory in memories],
+            [before_after.memory_text(memory) for memory in memories],
         )
         + "</div>"
     )
@@ -173,7 +173,7 @@ def _row(number: int, step: Step) -> str:
     )
     cells = (
         f"{number}  {step.name}",
-        comparison.firings_text(step),
+        before_after.firings_text(step),
         span(str(step.nodes_before), str(step.nodes_after)),
         span(size(step.bytes_before), size(step.bytes_after)),
         duration(step.milliseconds),
@@ -192,7 +192,7 @@ def _row(number: int, step: Step) -> str:
 
 def _pass(step: Step) -> str:
     counts = [f"{rule} {count}" for rule, count in step.fired.items() if count]
-    fired = ", ".join(counts) or f"fired {comparison.firings_text(step)}"
+    fired = ", ".join(counts) or f"fired {before_after.firings_text(step)}"
     refused = f", refused {len(step.refused)}" if step.refused else ""
     reverted = f", reverted {len(step.reverted)}" if step.reverted else ""
     lists = _refusals("Refused", step.refused) + _refusals("Reverted", step.reverted)
@@ -235,7 +235,7 @@ def _domains(report: Report) -> str:
         items.append(f"<li><ul>{inputs}{constants}{where}<li>judged at {judged}</li></ul></li>")
     return (
         f"<section><h2>Holds for</h2><ol>{''.join(items)}</ol>"
-        f'<p class="soft">Other calls are {escape(comparison.other_calls(report))}.</p></section>'
+        f'<p class="soft">Other calls are {escape(before_after.other_calls(report))}.</p></section>'
     )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fxopt.program import Refusal
-from fxopt.report import comparison
+from fxopt.rendering.units import duration, size, span
+from fxopt.report import before_after
 from fxopt.report.grouping import group
-from fxopt.report.units import duration, size, span
 
 if TYPE_CHECKING:
-    from fxopt.report.record import Report, Step
+    from fxopt.report.report import Report, Step
 
 _WIDTH = 100
 _LABEL = 12
@@ -63,7 +63,7 @@ def _table(report: Report) -> Iterator[str]:
 def _row(number: int, step: Step) -> tuple[str, ...]:
     return (
         textwrap.shorten(f"{number}  {step.name}", 24, placeholder="…"),
-        comparison.firings_text(step),
+        before_after.firings_text(step),
         span(str(step.nodes_before), str(step.nodes_after)),
         span(size(step.bytes_before), size(step.bytes_after)),
         duration(step.milliseconds),
@@ -84,7 +84,7 @@ def _details(step: Step) -> Iterator[str]:
     fired = ", ".join(f"{rule} {count}" for rule, count in step.fired.items() if count)
     if fired:
         yield from _wrapped("fired", fired)
-    elif comparison.is_uncounted(step):
+    elif before_after.is_uncounted(step):
         yield from _wrapped("fired", "the pass changed the graph without counting by rule")
     elif step.refused:
         yield from _wrapped("fired", "nowhere; every candidate was refused, see the reasons")
@@ -125,15 +125,15 @@ def _totals(report: Report) -> Iterator[str]:
     if report.end_to_end:
         yield from _wrapped("end to end", report.end_to_end)
     yield from _wrapped(
-        "latency", comparison.latency_change(report.latency_before, report.latency_after)
+        "latency", before_after.latency_change(report.latency_before, report.latency_after)
     )
-    if comparison.is_slower(report.latency_before, report.latency_after):
-        yield from _wrapped("WARNING", comparison.SLOWER)
-    busy = comparison.crowded(report)
+    if before_after.is_slower(report.latency_before, report.latency_after):
+        yield from _wrapped("WARNING", before_after.SLOWER)
+    busy = before_after.crowded(report)
     if busy:
         yield from _wrapped("warning", busy)
     yield from _wrapped(
-        "peak memory", comparison.memory_change(report.memory_before, report.memory_after)
+        "peak memory", before_after.memory_change(report.memory_before, report.memory_after)
     )
     for note in report.notes:
         yield from _wrapped("note", note)
@@ -153,7 +153,7 @@ def _domains(report: Report) -> Iterator[str]:
         if hidden > 0:
             yield from _wrapped(" ", f"{hidden} further relations, listed in the JSON and HTML")
         yield from _wrapped("judged at", "; ".join(domain.judged) or "no size: judging was off")
-    yield from _wrapped("others", comparison.other_calls(report))
+    yield from _wrapped("others", before_after.other_calls(report))
 
 
 def _wrapped(name: str, content: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses.constant_expressions import as_recipe
+from fxopt.constant_expressions import as_recipe
 from fxopt.program import Program, Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
 

@@ -22,13 +22,13 @@ from torch import nn
 
 from fxopt.errors import FxoptError, SearchError
 from fxopt.optimized import Optimized
+from fxopt.pass_list import resolve_passes
 from fxopt.rewriting import Pass, Stage
 from fxopt.search.found import TrialRecord, beats
 from fxopt.search.measuring import parameter_bytes
 from fxopt.search.objectives import Measure, Measured, checked_measured
 from fxopt.search.quiet import Turns
 from fxopt.search.static_cost import least_milliseconds, least_ratios
-from fxopt.spec import resolve_passes
 from fxopt.transform import transform
 
 Direction = Literal["maximize", "minimize"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import SearchError
-from fxopt.measure import latency, peak_memory, ratio
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import measure_energy
 from fxopt.optimized import Optimized
 from fxopt.search.objectives import Measured, key
+from fxopt.timing import latency, peak_memory, ratio
 
 _REPEATS, _SECONDS = 15, 2.0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxopt.errors import PassError, SearchError
-from fxopt.spec import parse_passes
+from fxopt.pass_list import parse_passes
 
 Point = Mapping[str, str]
 """The alternative taken of each slot, by the slot's name."""

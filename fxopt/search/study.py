@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fxopt.errors import SearchError
-from fxopt.measure import fingerprint
 from fxopt.search.found import Found, TrialRecord
 from fxopt.search.space import Space
 from fxopt.search.storage import WORKER
+from fxopt.timing import fingerprint
 
 if TYPE_CHECKING:
     import optuna

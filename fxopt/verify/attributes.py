@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import attributes_kept
 from fxopt.errors import CaptureError
-from fxopt.evaluate import same_draws
+from fxopt.interpreter import same_draws
 from fxopt.program import Program
 from fxopt.verify.oracle import call_model, state_kept
 

@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
-from fxopt.evaluate import evaluate, same_draws
-from fxopt.kernels.int8_packed import shift_to_unsigned
+from fxopt.interpreter import evaluate, same_draws
+from fxopt.kernels.packed_int8_linear import shift_to_unsigned
 from fxopt.program import Program, label, same_sizes, size_at_capture, source_line
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial

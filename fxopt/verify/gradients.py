@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import attributes_kept
 from fxopt.claim import Claim, Close, Exact, Sqnr
-from fxopt.evaluate import evaluate, same_draws
+from fxopt.interpreter import evaluate, same_draws
 from fxopt.program import Program
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial, call_model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import attributes_kept, callers_device, in_mode, is_compiled
 from fxopt.errors import InputError
-from fxopt.evaluate import evaluate, evaluate_all, same_draws
+from fxopt.interpreter import evaluate, evaluate_all, same_draws
 from fxopt.program import Program, Recipe, draws_random, materialize
 from fxopt.sharing import Labels, observed
 from fxopt.verify.sizes import other_sizes, shapes_text

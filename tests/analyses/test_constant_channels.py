@@ -19,7 +19,7 @@ from fxopt.analyses.constant_channels import Known, constant_channels
 from fxopt.analyses.constant_channels.contraction import dead_rows
 from fxopt.analyses.constant_channels.reshaping import reshaped
 from fxopt.capture import capture
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Program
 from tests.architectures import ARCHITECTURES, randomize
 from tests.idle_channels import idle

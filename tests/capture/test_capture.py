@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.errors import InputError, NotCapturedError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Program
 from tests.check import assert_state_equal, eager, tensors_of
 from tests.rewriting.functions import calls, operators

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.errors import CaptureError, FxoptError, InputError, ModelError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 
 X = torch.linspace(-1.0, 1.0, 12).view(3, 4)
 

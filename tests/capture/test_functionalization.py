@@ -17,8 +17,8 @@ import fxopt
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.capture.writes import writes
-from fxopt.evaluate import evaluate
 from fxopt.graph_text import text
+from fxopt.interpreter import evaluate
 from fxopt.passes import Canonicalize
 from fxopt.program import Program
 from tests.rewriting.functions import calls, program_of

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxopt import wellformed
 from fxopt.capture.writes import functional, writes
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from tests.rewriting.functions import Function, calls, operators, program_of
 
 aten = torch.ops.aten

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from fxopt.cli import preparing, rounds
 from fxopt.cli.preparing import named_lists
 from fxopt.cli.rounds import measure_rounds
-from fxopt.measure import summarize
 from fxopt.measurement import Energy, Unmeasured
 from fxopt.measurement.energy import Spread
+from fxopt.timing import summarize
 from tests.cli.command import SIZES, refused, run
 
 _LISTS = ["-p", "canonicalize", "-p", "packed=prepack"]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from fxopt.comparison import Comparison, Failure, Front, Quality, Row, pareto_front
-from fxopt.measure import ratio, summarize
 from fxopt.measurement import Ceilings, Energy, Fidelity, Layer, Measurement, Spread, Unmeasured
 from fxopt.measurement import Throughput as Rate
+from fxopt.timing import ratio, summarize
 
 CEILINGS = Ceilings(
     "cpu", {"float32": 2.0e11, "bfloat16": 9e11, "int8": 1.84e12}, 4e10, {"float16": "no unit"}

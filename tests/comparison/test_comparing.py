@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fxopt.comparison import Comparison, compare, comparing
 from fxopt.errors import MeasureError
-from fxopt.measure import ratio
 from fxopt.measurement import Unmeasured
+from fxopt.timing import ratio
 
 QUICK: dict[str, Any] = {"repeats": 3, "seconds": 0.01, "energy": False, "count": False}
 DATA = [torch.randn(4, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.comparison import Comparison, Failure, svg
+from fxopt.comparison import Comparison, Failure
 from fxopt.errors import SaveError
+from fxopt.rendering import svg
 from tests.comparison.made import NO_COUNTER, made_comparison
 
 TWO = [("original", 148.0, math.inf), ("int8", 21.0, 31.4)]

@@ -18,7 +18,7 @@ import fxopt
 from fxopt import kernels
 from fxopt.claim import sqnr
 from fxopt.export import interchange
-from fxopt.passes.linear_rule import LinearRule
+from fxopt.passes.linear_layers.linear_rule import LinearRule
 from tests.architectures import ARCHITECTURES
 from tests.check import tensors_of
 

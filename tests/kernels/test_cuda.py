@@ -8,9 +8,9 @@ from torch import nn
 
 import fxopt
 from fxopt.device import Device
-from fxopt.kernels import int8, quantize_weight
+from fxopt.kernels import int8_linear, quantize_weight
 from fxopt.kernels.float8 import FLOAT8, quantize_weight_float8
-from fxopt.kernels.int8_fused import EPILOGUES, Call, row_sums
+from fxopt.kernels.int8_linear_fused import EPILOGUES, Call, row_sums
 
 SHAPES = [(1, 8, 8), (3, 7, 5), (16, 64, 24), (17, 33, 40), (64, 128, 256), (0, 8, 8)]
 
@@ -40,7 +40,7 @@ def test_padding_to_what_cublas_takes_changes_no_number(
 ) -> None:
     # The padding is plain torch, so the CPU's product can stand in for cuBLAS's.
     q, weight = _int8(2, rows, inner), _int8(outputs, inner)
-    assert torch.equal(int8._product_on_cuda(q, weight), _exact(q, weight))
+    assert torch.equal(int8_linear._product_on_cuda(q, weight), _exact(q, weight))
 
 
 class TestOnGpu:

@@ -14,8 +14,8 @@ from torch import Tensor
 from fxopt.device import Device
 from fxopt.kernels import PACKED_WEIGHTS, native
 from fxopt.kernels.native import building
-from fxopt.kernels.packed import activate
-from fxopt.measure import Latency, summarize, timings_in
+from fxopt.kernels.packed_linear import activate
+from fxopt.timing import Latency, summarize, timings_in
 
 ops = torch.ops.fxopt
 pytestmark = pytest.mark.usefixtures("compiled_kernels")

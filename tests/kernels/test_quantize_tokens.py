@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.errors import KernelError
-from fxopt.kernels.int8_fused import EPILOGUES
+from fxopt.kernels.int8_linear_fused import EPILOGUES
 
 pytestmark = pytest.mark.usefixtures("served_by")
 

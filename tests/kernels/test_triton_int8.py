@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxopt.kernels.int8_fused import EPILOGUES, Call, in_triton, reference
+from fxopt.kernels.int8_linear_fused import EPILOGUES, Call, in_triton, reference
 from tests.kernels.interpreted import interpreter, needs_triton
 
 pytestmark = needs_triton

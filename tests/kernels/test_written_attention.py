@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.errors import KernelError
-from fxopt.kernels.half_attention import _exponential
+from fxopt.kernels.written_attention import _exponential
 
 ops = torch.ops.fxopt
 HALF = torch.bfloat16

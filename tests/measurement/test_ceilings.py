@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fxopt.device import Device
-from fxopt.measure import summarize
 from fxopt.measurement.ceilings import _measured, ceilings
+from fxopt.timing import summarize
 
 # The package's attribute of that name is the function.
 room = sys.modules["fxopt.measurement.ceilings"]

@@ -12,7 +12,6 @@ from torch import nn
 
 import fxopt
 from fxopt.errors import MeasureError, SaveError
-from fxopt.measure import Memory, ratio
 from fxopt.measurement import (
     Ceilings,
     Domain,
@@ -23,6 +22,7 @@ from fxopt.measurement import (
     measure,
     measure_all,
 )
+from fxopt.timing import Memory, ratio
 
 measuring = sys.modules["fxopt.measurement.measuring"]
 LIMITS = Ceilings("cpu", {"float32": 1e11}, 1e10)
@@ -156,7 +156,7 @@ def test_models_take_turns_so_that_a_slowing_machine_is_unfair_to_none(no_counte
 
         return call
 
-    latency = sys.modules["fxopt.measure.latency"]
+    latency = sys.modules["fxopt.timing.latency"]
     fake = SimpleNamespace(
         perf_counter=lambda: clock.now, perf_counter_ns=lambda: int(clock.now * 1e9)
     )

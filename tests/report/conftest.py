@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fxopt.measure import Latency, Memory
 from fxopt.program import Refusal
 from fxopt.report import GraphPicture, PictureNode, Report, Step
+from fxopt.timing import Latency, Memory
 
 
 def layer(number: int, feed: str, changed: bool) -> list[PictureNode]:

@@ -4,9 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fxopt.measure import Latency
 from fxopt.program import Refusal
 from fxopt.report import GraphPicture, PictureNode, Report
+from fxopt.timing import Latency
 
 _VOID = {"meta", "path", "rect", "br"}
 

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from fxopt.measure import Latency
 from fxopt.program import Refusal
+from fxopt.rendering.units import duration, size, span
 from fxopt.report import Report
-from fxopt.report.units import duration, size, span
+from fxopt.timing import Latency
 
 
 def test_golden(report, snapshot):

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.errors import RewriteError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.optimized import graph_module
 from fxopt.program import Program, Recipe, source_line
 from fxopt.rewriting import Build, Conversion, convert

@@ -13,7 +13,7 @@ from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.claim import Exact
 from fxopt.errors import RewriteError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Program, Refusal, label
 from fxopt.rewriting import Edit, Match, Rule, constant, hole, op, rewrite
 from tests.rewriting.functions import calls, operators, program_of

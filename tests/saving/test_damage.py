@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fxopt.capture import capture
 from fxopt.errors import SaveError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.optimized import graph_module
 from fxopt.saving import load, save
 

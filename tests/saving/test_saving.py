@@ -20,8 +20,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from fxopt.capture import capture
 from fxopt.errors import SaveError
-from fxopt.evaluate import evaluate
 from fxopt.graph_text import text
+from fxopt.interpreter import evaluate
 from fxopt.program import Program, Recipe
 from fxopt.saving import load, save
 
@@ -138,7 +138,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     _, program = bert()
     save(program, tmp_path / "saved")
     code = (
-        "import sys, torch; from fxopt.saving import load; from fxopt.evaluate import evaluate\n"
+        "import sys, torch; from fxopt.saving import load; from fxopt.interpreter import evaluate\n"
         "program = load(sys.argv[1] + '/saved').program\n"
         "torch.save(evaluate(program, program.example), sys.argv[1] + '/outputs.pt')"
     )

@@ -14,11 +14,11 @@ import pytest
 
 import fxopt
 from fxopt.errors import PassError
-from fxopt.measure import fingerprint
 from fxopt.measurement.counters import Domain, EnergyCounter, Unmeasured
 from fxopt.search import Found, Measured, SearchError, judging, search, storage
 from fxopt.search.found import front
 from fxopt.search.worker import make_sampler
+from fxopt.timing import fingerprint
 from tests.search.small import INPUTS, SPACE, Mlp, by_graph, closeness, constant, mlp
 
 optuna = pytest.importorskip("optuna")

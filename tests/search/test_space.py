@@ -11,9 +11,9 @@ from torch import nn
 import fxopt
 from fxopt.device import Device
 from fxopt.errors import PassError
+from fxopt.pass_list import resolve_passes
 from fxopt.search import SearchError, Slot, Space, standard_space
 from fxopt.search.standard import costly_linears, first_points, paths
-from fxopt.spec import resolve_passes
 from tests.train.models import bert, text_batch
 
 FAST = Device("cpu", "a fast one", frozenset({"avx512_vnni", "avx512_bf16"}))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fxopt.capture import capture
 from fxopt.claim import Exact
 from fxopt.errors import InputError
-from fxopt.evaluate import evaluate
+from fxopt.interpreter import evaluate
 from fxopt.program import Mode, Program
 from fxopt.verify import draws_alike, judge, output_names, run_model, run_program, trials
 from tests.check import assert_state_equal

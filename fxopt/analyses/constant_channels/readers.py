@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses.linears import LINEAR_TARGETS, as_linear
+from fxopt.operators.linears import LINEAR_TARGETS, as_linear
 from fxopt.program import arguments
 
 aten = torch.ops.aten

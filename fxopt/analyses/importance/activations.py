@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Group, Reader
-from fxopt.analyses.gram import Gram, Product, Weighting, as_product, grams
 from fxopt.analyses.importance.magnitude import along, finite, per_channel
-from fxopt.analyses.observation import observe
-from fxopt.analyses.reconstruction import DAMPING, Removal
 from fxopt.errors import PassError
+from fxopt.observation.gram import Gram, Product, Weighting, as_product, grams
+from fxopt.observation.observation import observe
 from fxopt.program import Program, label
+from fxopt.weights.reconstruction import DAMPING, Removal
 
 _STEPS = 64
 """Rounds in which all channels leave; within one, they leave by what they cost at its start."""

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from fxopt.analyses.channels import Group
-from fxopt.analyses.fisher import unwritten
 from fxopt.analyses.importance.magnitude import along, finite, parameters, per_channel
 from fxopt.errors import PassError
-from fxopt.evaluate import evaluate, same_draws
-from fxopt.evaluation_mode import evaluation_mode
+from fxopt.eval_graph import evaluation_mode
+from fxopt.interpreter import evaluate, same_draws
+from fxopt.observation.fisher import unwritten
 from fxopt.program import Program, Recipe
 
 

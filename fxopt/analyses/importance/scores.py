@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fxopt.analyses.channels import Group
-from fxopt.analyses.gram import Weighting
 from fxopt.analyses.importance.activations import activation, obs
 from fxopt.analyses.importance.gradients import taylor
 from fxopt.analyses.importance.magnitude import magnitude
 from fxopt.errors import PassError
+from fxopt.observation.gram import Weighting
 from fxopt.program import Program
 
 Importance = Literal["l1", "l2", "group_l2", "taylor", "activation", "obs", "random"]
@@ -45,7 +45,7 @@ def importance(
     - "random": uniform in [0, 1)
 
     `weighting` is what a row of the calibration counts in "obs": "uniform", or with "fisher" what
-    the program's answer feels of an error there (`fxopt.analyses.fisher`). `seed` is that of the
+    the program's answer feels of an error there (`fxopt.observation.fisher`). `seed` is that of the
     random numbers of "taylor" (without a loss), "random" and "fisher". Without a
     calibration the example stands in. Scores of two kinds, and of two groups, are in different
     units: see `normalized`.

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fxopt.cpp_library import build
 from fxopt.device import Answer, Device
+from fxopt.kernels.native.benchmark import trial
 from fxopt.kernels.native.registration import give_way, take_over
-from fxopt.kernels.native.trial import trial
-from fxopt.kernels.packing import PACKED_WEIGHTS
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 # Compiled as one text, in this order.
 _SOURCES = (

@@ -1,0 +1,1 @@
+"""Passes that give regions of a graph to kernels of this device."""

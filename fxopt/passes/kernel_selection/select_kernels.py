@@ -1,0 +1,311 @@
+"""SelectKernels: quantize / dequantize regions become fused int8 operators.
+
+    linear(dq(q, s), dq(Wq, Ws), b)            =  int8_linear(q, s, Wq, Ws, b)             per token
+    linear(dq(q, s, z), dq(Wq, Ws), b)         =  int8_linear(q, s, Wq, Ws, b, z, ΣWq)     affine
+    linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
+    linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
+    linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
+    int8_linear(...)                           =  int8_linear_fused(...)       if one kernel can
+    quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
+    packed_int8_linear(q, s, z, ...)           =  packed_int8_linear(q + 128, s, z + 128, ...)  CPU
+
+What follows a product is done in it by the rules of `int8_epilogues`.
+
+Claim: close to the quantized reference: the int8 product is exact, the order of scaling isn't.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxopt.claim import Claim, Close
+from fxopt.kernels import native
+from fxopt.kernels.int8_linear_fused import row_sums
+from fxopt.passes.kernel_selection.int8_epilogues import (
+    ActivationInside,
+    CastInside,
+    QuantizeInside,
+    TokensInside,
+)
+from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
+from fxopt.passes.mixed_precision.half_values import is_cast
+from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
+from fxopt.passes.quantization.int4_linear import SelectInt4Linear
+from fxopt.program import Program, Recipe
+from fxopt.rewriting import (
+    Edit,
+    Match,
+    Rule,
+    RulePass,
+    Stage,
+    arguments,
+    constant,
+    has_dtype,
+    has_rank,
+    hole,
+    op,
+)
+from fxopt.rewriting.pattern import Target
+
+aten, ops = torch.ops.aten, torch.ops.fxopt
+
+_INT8 = has_dtype(torch.int8)
+_WEIGHT = op(
+    ops.dequantize.default,
+    constant("weight", _INT8),
+    constant("weight_scale", has_rank(2)),
+    hole("weight_dtype"),
+)
+_BY_TOKEN = (ops.quantize_per_token.default, ops.quantize_per_token_affine.default)
+
+
+class SelectInt8Linear(Rule):
+    """linear(dq(q, s), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b)"""
+
+    exclusive = False
+    pattern = op(
+        aten.linear.default,
+        op(ops.dequantize.default, hole("q", _INT8), hole("scale"), hole("dtype")),
+        _WEIGHT,
+        hole("bias"),
+    )
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "weight", "weight_scale", "bias", "dtype")
+        return edit.call(ops.int8_linear.default, *(match[name] for name in names))
+
+
+class _AffineLinear(Rule):
+    exclusive = False
+    pattern = op(
+        aten.linear.default,
+        op(ops.dequantize.default, hole("q"), hole("scale"), hole("dtype"), hole("zero_point")),
+        _WEIGHT,
+        hole("bias"),
+    )
+    given: ClassVar[bool]
+    """Whether scale and zero point are one number each, known ahead."""
+
+    def match(self, node: fx.Node) -> Match | None:
+        match = super().match(node)
+        if match is None or match["zero_point"] is None:
+            return None
+        return match if self.given == (match["scale"].meta["val"].ndim == 0) else None
+
+
+class SelectAffineInt8Linear(_AffineLinear):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq)"""
+
+    given = False
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "weight", "weight_scale", "bias", "dtype", "zero_point")
+        sums = _row_sums(match["weight"], edit)
+        return edit.call(ops.int8_linear.default, *(match[name] for name in names), sums)
+
+
+class SelectPackedInt8Linear(_AffineLinear):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b)"""
+
+    given = True
+
+    def refuse(self, match: Match) -> str | None:
+        if match["dtype"] not in (torch.float32, torch.bfloat16):
+            return f"it computes in {match['dtype']}; the kernel gives float32 and bfloat16"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("q", "scale", "zero_point", "weight", "weight_scale", "bias")
+        inputs = [match[name] for name in names]
+        return edit.call(
+            ops.packed_int8_linear.default, *inputs, "none", None, None, match["dtype"]
+        )
+
+
+class FuseInt8Linear(Rule):
+    """int8_linear(q, s, W, t, b, z, ΣW) = int8_linear_fused(q, s, z, W, t, ΣW, b)
+
+    On CUDA, and on a CPU that the kernels are compiled for, where they quantize the tokens as well.
+    """
+
+    def __init__(self, compiled: bool) -> None:
+        self.tokens: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.dtypes: dict[str, tuple[torch.dtype, ...]] = {
+            "cuda": (torch.float32, torch.float16, torch.bfloat16)
+        }
+        if compiled:
+            self.dtypes["cpu"] = (torch.float32, torch.bfloat16)
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.int8_linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        given = arguments(node)
+        known = given["q"].meta["val"].device.type in self.dtypes
+        return Match((node,), given) if known else None
+
+    def refuse(self, match: Match) -> str | None:
+        if match["dtype"] not in self.dtypes[match["q"].meta["val"].device.type]:
+            return f"it computes in {match['dtype']}, which the fused kernel doesn't"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        tokens = self._tokens(match["q"], edit) or (match["q"], match["scale"], match["zero_point"])
+        names = ("weight", "weight_scale", "weight_sums", "bias")
+        weights = (match[name] for name in names)
+        return edit.call(ops.int8_linear_fused.default, *tokens, *weights, match["dtype"], "none")
+
+    def _tokens(self, q: fx.Node, edit: Edit) -> tuple[fx.Node | None, ...] | None:
+        """Codes, scales and zero points out of one kernel, where `q` is quantized by token."""
+        quantize = q.args[0] if q.target is operator.getitem else None
+        if not isinstance(quantize, fx.Node) or quantize.target not in _BY_TOKEN:
+            return None
+        x: Any = quantize.args[0]
+        value = x.meta["val"]
+        if value.device.type != "cpu" or value.dtype not in self.dtypes["cpu"]:
+            return None
+        affine = quantize.target is ops.quantize_per_token_affine.default
+        if quantize not in self.tokens:
+            x, shift = _of_columns(aten.sub.Tensor, x)
+            x, factor = _of_columns(aten.mul.Tensor, x)
+            if shift is None and factor is None:
+                x = _before_widening(x)
+            made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
+            results = range(3 if affine else 2)
+            self.tokens[quantize] = tuple(edit.item(made, i) for i in results)
+            for old in quantize.users:
+                edit.stand_for(self.tokens[quantize][old.args[1]], old)  # type: ignore[index]
+        return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
+
+
+class UnsignedActivations(Rule):
+    """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
+
+    def __init__(self) -> None:
+        self.shifted: dict[fx.Node, fx.Node] = {}
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.packed_int8_linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        given = arguments(node)
+        value = given["q"].meta["val"]
+        signed = value.dtype == torch.int8 and value.device.type == "cpu"
+        return Match((node,), given) if signed else None
+
+    def refuse(self, match: Match) -> str | None:
+        if match["zero_point"].op != "get_attr":
+            return "its zero point is no constant"
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        q, zero = match["q"], match["zero_point"]
+        if q not in self.shifted:
+            self.shifted[q] = edit.call(ops.shift_to_unsigned.default, q)
+        if zero not in self.shifted:
+            self.shifted[zero] = _unsigned(zero, edit)
+        unsigned = {"q": self.shifted[q], "zero_point": self.shifted[zero]}
+        return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
+
+
+class UnsignedOutput(Rule):
+    """packed_int8_linear(..., s, z) + 128 = packed_int8_linear(..., s, z + 128)"""
+
+    def targets(self) -> tuple[Target, ...]:
+        return (ops.shift_to_unsigned.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        product = node.args[0]
+        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
+            return None
+        return Match((node,), arguments(product), (product,))
+
+    def refuse(self, match: Match) -> str | None:
+        zero = match["out_zero_point"]
+        return None if zero.op == "get_attr" else "its zero point is no constant"
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        zero = _unsigned(match["out_zero_point"], edit)
+        unsigned = {"out_zero_point": zero, "dtype": torch.uint8}
+        return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
+
+
+class SelectInt8WeightOnlyLinear(Rule):
+    """linear(x, dq(Wq, Ws), b) = int8_weight_only_linear(x, Wq, Ws, b)"""
+
+    exclusive = False
+    pattern = op(aten.linear.default, hole("x"), _WEIGHT, hole("bias"))
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("x", "weight", "weight_scale", "bias")
+        return edit.call(ops.int8_weight_only_linear.default, *(match[name] for name in names))
+
+
+@dataclass(frozen=True, repr=False)
+class SelectKernels(RulePass):
+    """Quantized regions become fused int8 operators. Claim: close to the quantized reference.
+
+    `Lower` runs it by itself; give it on its own to serve a quantized model without a compiler.
+    """
+
+    name: ClassVar[str] = "select-kernels"
+    stage: ClassVar[Stage] = Stage.KERNELS
+    claim: Claim = Close()
+
+    def rules(self, program: Program) -> Sequence[Rule]:
+        """Activations first: the weight-only rule would match the same linear."""
+        # Before a weight is laid out for one library, and then once more for another.
+        compiled = bool(native.load())
+        return (
+            SelectInt8Linear(),
+            SelectAffineInt8Linear(),
+            SelectPackedInt8Linear(),
+            SelectInt8WeightOnlyLinear(),
+            SelectInt4Linear(),
+            SelectFloat8Linear(),
+            SelectSparse24Linear(program),
+            FuseInt8Linear(compiled),
+            UnsignedActivations(),
+            UnsignedOutput(),
+            ActivationInside(),
+            QuantizeInside(),
+            CastInside(),
+            TokensInside(),
+        )
+
+
+def _of_columns(target: Any, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What `target` makes `x` of with a float32 constant of the last axis, and that; else `x`."""
+    if x.target is not target or x.kwargs or x.meta["val"].dtype != torch.float32:
+        return x, None
+    source, constant = x.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(constant, fx.Node):
+        return x, None
+    value, last = constant.meta["val"], x.meta["val"].shape[-1]
+    fits = constant.op == "get_attr" and value.dtype == torch.float32 and value.shape == (last,)
+    of_same_kind = source.meta["val"].dtype == torch.float32
+    return (source, constant) if fits and of_same_kind else (x, None)
+
+
+def _before_widening(x: fx.Node) -> fx.Node:
+    """A bfloat16 value that `x` is in float32, where it is; the kernel reads either."""
+    source: Any = x.args[0] if is_cast(x, torch.float32) else x
+    return source if source.meta["val"].dtype == torch.bfloat16 else x
+
+
+def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:
+    shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
+    return edit.constant(f"{zero_point.target}_unsigned", shifted)
+
+
+def _row_sums(weight: fx.Node, edit: Edit) -> fx.Node:
+    source = edit.state(weight)
+    shape = torch.Size((source.shape[0],))
+    sums = Recipe(row_sums, (source,), shape, torch.int32, source.device)
+    return edit.constant(f"{weight.target}_sums", sums)

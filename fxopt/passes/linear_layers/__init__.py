@@ -1,0 +1,1 @@
+"""What passes about linear layers share."""

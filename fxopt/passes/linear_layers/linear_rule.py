@@ -1,0 +1,86 @@
+"""What passes about linear layers share: the match of their rules, and a look at their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import fx
+
+from fxopt.observation import Observer, calibration_warnings, observe
+from fxopt.operators import LINEAR_TARGETS, PRODUCT_TARGETS, Linear, as_linear, why_no_linear
+from fxopt.program import Mode, Program, module_path
+from fxopt.rewriting import Match, Rule, Site, plan_rules
+from fxopt.rewriting.pattern import Target
+
+Seen = TypeVar("Seen", bound=Observer)
+
+
+class LinearRule(Rule):
+    """Matches each spelling of y = x @ Wᵀ + b with a constant W and binds it as `linear`."""
+
+    def targets(self) -> tuple[Target, ...]:
+        """Every operator that can be a linear layer."""
+        return LINEAR_TARGETS
+
+    def match(self, node: fx.Node) -> Match | None:
+        """The linear layer that `node` computes, or None."""
+        linear = as_linear(node)
+        return None if linear is None else Match((node,), {"linear": linear})
+
+
+class ProductRule(LinearRule):
+    """Matches each matrix product: one of a constant weight, computed ones included, as `linear`;
+    of any other it says why it is none."""
+
+    mode: Mode = "eval"
+
+    def see(self, program: Program) -> None:
+        """In train mode a weight that is computed from parameters stays so."""
+        self.mode = program.mode
+
+    def targets(self) -> tuple[Target, ...]:
+        """Every operator that is a matrix product."""
+        return PRODUCT_TARGETS
+
+    def match(self, node: fx.Node) -> Match | None:
+        """The linear layer that `node` computes, or the product that is none."""
+        linear = as_linear(node, computed=self.mode == "eval")
+        if linear is not None:
+            return Match((node,), {"linear": linear})
+        reason = why_no_linear(node, self.mode)
+        return None if reason is None else Match((node,), {"no_linear": reason})
+
+    def reason_to_refuse(self, match: Match) -> str | None:
+        """Why the product is no linear layer, or what the rule has against the linear layer."""
+        reason: str | None = match.bound.get("no_linear")
+        return reason or super().reason_to_refuse(match)
+
+
+def chosen_linears(program: Program, rule: LinearRule, sites: Sequence[Site]) -> list[Linear]:
+    """The linears at the sites that a plan of `rule` has."""
+    chosen = {site.node for site in sites}
+    rule.see(program)
+    found = (rule.match(node) for node in program.graph.nodes if node.name in chosen)
+    return [match["linear"] for match in found if match is not None]
+
+
+def path_of(linear: Linear) -> str:
+    """How a plan calls a linear: by its module, or by its node where it has none."""
+    return module_path(linear.node) or linear.node.name
+
+
+def observe_inputs(
+    program: Program, rule: Rule, observer: Callable[[], Seen]
+) -> tuple[list[tuple[Linear, Seen]], tuple[str, ...]]:
+    """Each linear that `rule` would rewrite with what an `observer` has seen of its input, one for
+    each input, and what makes that doubtful. Reads the program's calibration."""
+    chosen = {site.node for site in plan_rules(program, (rule,), "").sites}
+    found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
+    linears = [linear for linear in found if linear is not None]
+    watched = {linear.x: (observer(),) for linear in linears}
+    if not watched:
+        return [], ()
+    layers = {path_of(linear): watched[linear.x] for linear in linears}
+    warnings = calibration_warnings(observe(program, watched), layers)
+    return [(linear, watched[linear.x][0]) for linear in linears], warnings

@@ -1,0 +1,66 @@
+"""What calibration sees at the inputs of weights: one observer for all that meet a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from torch import fx
+
+from fxopt.observation import Observer, calibration_warnings, observe
+from fxopt.operators import Linear
+from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
+from fxopt.program import Program, label
+
+Seen = TypeVar("Seen", bound=Observer)
+
+_MOST_BYTES = 1 << 30
+"""Observers held at once; inputs beyond it are learnt in another pass over calibration."""
+
+
+def watch_inputs(
+    program: Program,
+    linears: Sequence[Linear],
+    make: Callable[[], Seen],
+    bytes_of: Callable[[int], int],
+    warnings: dict[str, None],
+) -> Iterator[tuple[list[Linear], Seen]]:
+    """Layers, one for each weight, with the observer that saw all inputs of that weight.
+
+    Layers of one input share an observer; a weight that meets several inputs has one for all of
+    them. `make` makes one, which holds `bytes_of(K)` bytes for K channels; what makes calibration
+    doubtful is added to `warnings`.
+    """
+    for wave in _waves(linears, bytes_of):
+        observers = {inputs: make() for inputs in wave}
+        watched: dict[fx.Node, list[Observer]] = {}
+        for inputs, observer in observers.items():
+            for x in inputs:
+                watched.setdefault(x, []).append(observer)
+        seen = observe(program, watched)
+        named = {label(wave[inputs][0].node): [one] for inputs, one in observers.items()}
+        warnings.update(dict.fromkeys(calibration_warnings(seen, named)))
+        for inputs, observer in observers.items():
+            yield wave[inputs], observer
+
+
+def _waves(
+    linears: Sequence[Linear], bytes_of: Callable[[int], int]
+) -> list[dict[tuple[fx.Node, ...], list[Linear]]]:
+    """Layers, one for each weight, by the inputs that meet it; cut where too much is held."""
+    met: dict[WeightKey, dict[fx.Node, Linear]] = {}
+    for linear in linears:
+        met.setdefault(weight_key(linear), {})[linear.x] = linear
+    together: dict[tuple[fx.Node, ...], list[Linear]] = {}
+    for by_input in met.values():
+        together.setdefault(tuple(by_input), []).append(next(iter(by_input.values())))
+    waves: list[dict[tuple[fx.Node, ...], list[Linear]]] = []
+    held = _MOST_BYTES
+    for inputs, layers in together.items():
+        size = bytes_of(layers[0].in_features)
+        if held + size > _MOST_BYTES:
+            waves.append({})
+            held = 0
+        waves[-1][inputs] = layers
+        held += size
+    return waves

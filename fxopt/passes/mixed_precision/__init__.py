@@ -1,0 +1,1 @@
+"""Passes that compute in half precision what it serves."""

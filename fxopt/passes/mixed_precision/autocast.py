@@ -1,0 +1,262 @@
+"""Autocast: products in half precision, with the fewest bytes cast for it.
+
+    op(x, W, b)  ~  float32(op(half(x), half(W), half(b)))       for each node on the low side
+    half(float32(y))  =  y                                       for y in half already
+    float32(y) + z    =  y + z                                   beside a float32 z (promotion)
+
+`torch.autocast` decides operator by operator, at every call. Here a table gives each operator a
+side and a numerical reason, and what may be on either is placed by a minimum cut of the whole
+graph, whose edges weigh the bytes that a cast moves. A value is rounded only for a product's sake:
+arithmetic on a float32 operand stays in float32.
+Source: Micikevicius et al., "Mixed Precision Training" (2018).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fxopt.analyses.precision import Placement, Side, autocast_casts
+from fxopt.claim import Claim, Exact, Sqnr
+from fxopt.device import checked_device
+from fxopt.errors import FxoptError, PassError
+from fxopt.passes.mixed_precision.autocast_planning import (
+    Policy,
+    Sides,
+    keep_costly,
+    keep_in_range,
+    matches,
+    place,
+    planned_casts,
+    sides_of,
+)
+from fxopt.passes.mixed_precision.half_choice import (
+    HalfDtype,
+    checked_flags,
+    checked_half_dtype,
+    half_choice,
+)
+from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
+from fxopt.passes.mixed_precision.half_values import HALF, is_cast, is_tensor_of
+from fxopt.program import Program, Refusal, label, module_path
+from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage, rewrite
+from fxopt.rewriting.pattern import Target
+from fxopt.rewriting.plan import Site
+
+aten = torch.ops.aten
+
+Mode = Literal["mixed", "full", "half"]
+
+_CLAIMS: dict[str, Claim] = {"full": Exact(), "mixed": Sqnr(30.0), "half": Sqnr(20.0)}
+_MOST_REGIONS = 8
+
+
+@dataclass(frozen=True)
+class AutocastPlan(Plan):
+    """A plan with the dtype, and where its values and their casts are; None for nowhere."""
+
+    dtype: torch.dtype = torch.bfloat16
+    placement: Placement | None = None
+
+    @property
+    def low(self) -> frozenset[str]:
+        """The names of the nodes that will compute in `dtype`."""
+        return self.placement.low if self.placement else frozenset()
+
+
+class WidenInside(Rule):
+    """float32(y) + z = y + z beside a float32 tensor z: the operator itself widens y"""
+
+    exclusive = False
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+    def match(self, node: fx.Node) -> Match | None:
+        for widened, other in (node.args[:2], node.args[1::-1]):
+            if (
+                widened is not other
+                and _is_widening(widened)
+                and is_tensor_of(other, torch.float32)
+            ):
+                return Match((node,), {"widened": widened, "y": widened.args[0]})  # type: ignore[union-attr]
+        return None
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        node, widened = match.root, match["widened"]
+        args = [match["y"] if argument is widened else argument for argument in node.args]
+        return edit.call(node.target, *args, **node.kwargs)
+
+
+@dataclass(frozen=True, repr=False)
+class Autocast(Pass):
+    """Half precision where the hardware is fast in it and the numbers allow it.
+
+    `mode="mixed"` puts linears, convolutions, matrix products and attention in half precision and
+    keeps softmax, norms, losses, exponentials and large sums in float32; `"half"` puts everything
+    that has a half kernel in half precision; `"full"` leaves the model in float32. `dtype="auto"`
+    takes what `device` multiplies natively: bfloat16, or float16 where only that is. A dtype that
+    the device emulates is refused with the reason, unless `force=True`. `device` describes another
+    one than the model is on, such as "cuda:8.0": see `Device.parse`.
+
+    `policy` maps globs over module paths or operators to "low", "high" or "either", the last that
+    matches a node counting: `{"*.classifier": "high", "aten.gelu": "low"}`, in a textual spec
+    `policy=*.classifier:high|aten.gelu:low`. What leaves the range of the dtype on the calibration
+    inputs stays in float32 and is named. `budget` leaves the products that cost most in float32,
+    until the outputs keep that ratio on calibration inputs.
+
+    Claim: a signal-to-noise ratio of the outputs, 30 dB mixed, 20 dB half, exact in full.
+
+    Raises `PassError` for options that don't exist.
+    """
+
+    dtype: HalfDtype = "auto"
+    mode: Mode = "mixed"
+    policy: tuple[str, ...] = ()
+    budget: Sqnr | None = None
+    device: str | None = None
+    force: bool = False
+    claim: Claim = None  # type: ignore[assignment]
+    name: ClassVar[str] = "autocast"
+    stage: ClassVar[Stage] = Stage.NUMERICS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", checked_half_dtype("Autocast", self.dtype))
+        object.__setattr__(self, "device", checked_device("Autocast", self.device))
+        object.__setattr__(self, "policy", _checked_policy(self.policy))
+        if self.mode not in get_args(Mode):
+            raise PassError(f"Autocast(mode={self.mode!r}): mode must be one of {get_args(Mode)}")
+        checked_flags("Autocast", [("force", self.force)])
+        if self.budget is not None and not isinstance(self.budget, Sqnr):
+            raise PassError(f"Autocast(budget={self.budget!r}): give decibels, as Sqnr(40.0)")
+        unset: object = self.claim
+        if unset is None:
+            object.__setattr__(self, "claim", _CLAIMS[self.mode])
+
+    def plan(self, program: Program) -> Plan:
+        """Which operations will be in half precision, in which regions, and what casts that takes.
+
+        Prints the bytes that casts move in a call, beside those of `torch.autocast`.
+        """
+        if self.mode == "full":
+            return AutocastPlan(repr(self), details=("mode='full': everything stays in float32",))
+        sides = sides_of(program, self._policy(), self.mode == "half")
+        choice = half_choice(program, self.dtype, self.device, self.force)
+        if isinstance(choice, str):
+            reasons = tuple(Refusal(choice, label(node)) for node in sides.low())
+            return AutocastPlan(repr(self), refusals=reasons)
+        sides, warnings = keep_in_range(program, sides, choice)
+        details: list[str] = []
+        if self.budget is not None:
+            sides, table = keep_costly(program, sides, choice, self.budget)
+            details += table
+        placement = place(program, sides)
+        low = [node for node in sides.of if node.name in placement.low]
+        return AutocastPlan(
+            repr(self),
+            tuple(Site("ComputeInHalf", node.name, label(node)) for node in low),
+            tuple(Refusal(reason, label(node)) for node, reason in sides.pinned.items()),
+            warnings=(*warnings, *self._unmatched(program)),
+            details=(*details, *_account(program, sides, placement, choice)),
+            dtype=choice,
+            placement=placement,
+        )
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Compute the plan's nodes in half precision, but for its excluded ones."""
+        planned = plan if isinstance(plan, AutocastPlan) else self.plan(program)
+        assert isinstance(planned, AutocastPlan)
+        chosen = planned.low - plan.excluded
+        if not chosen:
+            return rewrite(program, ())
+        dtype = planned.dtype
+        lowered = rewrite(program, (ComputeInHalf(chosen, dtype), CancelCasts(dtype)))
+        # What is chosen must have been taken before its operands become float32 by promotion.
+        return rewrite(lowered, (WidenInside(),))
+
+    def _policy(self) -> Policy:
+        pairs = (entry.rpartition(":") for entry in self.policy)
+        return tuple((glob, side) for glob, _, side in pairs)  # type: ignore[misc]
+
+    def _unmatched(self, program: Program) -> tuple[str, ...]:
+        calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        return tuple(
+            f"policy {glob!r} matches no module path and no operator of the graph"
+            for glob, _ in self._policy()
+            if not any(matches(glob, node) for node in calls)
+        )
+
+
+def _account(
+    program: Program, sides: Sides, placement: Placement, dtype: torch.dtype
+) -> tuple[str, ...]:
+    """What the placement comes to, for the plan."""
+    low = [node for node in sides.of if node.name in placement.low]
+    if not low:
+        return ("no operation is in half precision",)
+    regions = _regions(low)
+    lines = [
+        f"{len(low)} of {len(sides.of)} operations in {str(dtype).removeprefix('torch.')}, "
+        f"in {len(regions)} regions",
+        f"in a call {planned_casts(program, placement)}; no placement moves less",
+        f"torch.autocast: {_theirs(program, dtype)}",
+    ]
+    for region in regions[:_MOST_REGIONS]:
+        kinds = Counter(_kind(node) for node in region)
+        names = ", ".join(
+            f"{kind} x {count}" if count > 1 else kind for kind, count in kinds.items()
+        )
+        lines.append(f"region at {module_path(region[0]) or region[0].name}: {names}")
+    if len(regions) > _MOST_REGIONS:
+        lines.append(f"and {len(regions) - _MOST_REGIONS} regions more")
+    return tuple(lines)
+
+
+def _theirs(program: Program, dtype: torch.dtype) -> str:
+    try:
+        return str(autocast_casts(program, dtype))
+    except FxoptError as error:
+        return f"unknown, {error}"
+
+
+def _regions(low: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The low nodes that hand each other values in half, in the graph's order."""
+    order = {node: index for index, node in enumerate(low)}
+    graph = nx.Graph()
+    graph.add_nodes_from(low)
+    graph.add_edges_from(
+        (operand, node) for node in low for operand in node.all_input_nodes if operand in order
+    )
+    parts = [sorted(part, key=order.__getitem__) for part in nx.connected_components(graph)]
+    return sorted(parts, key=lambda part: order[part[0]])
+
+
+def _kind(node: fx.Node) -> str:
+    target: Any = node.target
+    return str(getattr(target, "_opname", getattr(target, "__name__", target)))
+
+
+def _is_widening(node: Any) -> bool:
+    """Whether `node` is float32(y) for a tensor y in half."""
+    is_widened = isinstance(node, fx.Node) and is_cast(node, torch.float32)
+    return is_widened and any(is_tensor_of(node.args[0], dtype) for dtype in HALF)
+
+
+def _checked_policy(given: Any) -> tuple[str, ...]:
+    if isinstance(given, Mapping):
+        given = tuple(f"{glob}:{side}" for glob, side in given.items())
+    entries = (given,) if isinstance(given, str) else tuple(given)
+    for entry in entries:
+        glob, _, side = entry.rpartition(":") if isinstance(entry, str) else ("", "", "")
+        if not glob or side not in get_args(Side):
+            raise PassError(
+                f"Autocast(policy={given!r}): each entry is a glob over module paths or operators "
+                f"and a side, one of {get_args(Side)}: {{'*.classifier': 'high'}}"
+            )
+    return entries

@@ -1,0 +1,241 @@
+"""HalfLinear: linear layers and convolutions in half precision, summed in float32.
+
+    op(x, W, b)  ~  float32(op(half(x), half(W), half(b)))       half: bfloat16 or float16
+    half(copy(float32(y)))  =  copy(y)                           for y in half already
+
+Rounding to bfloat16 errs by 2⁻⁹ of a value at most, to float16 by 2⁻¹²; in a sum of products the
+errors average out. Between two layers no cast is left where only views, a relu or a max pooling
+lie. What else lies between stays in float32; `Autocast` decides about that as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxopt.claim import Claim, Sqnr
+from fxopt.device import checked_device
+from fxopt.observation import Extremes, extremes, past_range
+from fxopt.operators import (
+    PRODUCT_TARGETS,
+    as_linear,
+    reads_as_linear,
+    refuse_shared_weight,
+    why_no_linear,
+)
+from fxopt.passes.linear_layers.selection import checked_globs, refuse_path
+from fxopt.passes.mixed_precision.half_choice import (
+    HalfDtype,
+    checked_flags,
+    checked_half_dtype,
+    half_choice,
+)
+from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
+from fxopt.passes.mixed_precision.half_values import HALF
+from fxopt.program import Mode, Program, module_path
+from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
+from fxopt.rewriting.pattern import Target
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS: tuple[Target, ...] = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+    aten.convolution.default,
+)
+
+_FLOOR: Mapping[HalfDtype, Claim] = {
+    "auto": Sqnr(30.0),
+    torch.bfloat16: Sqnr(30.0),
+    torch.float16: Sqnr(45.0),
+}
+"""Decibels end to end. The table of architectures, with random weights, keeps 35 dB in bfloat16 and
+53 dB in float16, which has 3 bits of mantissa, 18 dB, more; a dropped bias falls below."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or convolution: its node, its operands, and whether it is a linear one."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    is_linear: bool
+
+    @property
+    def parts(self) -> dict[fx.Node, str]:
+        """What must be within the range of half precision, and how a message introduces it."""
+        named = {self.x: f"its input {self.x.name}: ", self.weight: f"its weight {self.weight}: "}
+        if self.bias is not None:
+            named[self.bias] = f"its bias {self.bias}: "
+        return {**named, self.node: ""}
+
+
+def as_layer(node: fx.Node, computed: bool) -> Layer | None:
+    """The linear layer or convolution that `node` computes, or None.
+
+    With `computed`, weights that are computed from state alone count as well.
+    """
+    linear = as_linear(node, computed)
+    if linear is not None:
+        return Layer(node, linear.x, linear.weight, linear.bias, True)
+    if node.target not in _CONVOLUTIONS:
+        return None
+    given = arguments(node)
+    return Layer(node, given["input"], given["weight"], given["bias"], False)
+
+
+@dataclass(frozen=True)
+class HalfPlan(Plan):
+    """A plan with the dtype, or why there is none, and the layers that leave its range."""
+
+    choice: torch.dtype | str = torch.bfloat16
+    past: Mapping[str, str] = field(default_factory=dict)
+
+
+class RoundLayer(ComputeInHalf):
+    """op(x, W, b) ~ float32(op(half(x), half(W), half(b)))"""
+
+    def __init__(
+        self, options: HalfLinear, choice: torch.dtype | str, past: Mapping[str, str], mode: Mode
+    ) -> None:
+        super().__init__((), choice if isinstance(choice, torch.dtype) else torch.bfloat16)
+        self.options, self.choice, self.past, self.mode = options, choice, past, mode
+
+    def targets(self) -> tuple[Target, ...]:
+        return (*PRODUCT_TARGETS, *_CONVOLUTIONS)
+
+    def match(self, node: fx.Node) -> Match | None:
+        layer = as_layer(node, self.mode == "eval")
+        if layer is None and node.target in PRODUCT_TARGETS:
+            if node.meta["val"].dtype in HALF:
+                return None
+            reason = why_no_linear(node, self.mode)
+            return None if reason is None else Match((node,), {"node": node, "no_linear": reason})
+        if layer is None or layer.weight.meta["val"].dtype in HALF:
+            return None
+        return Match((node,), {"node": node, "layer": layer})
+
+    def refuse(self, match: Match) -> str | None:
+        if "no_linear" in match.bound:
+            return str(match["no_linear"])
+        layer: Layer = match["layer"]
+        path = module_path(layer.node)
+        unfit = refuse_path(path, self.options.include, self.options.exclude)
+        unfit = unfit or _refuse_weight(layer) or super().refuse(match)
+        if unfit is not None:
+            return unfit
+        if isinstance(self.choice, str):
+            return self.choice
+        return self._refuse_tied(layer) or self.past.get(layer.node.name)
+
+    def _refuse_tied(self, layer: Layer) -> str | None:
+        """In train mode the weight stays one parameter, whoever reads it."""
+        linear = as_linear(layer.node, computed=True)
+        if linear is None or self.options.tied or self.mode == "train":
+            return None
+        return refuse_shared_weight(linear, reads_as_linear)
+
+
+@dataclass(frozen=True, repr=False)
+class HalfLinear(Pass):
+    """Linear layers and convolutions in half precision, their weights stored in it once.
+
+    `dtype="auto"` takes what `device` multiplies natively: bfloat16, or float16 where only that is.
+    A dtype that the device emulates is refused with the reason, unless `force=True`; then `"auto"`
+    is bfloat16. `device` is a description such as "cuda:8.0" or "cpu:avx512_bf16", in place of the
+    device that the model is on. `include` and `exclude` are globs over module paths
+    (`"encoder.layer.*.output.dense"`). A weight that an embedding reads too would be stored twice
+    and is left alone unless `tied=True`. In train mode weights stay float32, the master copies, and
+    are rounded at each call.
+
+    With float16 a layer is left alone, and named, whose input, weight or output leaves its range on
+    the calibration inputs, or on the example where there are none.
+
+    Claim: a signal-to-noise ratio of the outputs, 45 dB for float16 and 30 dB otherwise, unless
+    `claim` gives another.
+
+    Raises `PassError` for options that don't exist.
+    """
+
+    dtype: HalfDtype = "auto"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    tied: bool = False
+    force: bool = False
+    device: str | None = None
+    claim: Claim = None  # type: ignore[assignment]
+    name: ClassVar[str] = "half-linear"
+    stage: ClassVar[Stage] = Stage.NUMERICS
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "dtype": checked_half_dtype("HalfLinear", self.dtype),
+            "device": checked_device("HalfLinear", self.device),
+            "include": checked_globs("HalfLinear", "include", self.include),
+            "exclude": checked_globs("HalfLinear", "exclude", self.exclude),
+        }
+        checked_flags("HalfLinear", (("tied", self.tied), ("force", self.force)))
+        unset: object = self.claim
+        if unset is None:
+            checked["claim"] = _FLOOR[checked["dtype"]]
+        for option, value in checked.items():
+            object.__setattr__(self, option, value)
+
+    def plan(self, program: Program) -> Plan:
+        """The layers that will be in half precision, in which, and why the others will not."""
+        choice = half_choice(program, self.dtype, self.device, self.force)
+        past: dict[str, str] = {}
+        warnings: tuple[str, ...] = ()
+        if choice is torch.float16:
+            past, warnings = self._past_range(program)
+        base = plan_rules(program, self._rules(program, choice, past), repr(self))
+        details = () if isinstance(choice, str) or not base.sites else (f"half is {choice}",)
+        return HalfPlan(
+            base.spec, base.sites, base.refusals, frozenset(), warnings, details, choice, past
+        )
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Round the plan's layers, sparing its excluded nodes."""
+        planned = plan if isinstance(plan, HalfPlan) else self.plan(program)
+        assert isinstance(planned, HalfPlan)
+        return rewrite(program, self._rules(program, planned.choice, planned.past), plan.excluded)
+
+    def _rules(
+        self, program: Program, choice: torch.dtype | str, past: Mapping[str, str]
+    ) -> Sequence[Rule]:
+        layers = RoundLayer(self, choice, past, program.mode)
+        return (layers, CancelCasts(layers.dtype))
+
+    def _past_range(self, program: Program) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Why layers can't be in float16, by their nodes' names; and what makes that doubtful."""
+        rules = self._rules(program, torch.float16, {})
+        chosen = {site.node for site in plan_rules(program, rules[:1], "").sites}
+        layers = [as_layer(node, True) for node in program.graph.nodes if node.name in chosen]
+        parts = {layer.node: layer.parts for layer in layers if layer is not None}
+        found = extremes(program, (part for named in parts.values() for part in named))
+        return _reasons(parts, found), found.warnings
+
+
+def _reasons(parts: Mapping[fx.Node, Mapping[fx.Node, str]], found: Extremes) -> dict[str, str]:
+    past = past_range(found, torch.float16)
+    return {
+        node.name: "; ".join(named[part] + past[part] for part in named if part in past)
+        for node, named in parts.items()
+        if any(part in past for part in named)
+    }
+
+
+def _refuse_weight(layer: Layer) -> str | None:
+    weight = layer.weight.meta["val"]
+    if layer.weight.op != "get_attr" and not layer.is_linear:
+        return f"its weight {layer.weight.name} is computed, not constant"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}; only float32 is rounded to half precision"
+    return None if weight.numel() else "its weight is empty"

@@ -1,0 +1,1 @@
+"""Passes that take channels, heads or weights out of a model."""

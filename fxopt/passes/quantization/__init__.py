@@ -1,0 +1,1 @@
+"""Passes that round weights and activations to few bits."""

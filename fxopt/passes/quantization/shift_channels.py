@@ -1,0 +1,200 @@
+"""ShiftChannels: each input channel of a linear is centred, before it is quantized.
+
+    x @ Wᵀ + b  =  (x - z) @ Wᵀ + (b + W z)          z: the middle of each channel's range [K]
+
+Exact in real arithmetic for any z. One scale for all channels must hold all their ranges side by
+side; centred, it holds the widest of them. The channels of a post-norm transformer's residual
+stream are one-sided. The subtraction costs nothing where the compiler fuses it with the norm before
+and the rounding after it.
+Source: Wei et al., "Outlier Suppression+: Accurate Quantization of Large Language Models by
+Equivalent and Effective Shifting and Scaling", EMNLP 2023, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.claim import Claim, Close
+from fxopt.errors import PassError
+from fxopt.observation import ChannelRange
+from fxopt.operators import Linear
+from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
+from fxopt.passes.linear_layers.selection import (
+    checked_globs,
+    has_mark,
+    refuse_by_path,
+    refuse_weight,
+)
+from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
+from fxopt.program import Program, Recipe
+from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+
+aten = torch.ops.aten
+
+SHIFT = "_shift"
+"""How the name of what is subtracted from an input ends."""
+
+
+class ShiftLinear(LinearRule):
+    """x @ Wᵀ + b = (x - z) @ Wᵀ + (b + W z)"""
+
+    def __init__(
+        self,
+        options: ShiftChannels,
+        trains: bool,
+        middles: Mapping[str, Tensor],
+        reasons: Mapping[str, str],
+    ) -> None:
+        self.options, self.trains = options, trains
+        self.middles, self.reasons = middles, reasons
+        self.shifted: dict[fx.Node, fx.Node] = {}
+
+    def match(self, node: fx.Node) -> Match | None:
+        match = super().match(node)
+        return None if match is None or _is_shifted(match["linear"].x) else match
+
+    def refuse(self, match: Match) -> str | None:
+        linear: Linear = match["linear"]
+        unfit = refuse_by_path(linear, self.options.include, self.options.exclude)
+        unfit = unfit or refuse_weight(linear)
+        if unfit is None and linear.x.meta["val"].dtype != linear.dtype:
+            unfit = f"it multiplies {linear.x.meta['val'].dtype} by {linear.dtype}"
+        if unfit is None and self.trains:
+            unfit = "it trains, and the weight's part in the new bias would have no gradient"
+        if unfit is None and linear.bias is not None and linear.bias.op != "get_attr":
+            unfit = "its bias is computed"
+        return unfit or self.reasons.get(linear.node.name)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        linear: Linear = match["linear"]
+        middle = self.middles[linear.node.name]
+        bias = edit.constant(f"{linear.weight.target}_shifted_bias", _bias(linear, middle, edit))
+        if linear.x not in self.shifted:
+            value = linear.x.meta["val"]
+            shift = edit.constant(
+                f"{linear.x.name}{SHIFT}", middle.to(value.dtype).to(value.device)
+            )
+            self.shifted[linear.x] = edit.call(aten.sub.Tensor, linear.x, shift)
+        x = self.shifted[linear.x]
+        if linear.bias is not None:
+            return rebuilt(edit, linear.node, {linear.x: x, linear.bias: bias})
+        if linear.node.target is aten.linear.default:
+            return edit.call(aten.linear.default, x, weight_operand(linear), bias)
+        return edit.call(aten.add.Tensor, rebuilt(edit, linear.node, {linear.x: x}), bias)
+
+
+@dataclass(frozen=True)
+class ShiftPlan(Plan):
+    """A plan with the channels' middles and the reasons not to shift, by the linear's node name."""
+
+    middles: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class ShiftChannels(Pass):
+    """Each input channel of a linear centred on 0, for `Int8Linear` after it.
+
+    Where, by `transform(calibration=)`, the range of all channels together gets narrower by at
+    least the share `gain`: rounding errs by so much less. After `SmoothQuant`, whose scales say how
+    wide each channel is. `include` and `exclude` are globs over module paths. Claim: close; exact
+    in real arithmetic.
+
+    Raises `PassError` for a gain outside of (0, 1), and when it comes after a pass that quantized
+    linears.
+    """
+
+    gain: float = 0.1
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    claim: Claim = Close()
+    name: ClassVar[str] = "shift-channels"
+    stage: ClassVar[Stage] = Stage.NUMERICS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gain, float) or not 0.0 < self.gain < 1.0:
+            raise PassError(f"ShiftChannels(gain={self.gain!r}): give a number between 0 and 1")
+        for option in ("include", "exclude"):
+            globs = checked_globs("ShiftChannels", option, getattr(self, option))
+            object.__setattr__(self, option, globs)
+
+    def plan(self, program: Program) -> ShiftPlan:
+        """The linears whose input gets narrower, with the middles of its channels."""
+        if any(n.target is torch.ops.fxopt.dequantize.default for n in program.graph.nodes):
+            raise PassError(
+                f"{self!r} comes after a pass that quantized linears, which it can't shift any "
+                "more: move it before Int8Linear"
+            )
+        trains = program.mode == "train"
+        rule = ShiftLinear(self, trains, {}, {})
+        seen, warnings = observe_inputs(program, rule, ChannelRange)
+        middles, reasons, details = {}, {}, []
+        for linear, channels in seen:
+            middle, text = self._middle(channels)
+            if middle is None:
+                reasons[linear.node.name] = text
+                continue
+            middles[linear.node.name] = middle
+            details.append(f"{path_of(linear)}: {text}")
+        base = plan_rules(program, (ShiftLinear(self, trains, middles, reasons),), repr(self))
+        return ShiftPlan(
+            base.spec,
+            base.sites,
+            base.refusals,
+            warnings=warnings,
+            details=tuple(details),
+            middles=middles,
+            reasons=reasons,
+        )
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Shift the inputs of the plan's linears."""
+        made = plan if isinstance(plan, ShiftPlan) else self.plan(program)
+        rule = ShiftLinear(self, program.mode == "train", made.middles, made.reasons)
+        return rewrite(program, (rule,), plan.excluded)
+
+    def _middle(self, seen: ChannelRange) -> tuple[Tensor | None, str]:
+        """The middle of each channel and by how much the range shrinks, or why it is left."""
+        if not seen.count:
+            return None, "its input was never seen"
+        low, high = float(seen.low.amin().clamp_max(0)), float(seen.high.amax().clamp_min(0))
+        # Halved first: the difference of two large numbers must not overflow.
+        half = (seen.high / 2 - seen.low / 2).amax()
+        share = float(2 * half / (high - low)) if high > low else 1.0
+        if share > 1.0 - self.gain:
+            return (
+                None,
+                f"centred, its range is {share:.2f} of what it was, above {1 - self.gain:g}",
+            )
+        return seen.high / 2 + seen.low / 2, f"centred, its range is {share:.2f} of what it was"
+
+
+def _is_shifted(x: fx.Node) -> bool:
+    if x.target is not aten.sub.Tensor:
+        return False
+    shift = x.args[1]
+    return isinstance(shift, fx.Node) and has_mark(str(shift.target), SHIFT)
+
+
+@dataclass(frozen=True)
+class _ShiftedBias:
+    """b + W z, in float32 or wider."""
+
+    middle: Tensor
+
+    def __call__(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        shifted = rows.to(wide) @ self.middle.to(wide).to(rows.device)
+        return (shifted if bias is None else shifted + bias.to(wide)).to(rows.dtype)
+
+
+def _bias(linear: Linear, middle: Tensor, edit: Edit) -> Recipe:
+    rows = linear.rows_first(edit.state(linear.weight))
+    sources = (rows,) if linear.bias is None else (rows, edit.state(linear.bias))
+    shape = torch.Size((linear.out_features,))
+    return Recipe(_ShiftedBias(middle), sources, shape, rows.dtype, rows.device)

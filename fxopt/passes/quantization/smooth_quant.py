@@ -1,0 +1,274 @@
+"""SmoothQuant: outliers of activations moved into the weights, before both are quantized.
+
+    x @ Wᵀ + b  =  (x / s) @ (W * s)ᵀ + b          s: one positive scale per input channel
+
+Exact in real arithmetic for any s. Linears that share x share s. The division costs nothing where
+what computes x can take it: a norm's weight, a linear's output channels, also through attention, a
+gate or a relu in between (`fxopt.analyses.channel_scaling`); elsewhere it stays as a multiply.
+Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
+Language Models", ICML 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.analyses.channel_scaling import Absorption, find_absorption, view_source
+from fxopt.claim import Claim, Close
+from fxopt.errors import PassError
+from fxopt.observation.observation import calibration_warnings, observe
+from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
+from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
+from fxopt.passes.linear_layers.selection import (
+    checked_globs,
+    has_mark,
+    refuse_by_path,
+    refuse_weight,
+)
+from fxopt.passes.quantization.quantize_linear import Range, bits_of
+from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear, readers
+from fxopt.program import Program, Refusal, label, materialize
+from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
+from fxopt.weights.smoothing import choose_alpha, largest_per_channel, smoothing_scale
+
+_SAMPLE_ROWS, _SAMPLE_CHANNELS = 256, 1024
+
+
+@dataclass(frozen=True)
+class SmoothPlan(Plan):
+    """Which groups of linears are smoothed by which scales; `reasons` by node why others aren't."""
+
+    groups: tuple[Smoothing, ...] = field(default=(), repr=False, compare=False)
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class SmoothQuant(Pass):
+    """Outliers of activations moved into the weights of linears, for int8 that comes after.
+
+    `alpha` in [0, 1] says how far: 0 leaves the activations' outliers, 1 moves them whole;
+    `"auto"` tries several on a sample of each input and takes the one of least int8 error, or
+    none, as `Int8Linear` of this `mode` rounds the input: `"static"` has one scale for all tokens
+    and gains by more smoothing; `range` is that of its weights. `include` and `exclude` are globs
+    over module paths. Scales come from the calibration inputs, or from the example where none were
+    given, with a warning. A smoothed weight ends in `_smoothed`, which a second run leaves alone.
+
+    Claim: close. Raises `PassError` for another alpha or mode, and when it comes after a pass that
+    quantized linears.
+    """
+
+    alpha: float | Literal["auto"] = 0.5
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    mode: Literal["dynamic", "static"] = "dynamic"
+    range: Range = "auto"
+    name: ClassVar[str] = "smooth-quant"
+    stage: ClassVar[Stage] = Stage.NUMERICS
+    claim: Claim = Close()
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if self.alpha != "auto" and not (number and 0.0 <= float(self.alpha) <= 1.0):
+            raise PassError(
+                f'SmoothQuant(alpha={self.alpha!r}): alpha must be a number from 0 to 1, or "auto"'
+            )
+        if self.mode not in ("dynamic", "static"):
+            raise PassError(f'SmoothQuant(mode={self.mode!r}): mode must be "dynamic" or "static"')
+        if self.range not in get_args(Range):
+            raise PassError(f'SmoothQuant(range={self.range!r}): range must be "auto", 7 or 8')
+        for option in ("include", "exclude"):
+            globs = checked_globs("SmoothQuant", option, getattr(self, option))
+            object.__setattr__(self, option, globs)
+
+    def plan(self, program: Program) -> SmoothPlan:
+        """The groups of linears and their scales, learnt from the program's calibration."""
+        return _Planning(self, program).plan()
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Scale weights and what computes their inputs; a group is spared with its first linear."""
+        if not isinstance(plan, SmoothPlan):
+            raise PassError(f"{self!r} can't apply a {type(plan).__name__}: give what plan() made")
+        groups = [group for group in plan.groups if plan.excluded.isdisjoint(group.linears)]
+        return rewrite(program, (SmoothLinear(groups, plan.reasons),), plan.excluded)
+
+
+@dataclass
+class _Group:
+    """Linears that share one input (or views of it), and where its scale can go."""
+
+    linears: list[Linear]
+    home: Absorption | str
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return list(dict.fromkeys(linear.x for linear in self.linears))
+
+    @property
+    def name(self) -> str:
+        more = len(self.linears) - 1
+        return label(self.linears[0].node) + (f" and {more} more" if more else "")
+
+
+class _Planning:
+    """One plan in the making."""
+
+    def __init__(self, options: SmoothQuant, program: Program) -> None:
+        self.options = options
+        self.program = program
+        self.reasons: dict[str, str] = {}
+        self.details: list[str] = []
+        self.row_factors: dict[fx.Node, Tensor] = {}
+        self.observers: dict[fx.Node, tuple[ChannelMagnitude, Rows]] = {}
+
+    def plan(self) -> SmoothPlan:
+        nodes = self.program.graph.nodes
+        if any(node.target is torch.ops.fxopt.dequantize.default for node in nodes):
+            raise PassError(
+                f"{self.options!r} comes after a pass that quantized linears, which it can't "
+                "smooth any more: move it before Int8Linear"
+            )
+        groups = self._groups()
+        warnings = self._observe(groups) if groups else ()
+        # From the end, since a scale that a linear's rows absorb changes its own columns' largest.
+        found = [self._smoothing(group) for group in reversed(groups)][::-1]
+        chosen = tuple(smoothing for smoothing in found if smoothing is not None)
+        names = {name for smoothing in chosen for name in smoothing.linears}
+        sites = [Site("SmoothLinear", n.name, label(n)) for n in nodes if n.name in names]
+        refusals = dict.fromkeys(
+            Refusal(self.reasons[n.name], label(n)) for n in nodes if n.name in self.reasons
+        )
+        return SmoothPlan(
+            repr(self.options),
+            tuple(sites),
+            tuple(refusals),
+            warnings=warnings,
+            details=tuple(reversed(self.details)),
+            groups=chosen,
+            reasons=self.reasons,
+        )
+
+    def _groups(self) -> list[_Group]:
+        by_source: dict[fx.Node, list[Linear]] = {}
+        for linear in filter(None, map(as_linear, self.program.graph.nodes)):
+            reason = self._reason_to_refuse(linear)
+            if reason is None:
+                by_source.setdefault(view_source(linear.x)[0], []).append(linear)
+            else:
+                self.reasons[linear.node.name] = reason
+        groups: list[_Group] = []
+        taken: set[fx.Node] = set()
+        for source, linears in by_source.items():
+            kept = self._unshared(linears)
+            if kept:
+                home = find_absorption(source, readers(kept))
+                if isinstance(home, Absorption) and home.producer in taken:
+                    home = f"{label(home.producer)} takes the scale of another part already"
+                if isinstance(home, Absorption):
+                    taken.add(home.producer)
+                groups.append(_Group(kept, home))
+        return groups
+
+    def _reason_to_refuse(self, linear: Linear) -> str | None:
+        unfit = refuse_by_path(linear, self.options.include, self.options.exclude)
+        unfit = unfit or refuse_weight(linear)
+        if unfit is not None:
+            return unfit
+        if linear.x.op == "get_attr":
+            return "its input is a constant"
+        if has_mark(str(linear.weight.target), SMOOTHED):
+            return "it is smoothed already"
+        return None
+
+    def _unshared(self, linears: list[Linear]) -> list[Linear]:
+        """Those whose weight nothing outside of the group reads."""
+        nodes = {linear.node for linear in linears}
+        kept = []
+        for linear in linears:
+            reason = refuse_shared_weight(
+                linear, lambda user: user in nodes or (bool(user.users) and nodes >= {*user.users})
+            )
+            if reason is None:
+                kept.append(linear)
+            else:
+                self.reasons[linear.node.name] = reason
+        return kept
+
+    def _observe(self, groups: Sequence[_Group]) -> tuple[str, ...]:
+        layers: dict[str, Sequence[Observer]] = {}
+        for group in groups:
+            for x in group.inputs:
+                self.observers[x] = ChannelMagnitude(), Rows(_SAMPLE_ROWS)
+            layers[group.name] = [self.observers[x][0] for x in group.inputs]
+        auto = self.options.alpha == "auto"
+        watched = {x: seen if auto else seen[:1] for x, seen in self.observers.items()}
+        return calibration_warnings(observe(self.program, watched), layers)
+
+    def _smoothing(self, group: _Group) -> Smoothing | None:
+        activations = torch.stack(
+            [self._largest(x, group.linears[0].in_features) for x in group.inputs]
+        ).amax(0)
+        largest, samples = self._weights(group)
+        if not bool(largest.isfinite().all()):
+            return self._leave(group, "its weight holds NaN or infinity")
+        home = group.home if isinstance(group.home, Absorption) else None
+        ties = home.ties if home is not None else torch.arange(len(largest))
+        alpha = self.options.alpha
+        if alpha == "auto":
+            rows = torch.cat([self.observers[x][1].rows.float().cpu() for x in group.inputs])
+            static = self.options.mode == "static"
+            bits = bits_of(self.options.range, group.linears)
+            chosen = choose_alpha(rows, samples, activations, largest, ties, static, bits)
+            if chosen is None:
+                return self._leave(group, "no alpha makes its int8 product truer on calibration")
+            alpha = chosen
+        scale = smoothing_scale(activations, largest, ties, float(alpha))
+        if bool((scale == 1.0).all()):
+            return self._leave(group, "calibration gives its channels no difference to level")
+        smoothing = Smoothing(
+            tuple(linear.node.name for linear in group.linears),
+            scale.reciprocal().to(group.linears[0].dtype),
+            home is not None,
+        )
+        self._note(group, float(alpha), scale)
+        if home is not None:
+            self.row_factors[home.producer] = smoothing.factors(home.channels)
+        return smoothing
+
+    def _largest(self, x: fx.Node, channels: int) -> Tensor:
+        seen = self.observers[x][0].largest
+        return seen.double().cpu() if len(seen) else torch.zeros(channels, dtype=torch.float64)
+
+    def _weights(self, group: _Group) -> tuple[Tensor, list[Tensor]]:
+        """The largest magnitude per input channel of all weights, and samples of their rows."""
+        largest: Tensor | None = None
+        samples = []
+        for linear in group.linears:
+            weight = self.program.state[str(linear.weight.target)]
+            rows = materialize(linear.rows_first(weight)).detach().cpu()
+            if linear.node in self.row_factors:
+                rows = rows * self.row_factors[linear.node].to(rows)[:, None]
+            found = largest_per_channel(rows)
+            largest = found if largest is None else torch.maximum(largest, found)
+            if self.options.alpha == "auto":
+                samples.append(rows[:: -(-len(rows) // _SAMPLE_CHANNELS)].float())
+        assert largest is not None
+        return largest, samples
+
+    def _leave(self, group: _Group, reason: str) -> Smoothing | None:
+        self.reasons.update({linear.node.name: reason for linear in group.linears})
+        return None
+
+    def _note(self, group: _Group, alpha: float, scale: Tensor) -> None:
+        if isinstance(group.home, Absorption):
+            where = f"absorbed by {label(group.home.producer)}"
+        else:
+            where = f"a multiply stays, since {group.home}"
+        low, high = float(scale.min()), float(scale.max())
+        self.details.append(
+            f"{group.name}: alpha {alpha:g}, scales {low:.3g} to {high:.3g}, {where}"
+        )

@@ -1,0 +1,233 @@
+"""SplitOutliers: the few input channels with huge values leave a linear and are multiplied apart.
+
+    x @ Wᵀ + b  =  (x · m) @ W₀ᵀ + b  +  x_o @ W_oᵀ          o: the outlier channels
+    x_o         =  f(h @ U_oᵀ + c_o)       where x = f(h @ Uᵀ + c), else x[..., o]
+
+m is 0 at o and 1 elsewhere, W₀ is W without (zeros in) the columns o, W_o those columns. In a
+trained transformer a handful of channels carries values five or more times as large as all others;
+one scale for all then wastes most of its steps on them. Without them int8 resolves the rest, and
+what is multiplied apart, in float, is a hundredth of the product. Exact in real arithmetic.
+Source: Dettmers et al., "LLM.int8()" (2022), whose outliers are found at run time; here they are
+found by calibration, so that shapes stay static and nothing is gathered where x = f(h @ Uᵀ + c).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.claim import Claim, Close
+from fxopt.errors import PassError
+from fxopt.observation import ChannelMagnitude
+from fxopt.operators import Linear, as_linear, refuse_shared_weight
+from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
+from fxopt.passes.linear_layers.selection import checked_globs, has_mark, refuse_by_path
+from fxopt.program import Program, Recipe
+from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+
+aten = torch.ops.aten
+
+OUTLIERS, MAIN = "_outliers", "_main"
+"""How the names of split weights end: float columns, and what int8 may round."""
+
+_ELEMENTWISE: frozenset[Any] = frozenset(
+    {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default}
+)
+
+
+class SplitLinear(LinearRule):
+    """x @ Wᵀ + b = (x · m) @ W₀ᵀ + b + x_o @ W_oᵀ"""
+
+    def __init__(
+        self,
+        options: SplitOutliers,
+        channels: Mapping[str, tuple[int, ...]],
+        reasons: Mapping[str, str],
+    ) -> None:
+        self.options, self.channels, self.reasons = options, channels, reasons
+        self.masked: dict[fx.Node, fx.Node] = {}
+        self.apart: dict[fx.Node, fx.Node] = {}
+
+    def match(self, node: fx.Node) -> Match | None:
+        match = super().match(node)
+        if match is None or is_split(match["linear"]):
+            return None
+        return match
+
+    def refuse(self, match: Match) -> str | None:
+        linear: Linear = match["linear"]
+        unasked = refuse_by_path(linear, self.options.include, self.options.exclude)
+        if unasked is not None:
+            return unasked
+        if not linear.dtype.is_floating_point or linear.x.meta["val"].dtype != linear.dtype:
+            return f"it multiplies {linear.x.meta['val'].dtype} by {linear.dtype}"
+        if linear.in_features <= self.options.channels:
+            return f"it has {linear.in_features} input channels, no more than would be split off"
+        shared = refuse_shared_weight(linear, lambda user: as_linear(user) is not None)
+        return shared or self.reasons.get(linear.node.name)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        linear: Linear = match["linear"]
+        channels = torch.tensor(self.channels[linear.node.name])
+        name = str(linear.weight.target)
+        rows = linear.rows_first(edit.state(linear.weight))
+        main = edit.constant(f"{name}{MAIN}", _recipe(_Without(channels), rows, rows.shape))
+        shape = torch.Size((linear.out_features, len(channels)))
+        own = edit.constant(f"{name}{OUTLIERS}", _recipe(_Columns(channels), rows, shape))
+        if linear.x not in self.masked:
+            self.masked[linear.x] = self._mask(linear, channels, edit)
+            self.apart[linear.x] = _outlying(linear.x, channels, edit)
+        product = edit.call(aten.linear.default, self.masked[linear.x], main, linear.bias)
+        rest = edit.call(aten.linear.default, self.apart[linear.x], own)
+        return edit.call(aten.add.Tensor, product, rest)
+
+    def _mask(self, linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
+        value = linear.x.meta["val"]
+        mask = torch.ones(linear.in_features, dtype=value.dtype, device=value.device)
+        mask[channels.to(value.device)] = 0.0
+        constant = edit.constant(f"{linear.x.name}_mask", mask)
+        return edit.call(aten.mul.Tensor, linear.x, constant)
+
+
+@dataclass(frozen=True)
+class SplitPlan(Plan):
+    """A plan with the channels to split off and the reasons not to, by the linear's node name."""
+
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False)
+class SplitOutliers(Pass):
+    """The `channels` largest input channels of a linear are multiplied apart, in float.
+
+    Where, by `transform(calibration=)`, the largest input channel is at least `ratio` times as
+    large as what remains without the `channels` largest. For `Int8Linear` after it, which leaves
+    the outliers in float, and best with `mode="static"`. `include` and `exclude` are globs over
+    module paths. Claim: close; exact in real arithmetic.
+
+    Raises `PassError` for numbers that make no sense.
+    """
+
+    channels: int = 16
+    ratio: float = 2.0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    claim: Claim = Close()
+    name: ClassVar[str] = "split-outliers"
+    stage: ClassVar[Stage] = Stage.NUMERICS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.channels, int) or self.channels < 1:
+            raise PassError(f"SplitOutliers(channels={self.channels!r}): give a number from 1 on")
+        if not 1.0 < self.ratio < math.inf:
+            raise PassError(f"SplitOutliers(ratio={self.ratio!r}): give a number above 1")
+        for option in ("include", "exclude"):
+            globs = checked_globs("SplitOutliers", option, getattr(self, option))
+            object.__setattr__(self, option, globs)
+
+    def plan(self, program: Program) -> SplitPlan:
+        """The linears whose inputs have outliers, with their channels."""
+        seen, warnings = observe_inputs(program, SplitLinear(self, {}, {}), ChannelMagnitude)
+        channels, reasons, details = {}, {}, []
+        for linear, magnitude in seen:
+            largest, reason = _outliers(magnitude.largest, self.channels, self.ratio)
+            if not largest:
+                reasons[linear.node.name] = reason
+                continue
+            channels[linear.node.name] = largest
+            details.append(f"{path_of(linear)}: {reason}")
+        base = plan_rules(program, (SplitLinear(self, channels, reasons),), repr(self))
+        return SplitPlan(
+            base.spec,
+            base.sites,
+            base.refusals,
+            warnings=warnings,
+            details=tuple(details),
+            channels=channels,
+            reasons=reasons,
+        )
+
+    def apply(self, program: Program, plan: Plan) -> Program:
+        """Split the plan's linears."""
+        made = plan if isinstance(plan, SplitPlan) else self.plan(program)
+        rules = (SplitLinear(self, made.channels, made.reasons),)
+        return rewrite(program, rules, plan.excluded)
+
+
+def is_split(linear: Linear) -> bool:
+    """Whether this linear is one of the two halves that `SplitOutliers` makes."""
+    return is_outlying(linear) or has_mark(str(linear.weight.target), MAIN)
+
+
+def is_outlying(linear: Linear) -> bool:
+    """Whether this linear belongs to the outliers, which stay in float."""
+    return has_mark(str(linear.weight.target), OUTLIERS)
+
+
+def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...], str]:
+    """The largest channels and how much they exceed the rest, or why they don't by enough."""
+    if largest.numel() <= count:
+        return (), "its input was never seen"
+    values, order = largest.sort(descending=True, stable=True)
+    first, rest = float(values[0]), float(values[count])
+    excess = first / rest if rest else math.inf
+    if first == 0.0 or excess < ratio:
+        return (), f"its largest input channel is {excess:.1f} times the rest, below {ratio:g}"
+    chosen = sorted(order[:count].tolist())
+    return tuple(chosen), f"{count} channels of up to {first:.3g} apart, {rest:.3g} remains"
+
+
+def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
+    """x[..., o], from few rows of the linear before where there is one."""
+    maker: Any = x.args[0] if x.target in _ELEMENTWISE else None
+    linear = as_linear(maker) if isinstance(maker, fx.Node) else None
+    if linear is None:
+        index = edit.constant(f"{x.name}_channels", channels.to(x.meta["val"].device))
+        return edit.call(aten.index_select.default, x, x.meta["val"].ndim - 1, index)
+    rows = linear.rows_first(edit.state(linear.weight))
+    count = len(channels)
+    shape = torch.Size((count, linear.in_features))
+    name = str(linear.weight.target)
+    weight = edit.constant(f"{name}{OUTLIERS}", _recipe(_Rows(channels), rows, shape))
+    bias = None
+    if linear.bias is not None:
+        recipe = _recipe(_Rows(channels), edit.state(linear.bias), torch.Size((count,)))
+        bias = edit.constant(f"{linear.bias.target}{OUTLIERS}", recipe)
+    before = edit.call(aten.linear.default, linear.x, weight, bias)
+    return edit.call(x.target, before, *x.args[1:], **x.kwargs)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    channels: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.index_select(1, self.channels.to(rows.device))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    channels: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.channels.to(rows.device))
+
+
+@dataclass(frozen=True)
+class _Without:
+    channels: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.index_fill(1, self.channels.to(rows.device), 0.0)
+
+
+def _recipe(make: Any, source: Tensor | Recipe, shape: Sequence[int]) -> Recipe:
+    return Recipe(
+        make, (source,), torch.Size(shape), source.dtype, source.device, source.requires_grad
+    )

@@ -1,0 +1,1 @@
+"""Passes that keep the numbers: constants, duplicates, fusions, folded norms."""
