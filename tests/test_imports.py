@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,6 +141,45 @@ def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "fxopt/wellformed/rules.py:7 imports fxopt, but wellformed comes before it",
         "fxopt/wellformed/rules.py:6 imports fxopt.cli, but wellformed comes before it",
     ]
+
+
+def circle_of(imports: dict[str, set[str]]) -> list[str]:
+    """Files that import one another in a circle, or none."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def imported_files() -> dict[str, set[str]]:
+    """For each module of the package the modules that it imports; for a name of one, that one."""
+    modules = {
+        ".".join(("fxopt", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for path in sources()
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imports = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        asked = {
+            f"{node.module}.{alias.name}"
+            for node in imports
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        } | {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        known = {one if one in modules else one.rpartition(".")[0] for one in asked}
+        found[name] = (known & modules.keys()) - {name}
+    return found
+
+
+def test_no_files_import_one_another() -> None:
+    assert circle_of(imported_files()) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
 
 
 @pytest.mark.parametrize("path", sources(), ids=name_of)

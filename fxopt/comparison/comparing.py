@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fxopt.comparison.comparison import Comparison
+from fxopt.comparison.fields import Failure, Front, Quality, Row
 from fxopt.comparison.pareto import pareto_front
-from fxopt.comparison.record import Comparison, Failure, Front, Quality, Row
 from fxopt.errors import MeasureError
 from fxopt.measurement.fidelity import Fidelity, Pair, fidelity_all
 from fxopt.measurement.measuring import measure_all

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from fxopt.comparison import plots
+from fxopt.comparison.fields import Row
 from fxopt.comparison.marks import amount
+from fxopt.measurement.roofline import Layer
 from fxopt.rendering.units import duration
-
-if TYPE_CHECKING:
-    from fxopt.comparison.record import Row
-    from fxopt.measurement.roofline import Layer
 
 _MOST_LAYERS = 14
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fxopt.comparison.record import Row
+from fxopt.comparison.fields import Row
 
 
 def number(row: Row, on_front: bool) -> str:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fxopt.comparison.fields import ComparisonFields
 from fxopt.measurement.counters import Unmeasured
-
-if TYPE_CHECKING:
-    from fxopt.comparison.record import Comparison
 
 _NAMES = {
     "parameter_bytes": "parameters",
@@ -31,7 +28,7 @@ class Gap:
     reason: str
 
 
-def gaps(comparison: Comparison) -> tuple[Gap, ...]:
+def gaps(comparison: ComparisonFields) -> tuple[Gap, ...]:
     """Every gap, those with the same reason as one; models that failed come first."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for what, model, reason in _each(comparison):
@@ -43,13 +40,13 @@ def gaps(comparison: Comparison) -> tuple[Gap, ...]:
     )
 
 
-def of_whom(gap: Gap, comparison: Comparison) -> str:
+def of_whom(gap: Gap, comparison: ComparisonFields) -> str:
     """The models of a gap in words."""
     every = len(comparison.rows) > 1 and set(gap.models) >= {row.name for row in comparison.rows}
     return "all models" if every else ", ".join(gap.models)
 
 
-def _each(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
+def _each(comparison: ComparisonFields) -> Iterator[tuple[str, str, str]]:
     for failure in comparison.failures:
         measured = any(row.name == failure.name for row in comparison.rows)
         yield "fidelity" if measured else "anything", failure.name, failure.reason

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from fxopt.comparison import plots
+from fxopt.comparison.fields import ComparisonFields, Front, Row
 from fxopt.comparison.layer_section import layer_section
 from fxopt.comparison.marks import amounts, number
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.comparison.table import COSTS, cell_texts, columns, decibels_text, figure_text, shortened
 from fxopt.measurement.energy import Energy
+from fxopt.measurement.fidelity import Fidelity
 from fxopt.rendering.units import duration, size
-
-if TYPE_CHECKING:
-    from fxopt.comparison.record import Comparison, Front, Row
-    from fxopt.measurement.fidelity import Fidelity
 
 _UNITS = {"latency": (1.0, "ms"), "energy": (1.0, "J"), "memory": (1e-6, "MB")}
 _FINGERPRINT_NAMES = {"isa": "instructions", "load": "load when done"}
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: ComparisonFields) -> str:
     """The page; every name is escaped, and a policy forbids all loading.
 
     Raises `SaveError` where matplotlib isn't installed.
@@ -55,7 +52,7 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def _header(comparison: Comparison) -> str:
+def _header(comparison: ComparisonFields) -> str:
     quality = comparison.quality
     compared = f"{len(comparison.rows)} models, held against {comparison.reference}"
     alarms = "".join(
@@ -74,7 +71,7 @@ def _header(comparison: Comparison) -> str:
     )
 
 
-def _fronts(comparison: Comparison) -> str:
+def _fronts(comparison: ComparisonFields) -> str:
     panels = [_front_panel(comparison, front) for front in comparison.fronts]
     known = {front.cost for front in comparison.fronts}
     absent = [
@@ -94,16 +91,16 @@ def _fronts(comparison: Comparison) -> str:
     )
 
 
-def _title(comparison: Comparison, cost: str) -> str:
+def _title(comparison: ComparisonFields, cost: str) -> str:
     return f"{comparison.quality.name} against {COSTS[cost]}"
 
 
-def _why_not(comparison: Comparison, cost: str) -> str:
+def _why_not(comparison: ComparisonFields, cost: str) -> str:
     reasons = [gap.reason for gap in gaps(comparison) if COSTS[cost] in gap.what]
     return reasons[0] if reasons else "no model has a figure for both"
 
 
-def _front_panel(comparison: Comparison, front: Front) -> str:
+def _front_panel(comparison: ComparisonFields, front: Front) -> str:
     quality = comparison.quality
     points = [point for row in comparison.rows if (point := _point(comparison, front, row))]
     unit = _UNITS[front.cost][1]
@@ -120,7 +117,7 @@ def _front_panel(comparison: Comparison, front: Front) -> str:
     )
 
 
-def _point(comparison: Comparison, front: Front, row: Row) -> plots.Point | None:
+def _point(comparison: ComparisonFields, front: Front, row: Row) -> plots.Point | None:
     cost, value = row.cost(front.cost), comparison.quality.values.get(row.name)
     if cost is None or value is None or value != value:
         return None
@@ -138,13 +135,13 @@ def _point(comparison: Comparison, front: Front, row: Row) -> plots.Point | None
     )
 
 
-def _quality_text(comparison: Comparison, value: float) -> str:
+def _quality_text(comparison: ComparisonFields, value: float) -> str:
     quality = comparison.quality
     text = decibels_text(value) if quality.unit == "dB" else figure_text(value)
     return f"{quality.name} {text}"
 
 
-def _names(comparison: Comparison) -> str:
+def _names(comparison: ComparisonFields) -> str:
     front = comparison.front()
     items = "".join(
         f"<li>{number(row, row.name in front)}<span>{escape(row.name)}</span></li>"
@@ -153,7 +150,7 @@ def _names(comparison: Comparison) -> str:
     return f'<ul class="names">{items}</ul>'
 
 
-def _costs_table(comparison: Comparison) -> str:
+def _costs_table(comparison: ComparisonFields) -> str:
     names = columns(comparison)
     front = comparison.front()
     body = []
@@ -173,7 +170,7 @@ def _costs_table(comparison: Comparison) -> str:
     )
 
 
-def _fidelity_table(comparison: Comparison) -> str:
+def _fidelity_table(comparison: ComparisonFields) -> str:
     judged = [row for row in comparison.rows if row.fidelity is not None]
     if not judged:
         return ""
@@ -230,7 +227,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide">{table}</div>'
 
 
-def _memory(comparison: Comparison) -> str:
+def _memory(comparison: ComparisonFields) -> str:
     kinds = {
         "Parameters and buffers": [row.measurement.parameter_bytes for row in comparison.rows],
         "Peak of a call, beyond what was held": [
@@ -255,7 +252,7 @@ def _memory(comparison: Comparison) -> str:
     return f'<h2>Memory</h2><div class="two">{panels}</div>{note}' if panels else ""
 
 
-def _gaps(comparison: Comparison) -> str:
+def _gaps(comparison: ComparisonFields) -> str:
     found = gaps(comparison)
     items = "".join(
         f"<li>{escape(gap.what)} of {escape(of_whom(gap, comparison))}: {escape(gap.reason)}</li>"
@@ -265,7 +262,7 @@ def _gaps(comparison: Comparison) -> str:
     return f"<h2>What was not measured, and why</h2>{body}"
 
 
-def _machine(comparison: Comparison) -> str:
+def _machine(comparison: ComparisonFields) -> str:
     facts = "".join(
         f"<dt>{escape(_FINGERPRINT_NAMES.get(name, name))}</dt><dd>{escape(str(value))}</dd>"
         for name, value in comparison.fingerprint.items()

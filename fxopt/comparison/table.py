@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from fxopt.comparison.fields import ComparisonFields, Row
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.measurement.energy import Energy
 from fxopt.rendering.units import duration, size
-
-if TYPE_CHECKING:
-    from fxopt.comparison.record import Comparison, Row
 
 _LONGEST_NAME = 22
 _LONGEST_IN_LIST = 40
@@ -21,7 +18,7 @@ COSTS = {"latency": "latency", "energy": "energy", "memory": "parameters"}
 """What the costs of a front are called in texts."""
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: ComparisonFields) -> str:
     """A row a model, its number first and `*` where it is on the front of latency."""
     names = columns(comparison)
     rows = [("", "model", *names)]
@@ -36,13 +33,13 @@ def render(comparison: Comparison) -> str:
     return "\n".join([*lines, "", *_below(comparison)])
 
 
-def columns(comparison: Comparison) -> tuple[str, ...]:
+def columns(comparison: ComparisonFields) -> tuple[str, ...]:
     """The names of the columns behind the model's that hold something for any model."""
     cells = [cell_texts(comparison, row) for row in comparison.rows]
     return tuple(name for name in cells[0] if any(each[name] for each in cells))
 
 
-def cell_texts(comparison: Comparison, row: Row) -> dict[str, str]:
+def cell_texts(comparison: ComparisonFields, row: Row) -> dict[str, str]:
     """{column: text} of a model, empty where there is no figure."""
     found, worth = row.measurement, row.fidelity
     quality = comparison.quality
@@ -94,7 +91,7 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*left, *right]).rstrip()
 
 
-def _below(comparison: Comparison) -> Iterator[str]:
+def _below(comparison: ComparisonFields) -> Iterator[str]:
     quality = comparison.quality
     yield f"judged by {quality.name}, {quality.better} is better; * Pareto front of latency"
     for front in comparison.fronts:

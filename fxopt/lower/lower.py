@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import fx
+from typing import ClassVar
 
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
@@ -69,12 +66,6 @@ class Lower(Pass):
     def apply(self, program: Program, plan: Plan) -> Program:
         """The program itself: lowering makes a callable of it and leaves the graph as it is."""
         return program
-
-    def compile(self, module: fx.GraphModule) -> Callable[..., Any]:
-        """`module` compiled at its first call, without a look at what was generated."""
-        from fxopt.lower.compilation import Compiled
-
-        return Compiled(module, self)
 
 
 def _unknown(option: str, value: object, known: tuple[str | None, ...]) -> str:

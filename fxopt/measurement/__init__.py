@@ -4,7 +4,8 @@ from fxopt.measurement.ceilings import Ceilings, ceilings
 from fxopt.measurement.counters import Domain, EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import Energy, Spread, estimate_energy, measure_energy
 from fxopt.measurement.fidelity import Fidelity, Pair, fidelity, fidelity_all
-from fxopt.measurement.measurement import Measurement, Throughput
+from fxopt.measurement.fields import Throughput
+from fxopt.measurement.measurement import Measurement
 from fxopt.measurement.measuring import measure, measure_all
 from fxopt.measurement.roofline import Layer
 

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 from fxopt.measurement import text
-from fxopt.measurement.ceilings import Ceilings
-from fxopt.measurement.counters import Unmeasured
-from fxopt.measurement.energy import Energy
-from fxopt.measurement.roofline import Layer
+from fxopt.measurement.fields import MeasurementFields
 from fxopt.rendering import json_document
-from fxopt.timing import Latency
-
-SCHEMA = "fxopt.measurement"
 
 
 @dataclass(frozen=True)
-class Throughput:
-    """What goes through in a second at the median latency; None where the inputs don't tell.
-
-    A row is an entry of the first axis of the first tensor; tokens are those given, or those that
-    the attention mask shows.
-    """
-
-    calls: float
-    rows: float | None = None
-    tokens: float | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(MeasurementFields):
     """The cost of one call of a model on one machine. `str(measurement)` is a table.
 
     `latency` is in milliseconds, its samples in the rounds that all models measured together share;
@@ -47,50 +28,16 @@ class Measurement:
     an `Energy` or an `Unmeasured` with its reason.
     """
 
-    name: str
-    device: str
-    latency: Latency
-    first_call_seconds: float
-    throughput: Throughput
-    energy: Energy | Unmeasured
-    parameter_bytes: int | None = None
-    peak_bytes: int | None = None
-    peak_source: str | None = None
-    resident_bytes: int | None = None
-    device_bytes: int | None = None
-    flops: int | None = None
-    bytes_moved: int | None = None
-    ceilings: Ceilings | None = None
-    layers: tuple[Layer, ...] = ()
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    fingerprint: Mapping[str, str | int | float | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("reasons", "fingerprint"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
-
-    @property
-    def bound_ms(self) -> float | None:
-        """The least milliseconds of an unfused call under the ceilings; None without a roofline."""
-        return sum(layer.seconds for layer in self.layers) * 1e3 if self.layers else None
-
-    @property
-    def share_of_bound(self) -> float | None:
-        """`bound_ms` over the median latency: 0.63 runs at 63 % of its unfused bound.
-
-        Above 1 the run moved fewer bytes than the bound counts: operators were fused, or values
-        stayed in a cache.
-        """
-        return None if self.bound_ms is None else self.bound_ms / self.latency.median
+    SCHEMA: ClassVar[str] = "fxopt.measurement"
 
     def __str__(self) -> str:
         return text.render(self)
 
     def to_json(self) -> str:
         """The measurement as JSON with a schema version; `Measurement.from_json` reads it back."""
-        return json_document.dump(self, SCHEMA)
+        return json_document.dump(self, self.SCHEMA)
 
     @staticmethod
     def from_json(content: str) -> Measurement:
         """The measurement that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return json_document.load(content, Measurement, SCHEMA)
+        return json_document.load(content, Measurement, Measurement.SCHEMA)

@@ -14,7 +14,8 @@ from fxopt.errors import MeasureError
 from fxopt.measurement.ceilings import ceilings
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import Energy, estimate_energy, measure_energy
-from fxopt.measurement.measurement import Measurement, Throughput
+from fxopt.measurement.fields import Throughput
+from fxopt.measurement.measurement import Measurement
 from fxopt.measurement.outputs import judging
 from fxopt.measurement.roofline import roofline
 from fxopt.measurement.subject import Inputs, Subject, resident_bytes

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from fxopt.measurement.fields import MeasurementFields
+from fxopt.measurement.roofline import Layer
 from fxopt.rendering.units import duration, size
-
-if TYPE_CHECKING:
-    from fxopt.measurement.measurement import Measurement
-    from fxopt.measurement.roofline import Layer
 
 _WIDTH = 100
 _LABEL = 15
@@ -18,7 +15,7 @@ _MOST_LAYERS = 8
 _LAYER_COLUMNS = ("layer", "FLOP", "moved", "FLOP/B", "at least", "share", "bound by")
 
 
-def render(measurement: Measurement) -> str:
+def render(measurement: MeasurementFields) -> str:
     """The whole measurement; ends without a line break."""
     lines = [f"fxopt measurement: {measurement.name} on {measurement.device}"]
     lines += _line("machine", _machine(measurement))
@@ -28,7 +25,7 @@ def render(measurement: Measurement) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _machine(measurement: Measurement) -> str:
+def _machine(measurement: MeasurementFields) -> str:
     facts = measurement.fingerprint
     known = [
         str(facts["gpu"]) if facts.get("gpu") else "",
@@ -38,7 +35,7 @@ def _machine(measurement: Measurement) -> str:
     return " | ".join(filter(None, known)) or "unknown"
 
 
-def _facts(m: Measurement) -> Iterator[tuple[str, str]]:
+def _facts(m: MeasurementFields) -> Iterator[tuple[str, str]]:
     yield "latency", f"{m.latency}; first call {duration(m.first_call_seconds * 1e3)}"
     yield "throughput", _throughput(m)
     yield "parameters", _or_reason(m, "parameter_bytes")
@@ -60,7 +57,7 @@ def _facts(m: Measurement) -> Iterator[tuple[str, str]]:
     yield "energy", str(m.energy)
 
 
-def _throughput(m: Measurement) -> str:
+def _throughput(m: MeasurementFields) -> str:
     rates = {"calls": m.throughput.calls, "rows": m.throughput.rows, "tokens": m.throughput.tokens}
     return ", ".join(f"{amount(v)}{name}/s" for name, v in rates.items() if v is not None)
 
@@ -74,12 +71,12 @@ def amount(value: float) -> str:
     return f"{value:.3g} P"
 
 
-def _or_reason(m: Measurement, field: str, more: str = "") -> str:
+def _or_reason(m: MeasurementFields, field: str, more: str = "") -> str:
     value = getattr(m, field)
     return _unknown(m, field) if value is None else size(value) + more
 
 
-def _unknown(m: Measurement, field: str) -> str:
+def _unknown(m: MeasurementFields, field: str) -> str:
     return f"not measured: {m.reasons.get(field, 'the reason is not known')}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import graph_over
 from fxopt.kernels import native
-from fxopt.lower import Lower
+from fxopt.lower import Compiled, Lower
 from fxopt.program import Mode, Program
 from fxopt.signature import Signature
 
@@ -97,5 +97,5 @@ class Execution:
             module = self.module(mode)
             twin = graph_over(module, module.graph)
             with torch.set_grad_enabled(records):
-                self.compiled[mode, records] = lowering.compile(twin)
+                self.compiled[mode, records] = Compiled(twin, lowering)
         return self.compiled[mode, records]

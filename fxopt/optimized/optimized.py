@@ -27,6 +27,7 @@ from fxopt.optimized.execution import Execution
 from fxopt.optimized.members import Member, present_tensors
 from fxopt.optimized.origins import Origins
 from fxopt.optimized.outcome import OptimizedStep, Outcome
+from fxopt.optimized.pickling import Pickled, pickled
 from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
@@ -287,11 +288,10 @@ class Optimized(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        from fxopt.optimized.pickling import reduced  # which imports this file
-
         programs = [self._present(), *(one.program for one in self._saved_members())]
         outcome = replace(self._done(), report=self.report)
-        return reduced(programs, self._apart(), outcome, self._carried, self.training)
+        made = pickled(programs, self._apart(), outcome, self._carried, self.training)
+        return _unpickled, (made,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -426,6 +426,14 @@ def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None
     if isinstance(model, Optimized):
         carried = dict(model._carried)
     return optimized_like(type(model).__name__, forward_signature(model), carried, build)
+
+
+def _unpickled(made: Pickled) -> Optimized:
+    outcome = made.outcome()
+    program = outcome.program
+    twin = optimized_like(program.name, program.signature.forward, dict(made.carried))
+    twin.install(outcome)
+    return twin.train(made.training)
 
 
 def optimized_like(

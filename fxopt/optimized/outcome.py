@@ -63,6 +63,6 @@ class Outcome:
     module: fx.GraphModule | None = None
     config: Any = None
     evaluation: Evaluation = Evaluation()
-    source: Source | None = None
+    source: Source[Outcome] | None = None
     further: tuple[Outcome, ...] = ()
     origins: Origins | None = None

@@ -7,14 +7,13 @@ in both of its modes. A pickle is code to whoever loads it; a folder of `opt.sav
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from fxopt.lower import Lower
-from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.outcome import Evaluation, Outcome
 from fxopt.program import Program
 from fxopt.report import Report
@@ -45,8 +44,8 @@ class Pickled:
     training: bool
     further: str = "[]"
 
-    def restored(self) -> Optimized:
-        """The module, lowered again at its first call where it was."""
+    def outcome(self) -> Outcome:
+        """What the module held; lowered again at its first call where it was."""
         state = first_of(self.state)
         program = from_document(json.loads(self.program), state, self.example)
         others = decode_further(json.loads(self.further), self.state, from_document)
@@ -56,23 +55,20 @@ class Pickled:
             Outcome(one, replace(report, domains=()), (), self.lowering) for one in others
         )
         kept = Evaluation.saved(beside)
-        outcome = Outcome(program, report, (), self.lowering, evaluation=kept, further=further)
-        twin = optimized_like(program.name, program.signature.forward, dict(self.carried))
-        twin.install(outcome)
-        return twin.train(self.training)
+        return Outcome(program, report, (), self.lowering, evaluation=kept, further=further)
 
 
-def reduced(
+def pickled(
     programs: Sequence[Program],
     evaluation: Program | str | None,
     outcome: Outcome,
     carried: Mapping[str, Any],
     training: bool,
-) -> tuple[Callable[[Pickled], Optimized], tuple[Pickled]]:
-    """The module of `programs` for the pickle protocol; `SaveError` where it has no saved form."""
+) -> Pickled:
+    """The module of `programs` for a pickle; raises `SaveError` where it has no saved form."""
     program, *further = [one.materialized() for one in programs]
     state = {name: program.tensor(name) for name in program.state}
-    pickled = Pickled(
+    return Pickled(
         program=json.dumps(to_document(program)),
         evaluation=json.dumps(document_beside(evaluation)),
         report=outcome.report.to_json(),
@@ -83,4 +79,3 @@ def reduced(
         training=training,
         further=json.dumps([to_document(one) for one in further]),
     )
-    return Pickled.restored, (pickled,)

@@ -111,7 +111,7 @@ class Programs:
     def _device(self, default: torch.device | None) -> torch.device | None:
         return next((t.device for t in present_tensors(self.first).values()), default)
 
-    def _source(self, outside: OutsideError) -> Source:
+    def _source(self, outside: OutsideError) -> Source[Outcome]:
         """Where a further program can come from; raises `InputError` where none can."""
         source = self.first.source
         if source is None or source.most <= 1:

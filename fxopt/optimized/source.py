@@ -10,15 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fxopt.program import Program, materialize
 
-if TYPE_CHECKING:
-    from fxopt.optimized.outcome import Outcome
+Made = TypeVar("Made")
 
 MOST_PROGRAMS = 8
 """How many programs one module holds at most, unless the user says another number."""
@@ -27,7 +26,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Generic[Made]):
     """How a further program is made: `build` runs the whole pipeline on the original model.
 
     `model` gives the original, None when it is gone; `most` is how many programs there may be in
@@ -36,7 +35,7 @@ class Source:
     """
 
     model: Callable[[], nn.Module | None]
-    build: Callable[[nn.Module, Mapping[str, Any]], Outcome]
+    build: Callable[[nn.Module, Mapping[str, Any]], Made]
     most: int
     originals: Mapping[str, int]
     made: Mapping[str, int]
@@ -46,9 +45,9 @@ class Source:
     def of(
         model: nn.Module,
         program: Program,
-        build: Callable[[nn.Module, Mapping[str, Any]], Outcome],
+        build: Callable[[nn.Module, Mapping[str, Any]], Made],
         most: int = MOST_PROGRAMS,
-    ) -> Source:
+    ) -> Source[Made]:
         """The source of programs beside `program`, which was just made of `model`.
 
         It keeps the model alive where other calls may need it: where Python code took a branch by

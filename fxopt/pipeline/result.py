@@ -13,7 +13,7 @@ from fxopt import timing
 from fxopt.claim import Claim
 from fxopt.errors import EquivalenceError
 from fxopt.eval_graph import evaluation_mode, without_dropout
-from fxopt.lower import Lower
+from fxopt.lower import Compiled, Lower
 from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
 from fxopt.pipeline.standard import Standard
@@ -79,7 +79,7 @@ class Result:
         program = evaluation_mode(without_dropout(self.program))
         module = graph_over(self.module, program.graph)
         with torch.no_grad():
-            run = one_by_one(runner(options.compile(module), program, module))
+            run = one_by_one(runner(Compiled(module, options), program, module))
         reference = run_program(evaluation_mode(without_dropout(before)))(
             [trial.inputs for trial in trials]
         )

@@ -1,4 +1,4 @@
-"""Reports as JSON: the fields of the dataclasses under their own names, with a schema version.
+"""Dataclasses as JSON: the fields of the dataclasses under their own names, with a schema version.
 
 What isn't finite, which JSON has no number for, is written as "inf", "-inf" or "nan".
 """
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from fxopt.errors import SaveError
 
-SCHEMA = "fxopt.report"
 VERSION = 1
 
 T = TypeVar("T")
@@ -23,7 +22,7 @@ T = TypeVar("T")
 _NOT_FINITE = ("inf", "-inf", "nan")
 
 
-def dump(report: Any, schema: str = SCHEMA) -> str:
+def dump(report: Any, schema: str) -> str:
     """The dataclass `report` as JSON: `{"schema": ..., "version": ..., fields}`, indented."""
     return json.dumps(
         {"schema": schema, "version": VERSION, **_plain(dataclasses.asdict(report))},
@@ -33,7 +32,7 @@ def dump(report: Any, schema: str = SCHEMA) -> str:
     )
 
 
-def load(content: str, kind: type[T], schema: str = SCHEMA) -> T:
+def load(content: str, kind: type[T], schema: str) -> T:
     """The dataclass of type `kind` that `dump` wrote; builds nothing but its declared fields.
 
     What messages call it is the last part of `schema`. Raises `SaveError` where the text is no

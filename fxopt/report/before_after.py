@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fxopt.rendering.units import duration, size
+from fxopt.report.fields import ReportFields, Step
 from fxopt.timing import Latency, Memory
-
-if TYPE_CHECKING:
-    from fxopt.report.report import Report, Step
 
 SLOWER = (
     "the transformed model is slower than the original on this machine at these shapes; leave out "
@@ -16,7 +12,7 @@ SLOWER = (
 )
 
 
-def crowded(report: Report) -> str | None:
+def crowded(report: ReportFields) -> str | None:
     """What to say of latencies taken while others used the machine; None if it was quiet.
 
     The measurement itself may keep every core busy; half as much again is someone else.
@@ -91,7 +87,7 @@ def memory_text(memory: Memory | None) -> str:
     return size(memory.bytes) if memory else "not measurable here"
 
 
-def other_calls(report: Report) -> str:
+def other_calls(report: ReportFields) -> str:
     """What becomes of a call that none of the programs answers."""
     most, held = report.most_programs or 1, len(report.domains)
     if held < most:

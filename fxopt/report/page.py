@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from fxopt.program import Refusal
 from fxopt.rendering.units import duration, size, span
 from fxopt.report import before_after
+from fxopt.report.fields import ReportFields, Step
 from fxopt.report.graph_picture.drawing import draw
 from fxopt.report.graph_picture.picture import GraphPicture
 from fxopt.report.grouping import Group, group
-
-if TYPE_CHECKING:
-    from fxopt.report.report import Report, Step
 
 _COLUMNS = ("pass", "fired", "operations", "parameters", "time", "claim", "measured")
 _MOST_NODES = 12
@@ -24,7 +21,7 @@ _MOST_TEXT = 200_000
 _WIDEST_BESIDE = 580
 
 
-def render(report: Report) -> str:
+def render(report: ReportFields) -> str:
     """The page; every name and text of the model is escaped, and a policy forbids all loading."""
     style = files("fxopt.report").joinpath("style.css").read_text(encoding="utf-8")
     sections = [
@@ -49,7 +46,7 @@ def render(report: Report) -> str:
     )
 
 
-def _header(report: Report) -> str:
+def _header(report: ReportFields) -> str:
     names = " → ".join(step.name for step in report.steps) or "captured as it is, no passes"
     alarms = [f"{step.name} broke its claim." for step in report.steps if not step.holds]
     if before_after.is_slower(report.latency_before, report.latency_after):
@@ -66,7 +63,7 @@ def _header(report: Report) -> str:
     )
 
 
-def _cards(report: Report) -> str:
+def _cards(report: ReportFields) -> str:
     cards = []
     factor = before_after.speedup(report.latency_before, report.latency_after)
     if factor is not None and report.latency_before and report.latency_after:
@@ -107,7 +104,7 @@ def _share(before: int, after: int, name: str) -> tuple[str, str, str]:
     return f"{percent:+.0f} %".replace("-", "−"), change, "good" if after < before else ""
 
 
-def _measurements(report: Report) -> str:
+def _measurements(report: ReportFields) -> str:
     latencies = (report.latency_before, report.latency_after)
     memories = (report.memory_before, report.memory_after)
     times = [
@@ -222,7 +219,7 @@ def _group(found: Group) -> str:
     return f"<b>{len(found.nodes)} ×</b> {escape(found.reason)}{vary}: {names}"
 
 
-def _domains(report: Report) -> str:
+def _domains(report: ReportFields) -> str:
     """For which calls each program answers."""
     if not report.domains:
         return ""
@@ -239,7 +236,7 @@ def _domains(report: Report) -> str:
     )
 
 
-def _pictures(report: Report) -> str:
+def _pictures(report: ReportFields) -> str:
     pictures = [
         ("Before", report.picture_before, "marked: replaced or removed"),
         ("After", report.picture_after, "marked: new or rewritten"),
@@ -287,7 +284,7 @@ def _graph_text(steps: Sequence[Step]) -> str:
     )
 
 
-def _machine(report: Report) -> str:
+def _machine(report: ReportFields) -> str:
     facts = [f"captured in {duration(report.capture_ms)}"]
     facts += [f"{name} {value}" for name, value in report.fingerprint.items() if value is not None]
     return f'<h2>Machine</h2><p class="soft">{escape("; ".join(facts))}</p>'

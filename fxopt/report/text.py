@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from fxopt.program import Refusal
 from fxopt.rendering.units import duration, size, span
 from fxopt.report import before_after
+from fxopt.report.fields import ReportFields, Step
 from fxopt.report.grouping import group
-
-if TYPE_CHECKING:
-    from fxopt.report.report import Report, Step
 
 _WIDTH = 100
 _LABEL = 12
@@ -21,7 +18,7 @@ _MOST_DETAILS = 24
 _MOST_RELATIONS = 12
 
 
-def render(report: Report) -> str:
+def render(report: ReportFields) -> str:
     """The whole report; ends without a line break."""
     lines = [
         f"fxopt report: {report.model}",
@@ -35,7 +32,7 @@ def render(report: Report) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _machine_line(report: Report) -> str:
+def _machine_line(report: ReportFields) -> str:
     facts = report.fingerprint
     known = [
         f"captured in {duration(report.capture_ms)}",
@@ -46,7 +43,7 @@ def _machine_line(report: Report) -> str:
     return " | ".join(filter(None, known))
 
 
-def _table(report: Report) -> Iterator[str]:
+def _table(report: ReportFields) -> Iterator[str]:
     if not report.steps:
         yield "No passes were given; the model is captured as it is."
         return
@@ -121,7 +118,7 @@ def _groups(name: str, refusals: Sequence[Refusal]) -> Iterator[str]:
         )
 
 
-def _totals(report: Report) -> Iterator[str]:
+def _totals(report: ReportFields) -> Iterator[str]:
     if report.end_to_end:
         yield from _wrapped("end to end", report.end_to_end)
     yield from _wrapped(
@@ -139,7 +136,7 @@ def _totals(report: Report) -> Iterator[str]:
         yield from _wrapped("note", note)
 
 
-def _domains(report: Report) -> Iterator[str]:
+def _domains(report: ReportFields) -> Iterator[str]:
     """For which calls each program answers."""
     if not report.domains:
         return

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxopt.analyses.sensitivity.effect import Effect
 from fxopt.analyses.sensitivity.output_noise import OutputNoise
 from fxopt.analyses.sensitivity.table import draw, table
 from fxopt.claim import Sqnr
@@ -49,17 +50,6 @@ class Candidate:
 
     name: str
     values: Override
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one candidate costs: decibels alone, and together with all cheaper ones (None where that
-    was not measured), and its share of the sum of all candidates' noise powers."""
-
-    name: str
-    alone_db: float
-    cumulative_db: float | None
-    share: float
 
 
 @dataclass(frozen=True)
@@ -98,12 +88,12 @@ class Sensitivity:
 
     def lines(self, most: int | None = None) -> tuple[str, ...]:
         """The table, line by line; with `most`, the costliest so many and one line on the rest."""
-        return table(self, most)
+        return table(self.rows, self.runs, most)
 
     def svg(self, budget: Sqnr | None = None, most: int = 40) -> str:
         """The costliest `most` candidates as one self-contained `<svg>`: a bar each for its share
         of the noise, a dot for the decibels left from there on, and a line at `budget`."""
-        return draw(self, budget, most)
+        return draw(self.rows, budget, most)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
+from fxopt.analyses.sensitivity.effect import Effect
 from fxopt.claim import Sqnr
-
-if TYPE_CHECKING:
-    from fxopt.analyses.sensitivity.measuring import Effect, Sensitivity
 
 _BAR = 20
 _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
@@ -20,9 +17,8 @@ _ROW, _CHARACTER, _BARS, _DOTS, _GAP, _HEAD = 18, 6.2, 200, 260, 16, 40
 _ACCENT, _WARNING = "var(--accent, #2457c5)", "var(--bad, #c0271b)"
 
 
-def table(sensitivity: Sensitivity, most: int | None = None) -> tuple[str, ...]:
+def table(rows: Sequence[Effect], runs: int, most: int | None = None) -> tuple[str, ...]:
     """Aligned lines: a headline, a head, and a row a candidate, the costliest first."""
-    rows = sensitivity.rows
     if not rows:
         return ("sensitivity: no candidates",)
     shown = rows if most is None else rows[:most]
@@ -39,8 +35,7 @@ def table(sensitivity: Sensitivity, most: int | None = None) -> tuple[str, ...]:
     ]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [
-        f"sensitivity of the outputs to {len(rows)} candidates, signal over noise, "
-        f"in {sensitivity.runs} runs"
+        f"sensitivity of the outputs to {len(rows)} candidates, signal over noise, in {runs} runs"
     ]
     for name, *figures, bar in cells:
         columns = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
@@ -52,9 +47,9 @@ def table(sensitivity: Sensitivity, most: int | None = None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def draw(sensitivity: Sensitivity, budget: Sqnr | None, most: int) -> str:
+def draw(effects: Sequence[Effect], budget: Sqnr | None, most: int) -> str:
     """One `<svg>`: names, bars of noise shares, dots of cumulative decibels, a line at `budget`."""
-    rows = sensitivity.rows[:most]
+    rows = effects[:most]
     left = max((len(_short(row.name)) for row in rows), default=0) * _CHARACTER + _GAP
     dots = left + _BARS + 4 * _GAP
     width, height = dots + _DOTS + 4 * _GAP, _HEAD + _ROW * max(len(rows), 1) + _GAP
@@ -64,8 +59,8 @@ def draw(sensitivity: Sensitivity, budget: Sqnr | None, most: int) -> str:
         *_bars(rows, left),
         *_dots(rows, dots, budget),
     ]
-    hidden = len(sensitivity.rows) - len(rows)
-    title = f"Sensitivity of {len(sensitivity.rows)} layers" + (
+    hidden = len(effects) - len(rows)
+    title = f"Sensitivity of {len(effects)} layers" + (
         f", the {len(rows)} costliest" if hidden else ""
     )
     return (

@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 
 from fxopt.report.graph_picture.boxes import Box, Op
-from fxopt.report.graph_picture.layout import Drawing, Placed, Wire, heading, lay_out
+from fxopt.report.graph_picture.layout import heading, lay_out
 from fxopt.report.graph_picture.nesting import build
 from fxopt.report.graph_picture.picture import GraphPicture
+from fxopt.report.graph_picture.shapes import Drawing, Placed, Wire
 
 # On a narrow page the picture shrinks to this share of its size; then it scrolls.
 _SMALLEST = 0.75

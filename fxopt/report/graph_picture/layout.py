@@ -7,49 +7,16 @@ bottom. So no wire ever crosses a node, and none leaves a box but through its ed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from fxopt.report.graph_picture.boxes import Box, Boxes, Op, operations
 from fxopt.report.graph_picture.rows import Cell, Link, entry_of, exit_of, in_rows
+from fxopt.report.graph_picture.shapes import Drawing, Placed, Wire
 
 _CHARACTER = 6.4
 _OP_HEIGHT = 22.0
 _ROW_GAP = 16.0
 _PADDING = 8.0
 _HEADER = 20.0
-
-
-@dataclass
-class Placed:
-    """An operation or a box with its place in the drawing, in pixels."""
-
-    item: Op | Box
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-@dataclass
-class Wire:
-    """A value's way from one row of a box to the next."""
-
-    source: Op
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    ends: bool
-
-
-@dataclass
-class Drawing:
-    """Everything placed; boxes come before what they hold."""
-
-    width: float
-    height: float
-    placed: list[Placed] = field(default_factory=list)
-    wires: list[Wire] = field(default_factory=list)
 
 
 def lay_out(boxes: Boxes) -> Drawing:

@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING
 
 from fxopt.report.graph_picture.boxes import Box, Op
-
-if TYPE_CHECKING:
-    from fxopt.report.graph_picture.layout import Drawing
+from fxopt.report.graph_picture.shapes import Drawing
 
 _COLUMN_GAP = 10.0
 _SWEEPS = 12

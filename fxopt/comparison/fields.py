@@ -1,20 +1,14 @@
-"""A comparison as a value: a row for each model, ratios, Pareto fronts, and what failed."""
+"""A comparison as plain values: a row for each model, ratios, Pareto fronts, and what failed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fxopt.comparison import page, table
-from fxopt.errors import SaveError
 from fxopt.measurement.energy import Energy
 from fxopt.measurement.fidelity import Fidelity
 from fxopt.measurement.measurement import Measurement
-from fxopt.rendering import json_document
 from fxopt.timing import Ratio
-
-SCHEMA = "fxopt.comparison"
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Models side by side. `print(comparison)` is one table, `save` writes the page or JSON."""
+class ComparisonFields:
+    """What a `Comparison` holds, and how its rows and fronts are found."""
 
     reference: str
     rows: tuple[Row, ...]
@@ -92,38 +86,3 @@ class Comparison:
     def front(self, cost: str = "latency") -> tuple[str, ...]:
         """The Pareto front of `cost` ("latency", "energy", "memory"), empty where unknown."""
         return next((front.names for front in self.fronts if front.cost == cost), ())
-
-    def __str__(self) -> str:
-        return table.render(self)
-
-    def to_json(self) -> str:
-        """The comparison as JSON with a schema version; `Comparison.from_json` reads it back."""
-        return json_document.dump(self, SCHEMA)
-
-    @staticmethod
-    def from_json(content: str) -> Comparison:
-        """The comparison that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return json_document.load(content, Comparison, SCHEMA)
-
-    def to_html(self) -> str:
-        """One self-contained page without scripts. Raises `SaveError` without matplotlib."""
-        return page.render(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the comparison; the suffix says how: .html, .json or .txt. Raises `SaveError`."""
-        path = Path(path)
-        writers = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
-        write = writers.get(path.suffix.lower())
-        if write is None:
-            raise SaveError(
-                f"can't tell from the name {path.name!r} how to write the comparison: end it in "
-                ".html (page with plots), .json (for programs) or .txt (plain text)"
-            )
-        content = write().rstrip("\n") + "\n"
-        try:
-            path.write_text(content, encoding="utf-8")
-        except OSError as error:
-            raise SaveError(
-                f"can't write the comparison to {path}: {error.strerror}. Give a file in a folder "
-                "that exists and can be written."
-            ) from error
