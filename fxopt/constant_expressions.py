@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.program import Program, Recipe, draws_random, is_pure
+from fxopt.nodes import draws_random, is_pure
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 
 _COPY = torch.ops.aten.copy_.default
 _MOST_STEPS = 256

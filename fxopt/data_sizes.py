@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.interpreter import evaluate, same_draws
-from fxopt.program import Program, label, source_line
+from fxopt.nodes import label, source_line
+from fxopt.program import Program
 
 
 def observe_sizes(program: Program) -> tuple[str, ...]:

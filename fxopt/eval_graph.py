@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.program import Program, draws_random, drop_dead_nodes, label, same_sizes
+from fxopt.nodes import draws_random, drop_dead_nodes, label, same_sizes
+from fxopt.program import Program
 from fxopt.wellformed import check
 
 aten = torch.ops.aten

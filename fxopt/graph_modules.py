@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt.attribute_names import quote_names
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 
 aten = torch.ops.aten
 

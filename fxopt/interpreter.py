@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from fxopt.program import Program, is_pure
+from fxopt.nodes import is_pure
+from fxopt.program import Program
 
 Observer: TypeAlias = Callable[[fx.Node, Any], Any]
 _COPY = torch.ops.aten.copy.default

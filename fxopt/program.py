@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.calibration import Calibration
 from fxopt.errors import FxoptError
+from fxopt.recipe import Recipe, materialize
 from fxopt.signature import Signature
 
 Mode = Literal["eval", "train"]
-
-UNKNOWN_SIZE = 64
-"""What a cost is estimated for where a size depends on data that nobody has seen."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +36,6 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.node}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A tensor that isn't computed yet: `make(*sources)`, of known shape and dtype.
-
-    Fusing three weights and then quantizing the result needs the fused floats for a moment only;
-    a recipe holds the sources, which are shared with the model, instead of their concatenation.
-    """
-
-    make: Callable[..., Tensor]
-    sources: tuple[Tensor | Recipe, ...]
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool = False
-
-    def materialize(self) -> Tensor:
-        """Compute the tensor; a `Parameter` when its sources were trainable."""
-        with torch.no_grad():
-            value = self.make(*(materialize(source) for source in self.sources))
-        return torch.nn.Parameter(value) if self.requires_grad else value
 
 
 @dataclass(frozen=True)
@@ -226,135 +200,3 @@ class Program:
     def node_count(self) -> int:
         """Number of operations: nodes that compute, without inputs, constants and output."""
         return sum(node.op == "call_function" for node in self.graph.nodes)
-
-
-def materialize(tensor: Tensor | Recipe) -> Tensor:
-    """The tensor itself, or what its recipe computes."""
-    return tensor.materialize() if isinstance(tensor, Recipe) else tensor
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the module that the node came from, such as `encoder.layer.0.output`."""
-    return str(node.meta.get("module_path", ""))
-
-
-def label(node: fx.Node) -> str:
-    """How messages name a node: module path (where there is one) and node name."""
-    path = module_path(node)
-    return f"{path} ({node.name})" if path else node.name
-
-
-def source_line(node: fx.Node) -> str:
-    """The model's source line that the node came from, as `file:line  code`; empty if unknown."""
-    return str(node.meta.get("source", ""))
-
-
-def fake(node: Any) -> Any:
-    """The fake value of a node; any other value as it is."""
-    return node.meta["val"] if isinstance(node, fx.Node) else node
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator call by schema name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    named: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            named[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            named[argument.name] = node.kwargs[argument.name]
-        else:
-            named[argument.name] = argument.default_value
-    return named
-
-
-def draws_random(node: fx.Node) -> bool:
-    """Whether `node` calls an operator that draws random numbers, and isn't told not to.
-
-    An operator's own flag counts, whatever the mode of the program: a dropout that a model keeps on
-    in evaluation draws, one that it froze doesn't, nor does attention without dropout.
-    """
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    given = arguments(node)
-    trains = [given[flag] for flag in ("train", "training") if flag in given]
-    rates = [given[rate] for rate in ("p", "dropout_p", "dropout") if rate in given]
-    return not (False in trains or (rates and not any(rates)))
-
-
-def is_pure(node: fx.Node, mode: Mode = "eval") -> bool:
-    """Whether dropping an unused `node` changes nothing: no write, and in training no draw."""
-    if node.op in ("placeholder", "output"):
-        return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    if node.target._schema.is_mutable:
-        return False
-    return mode == "eval" or not draws_random(node)
-
-
-def drop_dead_nodes(graph: fx.Graph, mode: Mode = "eval") -> list[str]:
-    """Erase pure nodes that nobody uses, last first; return the names of the operations erased."""
-    erased = []
-    for node in reversed(graph.nodes):
-        if not node.users and is_pure(node, mode):
-            if node.op == "call_function":
-                erased.append(node.name)
-            graph.erase_node(node)
-    return erased
-
-
-def constants_below(nodes: Iterable[fx.Node]) -> set[str]:
-    """The names of the state that `nodes` read, directly or as an expression of constants."""
-    found: set[str] = set()
-    for node in nodes:
-        for operand in (node, *node.all_input_nodes):
-            found |= _names_of_constant(operand) or set()
-    return found
-
-
-def _names_of_constant(node: fx.Node) -> set[str] | None:
-    """The names that an expression of constants reads; None for what depends on inputs."""
-    if node.op == "get_attr":
-        return {str(node.target)}
-    if node.op != "call_function" or not node.all_input_nodes:
-        return None
-    names: set[str] = set()
-    for operand in node.all_input_nodes:
-        below = _names_of_constant(operand)
-        if below is None:
-            return None
-        names |= below
-    return names
-
-
-def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two shapes (or strides) are provably equal, symbolic sizes compared as expressions.
-
-    Asking `==` of symbolic sizes would record a guard; comparing expressions doesn't.
-    """
-    return len(one) == len(other) and all(map(_same_size, one, other))
-
-
-def _same_size(one: Any, other: Any) -> bool:
-    one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in (one, other))
-    return bool(one == other)
-
-
-def size_at_capture(size: Any) -> int:
-    """A size as it was in the example, also where it is dynamic. Records no guard.
-
-    One that depends on data is as `observe_sizes` saw it, or `UNKNOWN_SIZE` where nothing has.
-    """
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    node = size.node
-    if node.has_hint() and node.hint is not None:
-        return int(node.hint)
-    env = node.shape_env
-    observed = {
-        symbol: sympy.Integer(env.var_to_hint_override.get(symbol, UNKNOWN_SIZE))
-        for symbol in free_unbacked_symbols(size)
-    }
-    hint = getattr(env, "guarding_hint_or_throw", None) or env.size_hint  # torch renamed it
-    return int(hint(node.expr.xreplace(observed)))

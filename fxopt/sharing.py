@@ -15,7 +15,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from fxopt.program import Recipe, arguments, fake
+from fxopt.nodes import arguments, fake
+from fxopt.recipe import Recipe
 
 aten = torch.ops.aten
 

@@ -26,7 +26,9 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Group, Place, Reader
 from fxopt.interpreter import evaluate
-from fxopt.program import Program, label, materialize
+from fxopt.nodes import label
+from fxopt.program import Program
+from fxopt.recipe import materialize
 
 aten = torch.ops.aten
 

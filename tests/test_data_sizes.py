@@ -15,8 +15,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import fxopt
 from fxopt.capture import capture
 from fxopt.data_sizes import observe_sizes
+from fxopt.nodes import UNKNOWN_SIZE, size_at_capture
 from fxopt.pass_list import PASSES
-from fxopt.program import UNKNOWN_SIZE, Program, size_at_capture
+from fxopt.program import Program
 from tests.check import eager
 from tests.data_sized import Experts, Masked
 

@@ -20,9 +20,11 @@ from fxopt.capture import capture
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.errors import EquivalenceError
 from fxopt.interpreter import evaluate
+from fxopt.nodes import label, module_path
 from fxopt.operators import LINEAR_TARGETS, as_linear
 from fxopt.pass_list import resolve_passes
-from fxopt.program import Program, Recipe, label, module_path
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage
 from fxopt.rewriting.pattern import Target
 from fxopt.verify import compose

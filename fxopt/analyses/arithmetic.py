@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Dim, channels
-from fxopt.program import Program, size_at_capture
+from fxopt.nodes import size_at_capture
+from fxopt.program import Program
 
 FLOPS_PER_MULTIPLY_ADD = 2
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.view_axes import Layout, is_view, through_view
+from fxopt.nodes import label, same_sizes
 from fxopt.operators.linears import as_linear, refuse_shared_weight
-from fxopt.program import label, same_sizes
 
 aten = torch.ops.aten
 

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 from fxopt.analyses.channels import Channels, Dim, Group, Place, Reader
 from fxopt.analyses.constant_channels import Known, constant_channels
 from fxopt.analyses.constant_channels.products import is_padded
+from fxopt.nodes import arguments, label, module_path
 from fxopt.operators.linears import LINEAR_TARGETS
-from fxopt.program import Program, Refusal, arguments, label, module_path
+from fxopt.program import Program, Refusal
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from fxopt.program import label, same_sizes
+from fxopt.nodes import label, same_sizes
 
 aten = torch.ops.aten
 

@@ -35,7 +35,8 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from fxopt.capture.functionalization import UnknownWriteError, functionalized
 from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
-from fxopt.program import Mode, Program, draws_random, drop_dead_nodes
+from fxopt.nodes import draws_random, drop_dead_nodes
+from fxopt.program import Mode, Program
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
 
 aten = torch.ops.aten

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import CaptureError
-from fxopt.program import Program, fake, same_sizes, source_line
+from fxopt.nodes import fake, same_sizes, source_line
+from fxopt.program import Program
 from fxopt.sharing import Labels, chain
 
 aten = torch.ops.aten

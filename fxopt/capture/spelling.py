@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.capture.einsum import linear_form, written_out
-from fxopt.program import arguments
+from fxopt.nodes import arguments
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxopt.capture.writes import Build
-from fxopt.program import same_sizes
+from fxopt.nodes import same_sizes
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.program import arguments, same_sizes
+from fxopt.nodes import arguments, same_sizes
 
 aten = torch.ops.aten
 

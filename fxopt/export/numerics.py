@@ -11,8 +11,9 @@ from torch import fx
 from fxopt.errors import ExportError
 from fxopt.graph_text import operator_name
 from fxopt.kernels import NUMERICS_LEVEL
+from fxopt.nodes import label
 from fxopt.optimized import Optimized
-from fxopt.program import Program, label
+from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, constant, op, rewrite
 
 _CPU = torch.device("cpu")

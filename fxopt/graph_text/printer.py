@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxopt.graph_text.types import Symbols, constant_text, operator_name, size_text, type_text
-from fxopt.program import Program, module_path
+from fxopt.nodes import module_path
+from fxopt.program import Program
 
 _SYMBOLIC = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 

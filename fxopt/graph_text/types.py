@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.program import Recipe
+from fxopt.recipe import Recipe
 
 _DTYPES = {
     torch.float64: "f64",

@@ -15,7 +15,7 @@ from fxopt.cpu_allocator import reusing
 from fxopt.errors import LowerError
 from fxopt.kernels import GENERATED_AS, KERNEL_LEVEL
 from fxopt.lower.shortcut import Shortcut
-from fxopt.program import label
+from fxopt.nodes import label
 
 _NAMED = 4
 _KERNELS = "|".join(re.escape(name) for name in sorted(set(GENERATED_AS.values())))

@@ -9,7 +9,8 @@ from typing import ClassVar
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
 from fxopt.kernels import KERNEL_LEVEL
-from fxopt.program import Program, label
+from fxopt.nodes import label
+from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage
 from fxopt.rewriting.plan import Site
 

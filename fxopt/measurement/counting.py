@@ -24,7 +24,8 @@ from torch import Tensor, fx
 
 from fxopt.analyses.arithmetic import FLOPS_PER_MULTIPLY_ADD, multiply_adds
 from fxopt.errors import FxoptError
-from fxopt.program import Program, arguments, fake, label, module_path
+from fxopt.nodes import arguments, fake, label, module_path
+from fxopt.program import Program
 
 aten = torch.ops.aten
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.interpreter import draws_undone
+from fxopt.nodes import label
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import MinMax
-from fxopt.program import Program, label
+from fxopt.program import Program
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from fxopt.errors import PassError
 from fxopt.eval_graph import in_evaluation_mode
 from fxopt.interpreter import evaluate, same_draws
 from fxopt.observation.observation import check_no_nan
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 
 
 def output_gradients(

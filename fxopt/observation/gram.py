@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from fxopt.errors import PassError
+from fxopt.nodes import arguments, label
 from fxopt.observation.fisher import output_gradients
 from fxopt.observation.observation import observe
 from fxopt.operators.linears import as_linear
-from fxopt.program import Program, arguments, label
+from fxopt.program import Program
 
 aten = torch.ops.aten
 

@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from fxopt.errors import CalibrationError
 from fxopt.eval_graph import in_evaluation_mode
 from fxopt.interpreter import evaluate
+from fxopt.nodes import is_pure, label, source_line
 from fxopt.observation.observers import Observer
-from fxopt.program import Program, is_pure, label, source_line
+from fxopt.program import Program
 
 Progress = Callable[[str], None]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import expression, is_computed_constant
-from fxopt.program import Recipe, module_path
+from fxopt.nodes import module_path
+from fxopt.recipe import Recipe
 
 aten = torch.ops.aten
 

@@ -18,7 +18,8 @@ from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.outcome import Outcome
-from fxopt.program import Mode, Program, materialize
+from fxopt.program import Mode, Program
+from fxopt.recipe import materialize
 
 Stamp = tuple[tuple[int, int], ...]
 

@@ -28,7 +28,8 @@ from fxopt.optimized.members import (
 )
 from fxopt.optimized.outcome import Outcome
 from fxopt.optimized.source import Source
-from fxopt.program import Mode, materialize
+from fxopt.program import Mode
+from fxopt.recipe import materialize
 from fxopt.signature import bind
 
 _ONE_AT_A_TIME = threading.RLock()

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 
 Made = TypeVar("Made")
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.program import Program, Recipe, arguments, draws_random, drop_dead_nodes
+from fxopt.nodes import arguments, draws_random, drop_dead_nodes
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.signature import Signature, TensorInput
 
 aten = torch.ops.aten

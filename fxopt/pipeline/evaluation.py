@@ -24,7 +24,8 @@ from fxopt.passes.structure.fuse_linears import concatenate
 from fxopt.pipeline.attempt import attempt
 from fxopt.pipeline.embedding import is_whole, part_of, same_tensor
 from fxopt.pipeline.recording import violation_text
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Pass, Plan
 from fxopt.signature import bind, forward_signature
 from fxopt.verify import Trial, judge, output_names, run_model, run_program, trials

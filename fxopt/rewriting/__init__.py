@@ -1,6 +1,6 @@
 """Rules and the driver that takes them to their fixed point; conversions; passes and plans."""
 
-from fxopt.program import arguments
+from fxopt.nodes import arguments
 from fxopt.rewriting.conversion import Build, Conversion, convert
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.edit import Edit

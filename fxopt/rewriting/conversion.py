@@ -16,16 +16,9 @@ from torch import Tensor, fx, nn
 
 from fxopt.errors import RewriteError
 from fxopt.graph_text.types import type_text
-from fxopt.program import (
-    Changes,
-    Program,
-    Recipe,
-    constants_below,
-    drop_dead_nodes,
-    label,
-    same_sizes,
-    source_line,
-)
+from fxopt.nodes import constants_below, drop_dead_nodes, label, same_sizes, source_line
+from fxopt.program import Changes, Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting.edit import origin
 from fxopt.rewriting.fake_types import FakeTypes, type_key
 from fxopt.rewriting.own_memory import keep_sharing

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
 from fxopt.errors import RewriteError
-from fxopt.program import Changes, Program, Refusal, constants_below, is_pure, label
+from fxopt.nodes import constants_below, is_pure, label
+from fxopt.program import Changes, Program, Refusal
 from fxopt.rewriting.edit import Edit
 from fxopt.rewriting.own_memory import keep_sharing
 from fxopt.rewriting.pattern import Match, Target

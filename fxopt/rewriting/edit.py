@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import as_recipe
-from fxopt.program import Program, Recipe, materialize
+from fxopt.program import Program
+from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
 
 

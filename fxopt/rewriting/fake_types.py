@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from fxopt.errors import RewriteError
 from fxopt.graph_text.types import constant_text, type_text
 from fxopt.kernels import SHAPE_RULES
-from fxopt.program import Recipe, fake, label, source_line
+from fxopt.nodes import fake, label, source_line
+from fxopt.recipe import Recipe
 
 
 class KnownCalls:

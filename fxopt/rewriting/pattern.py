@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import RewriteError
-from fxopt.program import arguments, fake
+from fxopt.nodes import arguments, fake
 
 Target: TypeAlias = torch._ops.OpOverload
 Predicate: TypeAlias = Callable[[Any], bool]

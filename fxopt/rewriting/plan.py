@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import FxoptError
-from fxopt.program import Program, Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Program, Refusal
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.rule import Rule
 

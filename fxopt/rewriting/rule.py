@@ -9,7 +9,8 @@ from torch import fx
 
 from fxopt.claim import Claim, Close
 from fxopt.errors import RewriteError
-from fxopt.program import Program, label
+from fxopt.nodes import label
+from fxopt.program import Program
 from fxopt.rewriting.edit import Edit
 from fxopt.rewriting.pattern import Match, Op, Pattern, Target, find
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import SaveError
 from fxopt.graph_text import describe
-from fxopt.program import module_path, size_at_capture
+from fxopt.nodes import module_path, size_at_capture
 from fxopt.rewriting.fake_types import KnownCalls, run_on_fakes
 from fxopt.saving.expressions import check_shapes, terms
 from fxopt.saving.symbols import NamedSizes

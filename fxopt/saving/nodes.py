@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import SaveError
-from fxopt.program import Program, module_path, source_line
+from fxopt.nodes import module_path, source_line
+from fxopt.program import Program
 from fxopt.saving import operators
 from fxopt.saving.call_types import CallTypes
 from fxopt.saving.symbols import fake_inputs

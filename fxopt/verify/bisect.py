@@ -24,7 +24,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
 from fxopt.interpreter import evaluate, same_draws
 from fxopt.kernels.packed_int8_linear import shift_to_unsigned
-from fxopt.program import Program, label, same_sizes, size_at_capture, source_line
+from fxopt.nodes import label, same_sizes, size_at_capture, source_line
+from fxopt.program import Program
 from fxopt.verify.judge import Verdict, worst_of
 from fxopt.verify.oracle import Trial
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxopt.claim import Claim, Close, Exact, Measured, Sqnr
-from fxopt.program import Recipe
+from fxopt.recipe import Recipe
 from fxopt.sharing import observed, shared_too_much
 from fxopt.verify.oracle import RunAll, Trial
 

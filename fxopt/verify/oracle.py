@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fxopt.capture import attributes_kept, callers_device, in_mode, is_compiled
 from fxopt.errors import InputError
 from fxopt.interpreter import evaluate, evaluate_all, same_draws
-from fxopt.program import Program, Recipe, draws_random, materialize
+from fxopt.nodes import draws_random
+from fxopt.program import Program
+from fxopt.recipe import Recipe, materialize
 from fxopt.sharing import Labels, observed
 from fxopt.verify.sizes import other_sizes, shapes_text
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.errors import PassError
+from fxopt.nodes import label
 from fxopt.observation.gram import Gram, Product, Weighting, as_product, few_rows, grams
-from fxopt.program import Program, label
+from fxopt.program import Program
 
 DAMPING = 1e-4
 _LARGEST_DAMPING = 1.0

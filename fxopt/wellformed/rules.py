@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from fxopt.errors import WellFormedError
 from fxopt.graph_text import describe, operator_name, type_text
-from fxopt.program import Program, module_path, source_line
+from fxopt.nodes import module_path, source_line
+from fxopt.program import Program
 from fxopt.sharing import may_alias
 from fxopt.wellformed.dialect import ASSERTIONS, NODE_KINDS, SIZE_FUNCTIONS
 from fxopt.wellformed.schema import argument_fault, facts

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fxopt.analyses.channels import channels
 from fxopt.capture import capture
-from fxopt.program import materialize
+from fxopt.recipe import materialize
 from tests.models import Drawn
 from tests.pruned_models import prunable_models
 from tests.pruning_oracles import reaches_output, refusal_is_justified, strays

@@ -8,8 +8,8 @@ from fxopt.lower import Lower, compile_program
 from fxopt.lower.compilation import Compiled
 from fxopt.lower.generated import check_kernels, count_calls, kernel_nodes, missing_kernels
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure
+from fxopt.nodes import label
 from fxopt.optimized import graph_module
-from fxopt.program import label
 
 ops = torch.ops.fxopt
 

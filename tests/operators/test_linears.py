@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from fxopt.capture import capture
 from fxopt.operators import LINEAR_TARGETS, Linear, as_linear, refuse_shared_weight
-from fxopt.program import Program, Recipe, materialize
+from fxopt.program import Program
+from fxopt.recipe import Recipe, materialize
 from tests.rewriting.functions import calls
 
 X = torch.randn(2, 5, 4)

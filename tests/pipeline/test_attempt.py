@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 import fxopt
 from fxopt.claim import Claim, Close, Sqnr
 from fxopt.errors import EquivalenceError, WellFormedError
-from fxopt.program import Program, Recipe, label
+from fxopt.nodes import label
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Conversion, Pass, Plan, Site, convert
 
 X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,10 @@ from fxopt import wellformed
 from fxopt.capture import capture
 from fxopt.errors import RewriteError
 from fxopt.interpreter import evaluate
+from fxopt.nodes import source_line
 from fxopt.optimized import graph_module
-from fxopt.program import Program, Recipe, source_line
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
 from tests.rewriting.functions import calls, operators, program_of
 

@@ -14,7 +14,8 @@ from fxopt.capture import capture
 from fxopt.claim import Exact
 from fxopt.errors import RewriteError
 from fxopt.interpreter import evaluate
-from fxopt.program import Program, Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Program, Refusal
 from fxopt.rewriting import Edit, Match, Rule, constant, hole, op, rewrite
 from tests.rewriting.functions import calls, operators, program_of
 

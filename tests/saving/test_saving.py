@@ -22,7 +22,8 @@ from fxopt.capture import capture
 from fxopt.errors import SaveError
 from fxopt.graph_text import text
 from fxopt.interpreter import evaluate
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.saving import load, save
 
 aten = torch.ops.aten

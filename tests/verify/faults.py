@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt.claim import Claim, Close
-from fxopt.program import module_path
+from fxopt.nodes import module_path
 from fxopt.rewriting import Edit, Match, Rule, hole, op
 
 aten = torch.ops.aten

@@ -13,7 +13,9 @@ import fxopt
 from fxopt.capture import capture
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.program import Program, Recipe, label
+from fxopt.nodes import label
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, Edit, Match, Rule, SingleRule, convert, rewrite
 from fxopt.rewriting.pattern import Target
 from fxopt.verify import Blame, Trial, Verdict, blame, judge_nodes, run_model, trials

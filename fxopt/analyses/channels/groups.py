@@ -21,7 +21,8 @@ from fxopt.analyses.channels.walk import (
     Walk,
     unfollowed,
 )
-from fxopt.program import Program, Refusal, arguments, label, module_path
+from fxopt.nodes import arguments, label, module_path
+from fxopt.program import Program, Refusal
 
 GroupKind = Literal["ffn", "heads", "queries", "head_dim", "residual", "channels"]
 

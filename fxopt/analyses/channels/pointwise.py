@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels.walk import Axes, Handler, Walk, shape_of, unfollowed
-from fxopt.program import Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Refusal
 
 aten = torch.ops.aten
 

@@ -10,7 +10,8 @@ from torch import fx
 from fxopt.analyses.channels.dims import Dim
 from fxopt.analyses.channels.pointwise import handlers_of
 from fxopt.analyses.channels.walk import Axes, Handler, Walk, size_of, unfollowed
-from fxopt.program import Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Refusal
 
 aten = torch.ops.aten
 

@@ -22,7 +22,8 @@ from fxopt.analyses.channels.walk import (
     unfollowed,
 )
 from fxopt.analyses.view_axes import blocks
-from fxopt.program import Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Refusal
 
 aten = torch.ops.aten
 

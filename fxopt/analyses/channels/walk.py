@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxopt.analyses.channels.dims import Dim, Dims, Size, quotient
-from fxopt.program import Program, Refusal, label
+from fxopt.nodes import label
+from fxopt.program import Program, Refusal
 
 Axes: TypeAlias = tuple[Dim, ...]
 """The dims of one tensor, one for each axis."""

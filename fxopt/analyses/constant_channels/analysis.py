@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from fxopt.analyses.constant_channels import pointwise, products, reductions, views
 from fxopt.analyses.constant_channels.facts import LARGEST, Facts, Handler
 from fxopt.analyses.constant_channels.known import Known
-from fxopt.program import Program, arguments
+from fxopt.nodes import arguments
+from fxopt.program import Program
 
 _HANDLERS: dict[Any, Handler] = {
     **pointwise.HANDLERS,

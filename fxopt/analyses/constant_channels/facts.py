@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.constant_channels.known import Known
-from fxopt.program import Program, fake
+from fxopt.nodes import fake
+from fxopt.program import Program
 
 LARGEST = 1 << 20
 """Entries; facts of more are forgotten after their last use, since only a constant has them."""

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxopt.analyses.constant_channels.facts import Facts, Finding, Handler, handlers_of, size_of
 from fxopt.analyses.constant_channels.known import Known, chosen, product, spread
-from fxopt.program import draws_random
+from fxopt.nodes import draws_random
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.nodes import arguments
 from fxopt.operators.linears import LINEAR_TARGETS, as_linear
-from fxopt.program import arguments
 
 aten = torch.ops.aten
 

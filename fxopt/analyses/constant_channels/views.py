@@ -19,7 +19,7 @@ from fxopt.analyses.constant_channels.facts import (
 )
 from fxopt.analyses.constant_channels.known import Known, uniform
 from fxopt.analyses.constant_channels.reshaping import reshaped
-from fxopt.program import fake
+from fxopt.nodes import fake
 
 aten = torch.ops.aten
 

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from fxopt.analyses.channels import Group, Reader
 from fxopt.analyses.importance.magnitude import along, finite, per_channel
 from fxopt.errors import PassError
+from fxopt.nodes import label
 from fxopt.observation.gram import Gram, Product, Weighting, as_product, grams
 from fxopt.observation.observation import observe
-from fxopt.program import Program, label
+from fxopt.program import Program
 from fxopt.weights.reconstruction import DAMPING, Removal
 
 _STEPS = 64

@@ -25,7 +25,8 @@ from fxopt.errors import PassError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.interpreter import evaluate, same_draws
 from fxopt.observation.fisher import unwritten
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 
 
 def taylor(program: Program, groups: Sequence[Group], seed: int) -> dict[str, Tensor]:

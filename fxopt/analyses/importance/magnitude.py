@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels import Group, Place
 from fxopt.errors import PassError
-from fxopt.program import Program, arguments
+from fxopt.nodes import arguments
+from fxopt.program import Program
 
 
 def magnitude(

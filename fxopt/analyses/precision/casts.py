@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.errors import FxoptError, PassError
 from fxopt.interpreter import evaluate
-from fxopt.program import Program, fake, size_at_capture
+from fxopt.nodes import fake, size_at_capture
+from fxopt.program import Program
 
 aten = torch.ops.aten
 

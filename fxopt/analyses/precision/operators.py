@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxopt.program import fake
+from fxopt.nodes import fake
 
 Side = Literal["low", "high", "either"]
 

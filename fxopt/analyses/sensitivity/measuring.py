@@ -29,7 +29,8 @@ from fxopt.claim import Sqnr
 from fxopt.errors import PassError
 from fxopt.interpreter import Override, evaluate, evaluate_variants, same_draws
 from fxopt.kernels.onednn import dense_linear
-from fxopt.program import Program, label
+from fxopt.nodes import label
+from fxopt.program import Program
 
 aten = torch.ops.aten
 

@@ -21,7 +21,8 @@ from fxopt.claim import Sqnr, decibels
 from fxopt.interpreter import Override
 from fxopt.operators.linears import Linear, as_linear
 from fxopt.parts import LARGE, peak
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 
 _WIDE = 8
 """Times as many outputs as inputs, from which a head is measured at its input."""

@@ -25,11 +25,12 @@ import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.claim import Claim, Close
 from fxopt.kernels.attention import LANES
 from fxopt.kernels.native import load as load_native
+from fxopt.nodes import same_sizes, size_at_capture
 from fxopt.operators import Linear
 from fxopt.passes.kernel_selection.activations import ACTIVATIONS, activation_name
 from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.mixed_precision.half_values import is_cast
-from fxopt.program import Program, same_sizes, size_at_capture
+from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 

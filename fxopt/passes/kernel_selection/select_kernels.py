@@ -37,7 +37,8 @@ from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
 from fxopt.passes.quantization.int4_linear import SelectInt4Linear
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import (
     Edit,
     Match,

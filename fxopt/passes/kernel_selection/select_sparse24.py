@@ -10,7 +10,8 @@ from fxopt.kernels.sparse24 import compress24, is_sparse24, refuse_sparse24
 from fxopt.operators import Linear, as_linear
 from fxopt.passes.linear_layers.selection import has_mark
 from fxopt.passes.pruning.sparsify24 import SPARSE24
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
 

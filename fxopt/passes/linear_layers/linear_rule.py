@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from torch import fx
 
+from fxopt.nodes import module_path
 from fxopt.observation import Observer, calibration_warnings, observe
 from fxopt.operators import LINEAR_TARGETS, PRODUCT_TARGETS, Linear, as_linear, why_no_linear
-from fxopt.program import Mode, Program, module_path
+from fxopt.program import Mode, Program
 from fxopt.rewriting import Match, Rule, Site, plan_rules
 from fxopt.rewriting.pattern import Target
 

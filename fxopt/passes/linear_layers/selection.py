@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fxopt.errors import PassError
+from fxopt.nodes import module_path
 from fxopt.operators import Linear
-from fxopt.program import module_path
 
 Selection = str | Callable[[str], bool]
 """A glob over module paths, or a function of a module path."""

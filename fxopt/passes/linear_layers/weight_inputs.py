@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from torch import fx
 
+from fxopt.nodes import label
 from fxopt.observation import Observer, calibration_warnings, observe
 from fxopt.operators import Linear
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
-from fxopt.program import Program, label
+from fxopt.program import Program
 
 Seen = TypeVar("Seen", bound=Observer)
 

@@ -26,6 +26,7 @@ from fxopt.analyses.precision import Placement, Side, autocast_casts
 from fxopt.claim import Claim, Exact, Sqnr
 from fxopt.device import checked_device
 from fxopt.errors import FxoptError, PassError
+from fxopt.nodes import label, module_path
 from fxopt.passes.mixed_precision.autocast_planning import (
     Policy,
     Sides,
@@ -44,7 +45,7 @@ from fxopt.passes.mixed_precision.half_choice import (
 )
 from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import HALF, is_cast, is_tensor_of
-from fxopt.program import Program, Refusal, label, module_path
+from fxopt.program import Program, Refusal
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage, rewrite
 from fxopt.rewriting.pattern import Target
 from fxopt.rewriting.plan import Site

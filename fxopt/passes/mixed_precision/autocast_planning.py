@@ -33,9 +33,10 @@ from fxopt.analyses.precision import (
 )
 from fxopt.analyses.sensitivity import Candidate, measure_sensitivity, measured_batches
 from fxopt.claim import Sqnr
+from fxopt.nodes import label, module_path, size_at_capture
 from fxopt.observation import extremes, past_range
 from fxopt.passes.mixed_precision.half_precision import can_be_half
-from fxopt.program import Program, label, module_path, size_at_capture
+from fxopt.program import Program
 
 aten = torch.ops.aten
 

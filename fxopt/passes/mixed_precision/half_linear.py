@@ -19,6 +19,7 @@ from torch import fx
 
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import checked_device
+from fxopt.nodes import module_path
 from fxopt.observation import Extremes, extremes, past_range
 from fxopt.operators import (
     PRODUCT_TARGETS,
@@ -36,7 +37,7 @@ from fxopt.passes.mixed_precision.half_choice import (
 )
 from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import HALF
-from fxopt.program import Mode, Program, module_path
+from fxopt.program import Mode, Program
 from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
 from fxopt.rewriting.pattern import Target
 

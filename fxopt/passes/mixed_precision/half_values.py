@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import is_computed_constant
-from fxopt.program import Recipe
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit
 
 aten = torch.ops.aten

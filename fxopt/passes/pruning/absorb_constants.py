@@ -27,8 +27,10 @@ from fxopt.analyses.constant_channels.readers import (
     summed_axis,
 )
 from fxopt.errors import RewriteError
+from fxopt.nodes import arguments, label
 from fxopt.passes.linear_layers.selection import has_mark
-from fxopt.program import Program, Recipe, arguments, label
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Dim, Walk
-from fxopt.program import Program, Recipe, arguments
+from fxopt.nodes import arguments
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
 
 aten = torch.ops.aten

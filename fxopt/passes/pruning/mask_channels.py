@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Group, Reader
+from fxopt.nodes import arguments
 from fxopt.operators.linears import as_linear
-from fxopt.program import Program, Recipe, arguments
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
 from fxopt.weights.reconstruction import Fitted
 

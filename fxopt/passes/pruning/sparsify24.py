@@ -24,6 +24,7 @@ from fxopt.claim import Claim, Sqnr
 from fxopt.device import Answer, Device, checked_device
 from fxopt.errors import PassError
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
+from fxopt.nodes import label
 from fxopt.observation import SecondMoment
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule
@@ -37,7 +38,8 @@ from fxopt.passes.linear_layers.selection import (
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs
 from fxopt.passes.mixed_precision.half_choice import checked_flags
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
-from fxopt.program import Program, Recipe, label, materialize
+from fxopt.program import Program
+from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, prune24
 

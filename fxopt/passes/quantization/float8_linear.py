@@ -26,7 +26,8 @@ from fxopt.kernels.float8 import FLOAT8, quantize_weight_float8
 from fxopt.operators import Linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.linear_layers.selection import checked_globs, refuse_by_path, refuse_weight
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dtype, hole, op
 
 aten, ops = torch.ops.aten, torch.ops.fxopt

@@ -25,13 +25,15 @@ from fxopt.claim import Claim, Sqnr
 from fxopt.constant_expressions import stored
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
+from fxopt.nodes import label
 from fxopt.observation import SecondMoment
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selection, checked_selections
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs
 from fxopt.passes.quantization.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
-from fxopt.program import Program, label, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 from fxopt.rewriting import (
     Edit,
     Match,

@@ -22,6 +22,7 @@ from fxopt.constant_expressions import stored
 from fxopt.kernels import saturates
 from fxopt.kernels.linear_speed import LINEAR_KERNELS, ROWS, BreakEven, linear_speeds
 from fxopt.kernels.onednn import dense_linear
+from fxopt.nodes import module_path, size_at_capture
 from fxopt.observation import Histogram, Observer, SecondMoment, calibration_warnings, observe
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
@@ -34,7 +35,8 @@ from fxopt.passes.quantization.quantize_linear import (
     bits_of,
     weight_key,
 )
-from fxopt.program import Program, materialize, module_path, size_at_capture
+from fxopt.program import Program
+from fxopt.recipe import materialize
 from fxopt.rewriting import Plan, plan_rules
 from fxopt.weights import quantize_rows
 from fxopt.weights.rounding_noise import rounding_db

@@ -20,7 +20,7 @@ from fxopt.operators import Linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.linear_layers.selection import Selection, refuse_by_path, refuse_weight
 from fxopt.passes.quantization.split_outliers import is_outlying
-from fxopt.program import materialize
+from fxopt.recipe import materialize
 from fxopt.rewriting import Edit, Match
 from fxopt.weights import quantize_rows
 

@@ -31,7 +31,8 @@ from fxopt.passes.linear_layers.selection import (
     refuse_weight,
 )
 from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 
 aten = torch.ops.aten

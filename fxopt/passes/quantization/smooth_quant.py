@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from fxopt.analyses.channel_scaling import Absorption, find_absorption, view_source
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
+from fxopt.nodes import label
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
 from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
@@ -32,7 +33,8 @@ from fxopt.passes.linear_layers.selection import (
 )
 from fxopt.passes.quantization.quantize_linear import Range, bits_of
 from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear, readers
-from fxopt.program import Program, Refusal, label, materialize
+from fxopt.program import Program, Refusal
+from fxopt.recipe import materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
 from fxopt.weights.smoothing import choose_alpha, largest_per_channel, smoothing_scale
 

@@ -23,7 +23,7 @@ from fxopt.analyses.channel_scaling import (
 from fxopt.operators.linears import Linear, as_linear
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from fxopt.passes.linear_layers.selection import has_mark
-from fxopt.program import Recipe
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match
 
 aten = torch.ops.aten

@@ -27,7 +27,8 @@ from fxopt.observation import ChannelMagnitude
 from fxopt.operators import Linear, as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
 from fxopt.passes.linear_layers.selection import checked_globs, has_mark, refuse_by_path
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 
 aten = torch.ops.aten

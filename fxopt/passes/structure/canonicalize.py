@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Exact
+from fxopt.nodes import draws_random, is_pure, same_sizes
 from fxopt.passes.structure.fold_masks import CountsFromThere, DropTrue
-from fxopt.program import Program, draws_random, is_pure, same_sizes
+from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 from fxopt.sharing import may_alias, may_copy, reaches_output

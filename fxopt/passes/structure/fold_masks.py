@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.program import arguments, same_sizes
+from fxopt.nodes import arguments, same_sizes
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
 from fxopt.sharing import reaches_output

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from fxopt.claim import Claim, Close
 from fxopt.constant_expressions import is_computed_constant
 from fxopt.operators import PRODUCT_TARGETS, Linear, as_linear, refuse_shared_weight, why_no_linear
-from fxopt.program import Mode, Program, Recipe
+from fxopt.program import Mode, Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage
 from fxopt.rewriting.pattern import Target
 

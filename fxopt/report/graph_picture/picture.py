@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fxopt.program import Program, module_path, source_line
+from fxopt.nodes import module_path, source_line
+from fxopt.program import Program
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from fxopt.analyses.precision import Casts, autocast_casts, counted_casts, graph
 from fxopt.capture import capture
 from fxopt.errors import FxoptError, PassError
 from fxopt.interpreter import evaluate
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from tests.architectures import TRANSFORMERS
 from tests.models import Drawn, ParallelLinears, models
 from tests.rewriting.functions import program_of

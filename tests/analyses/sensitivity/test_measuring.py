@@ -19,8 +19,9 @@ from fxopt.analyses.sensitivity.measuring import Candidate, Effect, Sensitivity,
 from fxopt.capture import capture
 from fxopt.interpreter import evaluate
 from fxopt.kernels import quantize_weight
+from fxopt.nodes import module_path
 from fxopt.operators import as_linear
-from fxopt.program import Program, module_path
+from fxopt.program import Program
 
 ops = torch.ops.fxopt
 

@@ -21,7 +21,8 @@ from fxopt.claim import Claim, Close
 from fxopt.errors import RewriteError
 from fxopt.interpreter import evaluate
 from fxopt.passes.pruning.absorb_constants import AbsorbConstants
-from fxopt.program import Program, Recipe
+from fxopt.program import Program
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Rule, RulePass, rewrite
 from tests.architectures import randomize
 from tests.check import check

@@ -19,8 +19,9 @@ from fxopt import wellformed
 from fxopt.analyses.channels import Channels, Group, channels
 from fxopt.capture import capture
 from fxopt.interpreter import evaluate
+from fxopt.nodes import arguments
 from fxopt.passes.pruning.fold_pruned import FoldPruned
-from fxopt.program import Program, arguments
+from fxopt.program import Program
 from tests.architectures import randomize
 from tests.check import assert_unchanged, tensors_of
 from tests.models import Drawn

@@ -18,7 +18,8 @@ from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.interpreter import evaluate
 from fxopt.passes.quantization import int8_planning, quantize_linear
-from fxopt.program import Program, materialize
+from fxopt.program import Program
+from fxopt.recipe import materialize
 from fxopt.timing import Latency, summarize, timings_in
 from fxopt.weights import quantize_rows
 from tests.check import check
