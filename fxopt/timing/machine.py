@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 # What decides the speed of a matrix product, in the order an engineer looks for it.
 _INSTRUCTIONS = (
@@ -44,7 +44,7 @@ def fingerprint() -> dict[str, str | int | float | None]:
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
     }
 
 
