@@ -10,11 +10,12 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import PassError
-from fxopt.lower import Lower
+from fxopt.lower import Lower, Lowering
 from fxopt.passes import (
     Autocast,
     Canonicalize,
@@ -34,6 +35,7 @@ from fxopt.passes import (
     Sparsify24,
     SplitOutliers,
 )
+from fxopt.program import Mode
 from fxopt.rewriting import Pass, Rule, SingleRule, Stage
 
 PASSES: dict[str, type[Pass]] = {
@@ -85,6 +87,40 @@ def resolve_passes(passes: str | Iterable[Any]) -> tuple[Pass, ...]:
         )
     _check_order(resolved)
     return tuple(resolved)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A pass and whether it was `asked` for, or is there because others need it."""
+
+    pass_: Pass
+    asked: bool = True
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What will run: `rewrites` in their order, and the `lowering` that ends the list, if any."""
+
+    rewrites: tuple[Scheduled, ...]
+    lowering: Lowering | None = None
+
+
+def scheduled(passes: Iterable[Pass], mode: Mode) -> Schedule:
+    """The list with the passes that its passes need and it hasn't, before the first that does."""
+    listed = list(passes)
+    names = {pass_.name for pass_ in listed}
+    found: list[Scheduled] = []
+    lowering: Lowering | None = None
+    for pass_ in listed:
+        for needed in pass_.needs(mode):
+            if needed not in names:
+                names.add(needed)
+                found.append(Scheduled(PASSES[needed](), asked=False))
+        if isinstance(pass_, Lowering):
+            lowering = pass_
+        else:
+            found.append(Scheduled(pass_))
+    return Schedule(tuple(found), lowering)
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:

@@ -69,7 +69,8 @@ class Program:
     `changes` what the driver did to it since the step began; `calibration` holds the inputs that
     the user gave for learning ranges, while passes run; `pruned` counts the channels that groups
     had before their least important ones were cut; `taken` names the state from which passes have
-    derived other state, so that writing to it by now would be seen in part.
+    derived other state, so that writing to it by now would be seen in part; `config` is the
+    model's, with the sizes that cutting channels has left.
     """
 
     graph: fx.Graph
@@ -86,6 +87,7 @@ class Program:
     calibration: Calibration | None = None
     pruned: Mapping[str, int] = field(default_factory=dict)
     taken: frozenset[str] = frozenset()
+    config: Any = None
 
     def __post_init__(self) -> None:
         for name in ("state", "aliases", "module_types", "pruned"):

@@ -34,3 +34,8 @@ class Recipe:
 def materialize(tensor: Tensor | Recipe) -> Tensor:
     """The tensor itself, or what its recipe computes."""
     return tensor.materialize() if isinstance(tensor, Recipe) else tensor
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """The parts one below the other."""
+    return torch.cat(parts)

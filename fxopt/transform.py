@@ -13,9 +13,9 @@ from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import NotCapturedError, PassError
 from fxopt.interpreter import draws_undone
-from fxopt.optimized import MOST_PROGRAMS, Optimized, Outcome, Source, make_optimized
-from fxopt.pass_list import resolve_passes
-from fxopt.pipeline import Inputs, OnViolation, Pipeline, Progress
+from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
+from fxopt.pass_list import resolve_passes, scheduled
+from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
 from fxopt.program import Mode
 from fxopt.signature import bind, forward_signature
 
@@ -83,38 +83,44 @@ def transform(
         check_is_iterable(calibration)
 
     most = _most_programs(recapture)
+    schedule = scheduled(resolved, mode)
+    judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
+    notes = [_UNCOMPILED] if was_compiled else []
 
-    def started(model: nn.Module) -> Pipeline:
-        pipeline = Pipeline(model, resolved, verify, on_violation, budget, progress)
-        if was_compiled:
-            pipeline.notes.append(_UNCOMPILED)
-        return pipeline
+    def run_of(
+        model: nn.Module, inputs: Inputs | None, batches: Iterable[Inputs] | None, further: bool
+    ) -> Run:
+        return captured(
+            model,
+            inputs,
+            mode,
+            judging,
+            more=verify_inputs,
+            calibration=batches,
+            notes=notes,
+            further=further,
+        )
 
-    def further(model: nn.Module, inputs: Inputs) -> Outcome:
-        pipeline = started(model)
+    def result_of(run: Run, cost: bool | None) -> PipelineResult:
+        result = completed(run, schedule, judging, cost)
+        report = replace(result.report, most_programs=most)
+        source = Source.of(run.model, result.program, further, most)
+        return replace(result, report=report, source=source)
+
+    def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
         with callers_modes_off(), draws_undone():
-            pipeline.capture(inputs, mode, verify_inputs, _again(calibration), further=True)
-            return completed(pipeline, model, False)
+            return result_of(run_of(model, inputs, _again(calibration), True), False)
 
-    def completed(pipeline: Pipeline, model: nn.Module, cost: bool | None) -> Outcome:
-        for pass_ in resolved:
-            pipeline.run(pass_)
-        outcome = pipeline.finish(cost)
-        report = replace(outcome.report, most_programs=most)
-        source = Source.of(model, outcome.program, further, most)
-        return replace(outcome, report=report, source=source)
-
-    def build(inputs: Inputs | None) -> Outcome:
-        pipeline = started(model)
+    def build(inputs: Inputs | None) -> PipelineResult:
         with callers_modes_off(), draws_undone():
-            pipeline.capture(inputs, mode, verify_inputs, calibration)
-            if pipeline.elsewhere and most == 1:
-                raise pipeline.elsewhere[0][1]
-            outcome = completed(pipeline, model, measure_cost)
-            others = tuple(further(model, one) for one, _ in pipeline.elsewhere)
-            return replace(outcome, further=others)
+            run = run_of(model, inputs, calibration, False)
+            if run.elsewhere and most == 1:
+                raise run.elsewhere[0][1]
+            result = result_of(run, measure_cost)
+            others = tuple(further(model, one) for one, _ in run.elsewhere)
+            return replace(result, further=others)
 
-    def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineResult:
         if not kwargs:
             return build(args)
         return build(bind(forward_signature(model), args, kwargs))

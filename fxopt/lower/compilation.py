@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,27 +14,26 @@ from fxopt.cpu_allocator import keep_freed_memory, release
 from fxopt.errors import LowerError
 from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
-from fxopt.lower.lower import Lower
+from fxopt.lower.lowering import Lowered, Progress
 from fxopt.lower.shortcut import Shortcut
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
 from fxopt.program import Program
 
-Progress = Callable[[str], None]
 
+class Options(Protocol):
+    """What a compilation asks of the options of `Lower`, which explains them."""
 
-@dataclass(frozen=True)
-class Lowered:
-    """A compiled program: the callable over the graph's input tensors, and how it came out.
+    @property
+    def mode(self) -> str | None: ...
 
-    `kernels` counts the calls of each kernel in the generated code, `asked` those that the graph
-    asked for; `warnings` names what is missing; `seconds` is how long the compilation took.
-    """
+    @property
+    def dynamic(self) -> bool | None: ...
 
-    callable: Callable[..., Any]
-    warnings: tuple[str, ...] = ()
-    kernels: Mapping[str, int] = field(default_factory=dict)
-    asked: Mapping[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    @property
+    def fallback(self) -> str | None: ...
+
+    @property
+    def strict(self) -> bool: ...
 
 
 class Compiled:
@@ -45,7 +43,7 @@ class Compiled:
     In inference on a CPU, inputs of a kind that came twice go past Dynamo (`shortcut`).
     """
 
-    def __init__(self, module: fx.GraphModule, options: Lower) -> None:
+    def __init__(self, module: fx.GraphModule, options: Options) -> None:
         self.module = module
         self.options = options
         self._grad = torch.is_grad_enabled()
@@ -119,7 +117,7 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 def compile_program(
     module: fx.GraphModule,
     program: Program,
-    options: Lower,
+    options: Options,
     progress: Progress | None = None,
 ) -> Lowered:
     """Compile `module`, the materialised `program`, for the shapes of the program's example.
@@ -204,7 +202,7 @@ def _device(module: fx.GraphModule, example: Sequence[Tensor]) -> torch.device:
     return kinds.get("cuda") or next(iter(kinds.values()), torch.device("cpu"))
 
 
-def _inductor_options(options: Lower, on_cpu: bool, trains: bool) -> dict[str, Any]:
+def _inductor_options(options: Options, on_cpu: bool, trains: bool) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     chosen = dict(list_mode_options(options.mode, options.dynamic)) if options.mode else {}

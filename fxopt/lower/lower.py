@@ -6,12 +6,16 @@ import difflib
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
 from fxopt.kernels import KERNEL_LEVEL
+from fxopt.lower.compilation import Compiled, compile_program
+from fxopt.lower.lowering import Lowered, Lowering, Progress
 from fxopt.nodes import label
-from fxopt.program import Program
-from fxopt.rewriting import Pass, Plan, Stage
+from fxopt.program import Mode, Program
+from fxopt.rewriting import Plan
 from fxopt.rewriting.plan import Site
 
 BACKENDS = ("inductor",)
@@ -20,7 +24,7 @@ FALLBACKS = (None, "eager")
 
 
 @dataclass(frozen=True, repr=False)
-class Lower(Pass):
+class Lower(Lowering):
     """Compile the program for the device its tensors are on.
 
     `mode` is torch.compile's: "reduce-overhead" records CUDA graphs where shapes are static, and on
@@ -38,7 +42,6 @@ class Lower(Pass):
     """
 
     name: ClassVar[str] = "lower"
-    stage: ClassVar[Stage] = Stage.LOWER
     claim: Claim = Close()
     backend: str = "inductor"
     mode: str | None = None
@@ -64,9 +67,18 @@ class Lower(Pass):
         nodes = [node for node in program.graph.nodes if node.target in KERNEL_LEVEL]
         return Plan(repr(self), tuple(Site("kernel", node.name, label(node)) for node in nodes))
 
-    def apply(self, program: Program, plan: Plan) -> Program:
-        """The program itself: lowering makes a callable of it and leaves the graph as it is."""
-        return program
+    def needs(self, mode: Mode) -> tuple[str, ...]:
+        """Kernels are selected first, and on a CPU prepacked where the program doesn't train."""
+        prepacks = self.prepack and mode == "eval"
+        return (*super().needs(mode), *(("prepack",) if prepacks else ()))
+
+    def compile(self, module: fx.GraphModule, program: Program, progress: Progress) -> Lowered:
+        """`module` compiled by Inductor for the shapes of the example: see `compile_program`."""
+        return compile_program(module, program, self, progress)
+
+    def runner(self, module: fx.GraphModule) -> Compiled:
+        """`module` compiled at its first call, and again when inputs of other shapes come."""
+        return Compiled(module, self)
 
 
 def _unknown(option: str, value: object, known: tuple[str | None, ...]) -> str:

@@ -4,7 +4,7 @@ from fxopt.graph_modules import graph_module, graph_over
 from fxopt.optimized.loading import load
 from fxopt.optimized.optimized import Optimized, evaluation_of, make_optimized
 from fxopt.optimized.origins import Origins
-from fxopt.optimized.outcome import Evaluation, OptimizedStep, Outcome
+from fxopt.optimized.pipeline_result import Evaluation, OptimizedStep, PipelineResult
 from fxopt.optimized.source import MOST_PROGRAMS, Source
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Optimized",
     "OptimizedStep",
     "Origins",
-    "Outcome",
+    "PipelineResult",
     "Source",
     "evaluation_of",
     "graph_module",

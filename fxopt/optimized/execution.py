@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import graph_over
 from fxopt.kernels import native
-from fxopt.lower import Compiled, Lower
+from fxopt.lower import Lowering
 from fxopt.program import Mode, Program
 from fxopt.signature import Signature
 
@@ -35,7 +35,7 @@ class Execution:
         self,
         program: Program,
         module: fx.GraphModule,
-        lowering: Lower | None,
+        lowering: Lowering | None,
         compiled: Callable[..., Any] | None,
         evaluation: Program | None = None,
     ) -> None:
@@ -91,11 +91,11 @@ class Execution:
         module = self.modules[self.program.mode]
         return Execution(self.program, module, self.lowering, None, program)
 
-    def _compiled(self, mode: Mode, records: bool, lowering: Lower) -> Callable[..., Any]:
+    def _compiled(self, mode: Mode, records: bool, lowering: Lowering) -> Callable[..., Any]:
         if (mode, records) not in self.compiled:
             # Dynamo caches by code object, so that each needs a module of its own.
             module = self.module(mode)
             twin = graph_over(module, module.graph)
             with torch.set_grad_enabled(records):
-                self.compiled[mode, records] = Compiled(twin, lowering)
+                self.compiled[mode, records] = lowering.runner(twin)
         return self.compiled[mode, records]

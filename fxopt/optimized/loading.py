@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxopt.errors import FxoptError, SaveError
-from fxopt.lower import Lower
+from fxopt.lower import Lowering
 from fxopt.optimized.configs import read_config
 from fxopt.optimized.optimized import Optimized, optimized_like
-from fxopt.optimized.outcome import Evaluation, Outcome
+from fxopt.optimized.pipeline_result import Evaluation, PipelineResult
 from fxopt.pass_list import parse_passes
 from fxopt.report import Report
 from fxopt.rewriting import Pass
@@ -28,7 +28,7 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
         raise SaveError(f"{folder} holds no report; save the module with its save method")
     lowering = None
     for pass_ in _passes(saved.lowering or "", folder):
-        if not isinstance(pass_, Lower):
+        if not isinstance(pass_, Lowering):
             raise SaveError(f"{folder} names {pass_!r} as its lowering; only Lower can be one")
         lowering = pass_
     program = saved.program
@@ -36,9 +36,9 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     twin = optimized_like(program.name, program.signature.forward, carried)
     report = Report.from_json(saved.report_json)
     known = replace(report, domains=())  # those of all programs are in the one report
-    further = tuple(Outcome(one, known, (), lowering) for one in saved.further)
+    further = tuple(PipelineResult(one, known, (), lowering) for one in saved.further)
     evaluation = Evaluation.saved(saved.evaluation)
-    outcome = Outcome(program, report, (), lowering, evaluation=evaluation, further=further)
+    outcome = PipelineResult(program, report, (), lowering, evaluation=evaluation, further=further)
     try:
         twin.install(outcome)
     except Exception as error:  # names of tensors that can't stand beside one another, and the like

@@ -17,7 +17,7 @@ from fxopt.errors import InputError, ModelError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold
 from fxopt.optimized.execution import Execution
-from fxopt.optimized.outcome import Outcome
+from fxopt.optimized.pipeline_result import PipelineResult
 from fxopt.program import Mode, Program
 from fxopt.recipe import materialize
 
@@ -32,7 +32,7 @@ class Member:
     shares all that it has, and so is right in any state.
     """
 
-    outcome: Outcome
+    outcome: PipelineResult
     execution: Execution
     shared: frozenset[str]
     stamp: Stamp | None
@@ -75,7 +75,9 @@ class Member:
         return True
 
 
-def member(outcome: Outcome, present: Mapping[str, Tensor], shared: Collection[str]) -> Member:
+def member(
+    outcome: PipelineResult, present: Mapping[str, Tensor], shared: Collection[str]
+) -> Member:
     """`outcome` as a program beside the one whose tensors are `present`, `shared` of which it
     takes by their names."""
     state = {name: materialize(tensor) for name, tensor in outcome.program.state.items()}
@@ -95,7 +97,9 @@ def member(outcome: Outcome, present: Mapping[str, Tensor], shared: Collection[s
     return Member(outcome, execution, frozenset(shared), made_beside)
 
 
-def shareable(outcome: Outcome, first: Outcome, present: Mapping[str, Tensor]) -> set[str]:
+def shareable(
+    outcome: PipelineResult, first: PipelineResult, present: Mapping[str, Tensor]
+) -> set[str]:
     """The names of the tensors of the `first` program, `present` by now, that mean the same in
     `outcome`: those that both took from the model, and those that passes made alike.
 
@@ -113,13 +117,13 @@ def shareable(outcome: Outcome, first: Outcome, present: Mapping[str, Tensor]) -
     }
 
 
-def present_tensors(outcome: Outcome) -> dict[str, Tensor]:
+def present_tensors(outcome: PipelineResult) -> dict[str, Tensor]:
     """The tensors that an installed program holds by now, by name."""
     assert outcome.module is not None
     return {name: attribute(outcome.module, name) for name in outcome.program.state}
 
 
-def own_what_is_written(outcome: Outcome, first: Outcome) -> None:
+def own_what_is_written(outcome: PipelineResult, first: PipelineResult) -> None:
     """Give the `first` program a copy of what calls of `outcome` write, where it only reads that.
 
     Its own would be the model's, which calls leave as it is.
@@ -143,7 +147,7 @@ def stamp(tensors: Mapping[str, Tensor]) -> Stamp:
     )
 
 
-def _untouched(outcome: Outcome) -> frozenset[str]:
+def _untouched(outcome: PipelineResult) -> frozenset[str]:
     return outcome.source.untouched if outcome.source is not None else frozenset()
 
 

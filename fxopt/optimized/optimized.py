@@ -21,13 +21,13 @@ from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.graph_text import GraphText
-from fxopt.lower import Lower
+from fxopt.lower import Lowering
 from fxopt.optimized.configs import saved_config
 from fxopt.optimized.execution import Execution
 from fxopt.optimized.members import Member, present_tensors
 from fxopt.optimized.origins import Origins
-from fxopt.optimized.outcome import OptimizedStep, Outcome
 from fxopt.optimized.pickling import Pickled, pickled
+from fxopt.optimized.pipeline_result import OptimizedStep, PipelineResult
 from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
@@ -65,7 +65,7 @@ class Optimized(nn.Module):
     """
 
     def __init__(
-        self, carried: dict[str, Any], build: Callable[..., Outcome] | None = None
+        self, carried: dict[str, Any], build: Callable[..., PipelineResult] | None = None
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_carried", carried)
@@ -110,7 +110,7 @@ class Optimized(nn.Module):
         return self._done().steps
 
     @property
-    def lowering(self) -> Lower | None:
+    def lowering(self) -> Lowering | None:
         """How the program was lowered; None if it runs as it is."""
         return self._done().lowering
 
@@ -141,7 +141,7 @@ class Optimized(nn.Module):
         """
         return "num_items_in_batch" in self._done().program.signature.names
 
-    def install(self, outcome: Outcome) -> None:
+    def install(self, outcome: PipelineResult) -> None:
         """Take over a finished pipeline; called once by `transform` and `load`."""
         module = outcome.module or graph_module(outcome.program)
         evaluation = outcome.evaluation.program
@@ -325,7 +325,7 @@ class Optimized(nn.Module):
                     twin.grad = None if parameter.grad is None else parameter.grad.detach()
                     module._parameters[name] = own.setdefault(parameter, twin)
 
-    def _renewed(self, program: Program, evaluation: Program | None) -> Outcome:
+    def _renewed(self, program: Program, evaluation: Program | None) -> PipelineResult:
         """The outcome with these programs, to be compiled again at its first call."""
         evaluated = replace(self._done().evaluation, program=evaluation)
         return replace(
@@ -384,8 +384,8 @@ class Optimized(nn.Module):
         if watches and not torch._C._len_torch_dispatch_stack():
             origins.check()
 
-    def _done(self) -> Outcome:
-        outcome: Outcome | None = self._outcome
+    def _done(self) -> PipelineResult:
+        outcome: PipelineResult | None = self._outcome
         if outcome is None:
             raise NotCapturedError(
                 "the graph doesn't exist yet: no example_inputs were given and none could be "
@@ -411,7 +411,9 @@ def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
     return optimized._over_present(execution.evaluated())
 
 
-def make_optimized(model: nn.Module, build: Callable[..., Outcome] | None = None) -> Optimized:
+def make_optimized(
+    model: nn.Module, build: Callable[..., PipelineResult] | None = None
+) -> Optimized:
     """An empty `Optimized` with the attributes and the forward signature of `model`."""
     carried = {
         name: value
@@ -440,7 +442,7 @@ def optimized_like(
     name: str,
     signature: inspect.Signature,
     carried: dict[str, Any],
-    build: Callable[..., Outcome] | None = None,
+    build: Callable[..., PipelineResult] | None = None,
 ) -> Optimized:
     """An empty `Optimized` named after `name` whose `forward` shows `signature`."""
 

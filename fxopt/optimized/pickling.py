@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.lower import Lower
-from fxopt.optimized.outcome import Evaluation, Outcome
+from fxopt.lower import Lowering
+from fxopt.optimized.pipeline_result import Evaluation, PipelineResult
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.saving import (
@@ -39,12 +39,12 @@ class Pickled:
     report: str
     state: Mapping[str, Tensor]
     example: tuple[Tensor, ...]
-    lowering: Lower | None
+    lowering: Lowering | None
     carried: dict[str, Any]
     training: bool
     further: str = "[]"
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> PipelineResult:
         """What the module held; lowered again at its first call where it was."""
         state = first_of(self.state)
         program = from_document(json.loads(self.program), state, self.example)
@@ -52,16 +52,16 @@ class Pickled:
         beside = decode_beside(json.loads(self.evaluation), self.state, program, from_document)
         report = Report.from_json(self.report)
         further = tuple(
-            Outcome(one, replace(report, domains=()), (), self.lowering) for one in others
+            PipelineResult(one, replace(report, domains=()), (), self.lowering) for one in others
         )
         kept = Evaluation.saved(beside)
-        return Outcome(program, report, (), self.lowering, evaluation=kept, further=further)
+        return PipelineResult(program, report, (), self.lowering, evaluation=kept, further=further)
 
 
 def pickled(
     programs: Sequence[Program],
     evaluation: Program | str | None,
-    outcome: Outcome,
+    outcome: PipelineResult,
     carried: Mapping[str, Any],
     training: bool,
 ) -> Pickled:

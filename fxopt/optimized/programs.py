@@ -26,7 +26,7 @@ from fxopt.optimized.members import (
     shareable,
     stamp,
 )
-from fxopt.optimized.outcome import Outcome
+from fxopt.optimized.pipeline_result import PipelineResult
 from fxopt.optimized.source import Source
 from fxopt.program import Mode
 from fxopt.recipe import materialize
@@ -39,7 +39,7 @@ _ONE_AT_A_TIME = threading.RLock()
 class Programs:
     """All programs of one module but the `first`; more are captured when calls need them."""
 
-    def __init__(self, first: Outcome, members: Sequence[Member] = ()) -> None:
+    def __init__(self, first: PipelineResult, members: Sequence[Member] = ()) -> None:
         self.first = first
         self.members = list(members)
 
@@ -64,7 +64,7 @@ class Programs:
         with _ONE_AT_A_TIME:
             return self._find(args, kwargs) or self._captured(args, kwargs, outside)
 
-    def add(self, outcome: Outcome) -> Member:
+    def add(self, outcome: PipelineResult) -> Member:
         """Take in a program that was made of the same model."""
         own_what_is_written(outcome, self.first)
         present = present_tensors(self.first)
@@ -112,7 +112,7 @@ class Programs:
     def _device(self, default: torch.device | None) -> torch.device | None:
         return next((t.device for t in present_tensors(self.first).values()), default)
 
-    def _source(self, outside: OutsideError) -> Source[Outcome]:
+    def _source(self, outside: OutsideError) -> Source[PipelineResult]:
         """Where a further program can come from; raises `InputError` where none can."""
         source = self.first.source
         if source is None or source.most <= 1:
@@ -129,7 +129,7 @@ class Programs:
 
 
 def beside(
-    first: Outcome,
+    first: PipelineResult,
     members: Sequence[Member],
     change: Callable[[Tensor], Tensor],
     device: torch.device | None = None,
@@ -158,7 +158,7 @@ def beside(
     return programs
 
 
-def _on_device(outcome: Outcome, device: torch.device | None) -> Outcome:
+def _on_device(outcome: PipelineResult, device: torch.device | None) -> PipelineResult:
     """A program that was captured where the original is, for a module that was moved."""
     tensors = {name: materialize(t) for name, t in outcome.program.state.items()}
     if device is None or all(tensor.device == device for tensor in tensors.values()):

@@ -1,5 +1,7 @@
-"""One transformation under way: capture, each pass with its judgement, lowering, the ending."""
+"""One transformation: capture, each pass with its judgement, lowering, the ending."""
 
-from fxopt.pipeline.pipeline import Inputs, OnViolation, Pipeline, Progress
+from fxopt.pipeline.capturing import captured
+from fxopt.pipeline.pipeline import completed
+from fxopt.pipeline.run import Inputs, Judging, OnViolation, Progress, Run
 
-__all__ = ["Inputs", "OnViolation", "Pipeline", "Progress"]
+__all__ = ["Inputs", "Judging", "OnViolation", "Progress", "Run", "captured", "completed"]

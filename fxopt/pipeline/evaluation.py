@@ -19,13 +19,11 @@ from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, FxoptError, ModelError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.optimized import Optimized, evaluation_of
-from fxopt.passes.pruning.channel_plan import ChannelPlan
-from fxopt.passes.structure.fuse_linears import concatenate
-from fxopt.pipeline.attempt import attempt
 from fxopt.pipeline.embedding import is_whole, part_of, same_tensor
+from fxopt.pipeline.pass_result import carry_out
 from fxopt.pipeline.recording import violation_text
 from fxopt.program import Program
-from fxopt.recipe import Recipe
+from fxopt.recipe import Recipe, concatenate
 from fxopt.rewriting import Pass, Plan
 from fxopt.signature import bind, forward_signature
 from fxopt.verify import Trial, judge, output_names, run_model, run_program, trials
@@ -61,11 +59,11 @@ def joined_rows(before: Program, after: Program) -> dict[str, Rows]:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The evaluation of a `model` that was `captured` to train; `taken` are the passes that ran."""
+    """The evaluation of a `model` `captured` to train; `applied` are the passes that ran."""
 
     model: nn.Module
     captured: Program
-    taken: Sequence[tuple[Pass, Plan]]
+    applied: Sequence[tuple[Pass, Plan]]
     kept: frozenset[str]
     """The state that no pass has changed."""
     joined: Mapping[str, Rows]
@@ -116,10 +114,10 @@ class Evaluator:
         program = replace(found, mode="train")
         tried, _ = trials(program, lambda inputs: run_program(program)([inputs])[0])
         outputs = [trial.outputs for trial in tried]
-        for pass_, plan in self.taken:
+        for pass_, plan in self.applied:
             try:
-                again = plan if isinstance(plan, ChannelPlan) else pass_.plan(program)
-                done = attempt(pass_, again, program, tried, outputs, verify=True)
+                again = plan if plan.names_state else pass_.plan(program)
+                done = carry_out(pass_, again, program, tried, outputs, verify=True)
             except (FxoptError, KeyError) as error:
                 raise self._not_carried(f"{pass_!r} can't be repeated on it ({error})") from error
             if not done.holds:
@@ -170,7 +168,7 @@ class Evaluator:
         raise self._not_carried(f"it reads {name}, which is no tensor of the training graph")
 
     def _not_carried(self, why: str) -> ModelError:
-        passes = ", ".join(pass_.name for pass_, _ in self.taken)
+        passes = ", ".join(pass_.name for pass_, _ in self.applied)
         return ModelError(
             f"{type(self.model).__name__} computes another graph in evaluation than in training, "
             f"and the passes ({passes}) can't be carried over to it: {why}. Leave out the pass, or "

@@ -15,7 +15,7 @@ from fxopt.verify import Blame, Verdict
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepTaken:
     """One step that was taken: `before` and `after` it, and how it was judged.
 
     `start` is when it began, by `time.perf_counter`; `fired` left out is what the driver counted;

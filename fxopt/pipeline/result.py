@@ -13,10 +13,10 @@ from fxopt import timing
 from fxopt.claim import Claim
 from fxopt.errors import EquivalenceError
 from fxopt.eval_graph import evaluation_mode, without_dropout
-from fxopt.lower import Compiled, Lower
+from fxopt.lower import Lowering
 from fxopt.optimized import graph_over
 from fxopt.pipeline.recording import violation_text
-from fxopt.pipeline.standard import Standard
+from fxopt.pipeline.reference import Reference
 from fxopt.program import Program
 from fxopt.report import Report, Step, picture
 from fxopt.verify import (
@@ -43,7 +43,7 @@ class Result:
     def judged(
         self,
         budget: Claim | None,
-        held: Standard,
+        held: Reference,
         trials: Sequence[Trial],
         known: Sequence[Sequence[Tensor]],
     ) -> str:
@@ -69,9 +69,9 @@ class Result:
         return f"{claim}; measured {verdict.measured.text} over {len(trials)} inputs{by}"
 
     def judged_without_dropout(
-        self, claim: Claim, before: Program, options: Lower, trials: Sequence[Trial]
+        self, claim: Claim, before: Program, lowering: Lowering, trials: Sequence[Trial]
     ) -> Verdict:
-        """The verdict on this program compiled by `options`, both it and `before` in evaluation.
+        """The verdict on this program compiled by `lowering`, both it and `before` in evaluation.
 
         Compiled code draws other random numbers than the graph, so that the outputs of a program
         that draws can't be compared.
@@ -79,7 +79,7 @@ class Result:
         program = evaluation_mode(without_dropout(self.program))
         module = graph_over(self.module, program.graph)
         with torch.no_grad():
-            run = one_by_one(runner(Compiled(module, options), program, module))
+            run = one_by_one(runner(lowering.runner(module), program, module))
         reference = run_program(evaluation_mode(without_dropout(before)))(
             [trial.inputs for trial in trials]
         )
@@ -135,7 +135,7 @@ class Result:
         )
 
 
-def _advice(held: Standard) -> str:
+def _advice(held: Reference) -> str:
     if held.by and held.oracle is None:
         return (
             f"\n  pruning changes outputs by intent: {held.by} was right about what it means to "

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import FxoptError
 from fxopt.nodes import label
-from fxopt.program import Program, Refusal
+from fxopt.program import Mode, Program, Refusal
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.rule import Rule
 
@@ -46,8 +46,11 @@ class Plan:
     """What a pass will do to one program: sites and refusals; `excluded` nodes are spared.
 
     `warnings` are what the user must know about how it was planned; `details` are lines that
-    explain its decisions, such as a table. A pass may subclass it to carry what `apply` needs.
+    explain its decisions, such as a table. A pass may subclass it to carry what `apply` needs; one
+    that `names_state` and no nodes holds for every graph over the same state.
     """
+
+    names_state: ClassVar[bool] = False
 
     spec: str
     sites: tuple[Site, ...] = ()
@@ -92,6 +95,14 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, program: Program, plan: Plan) -> Program:
         """A new program with `plan` carried out through `fxopt.rewriting.rewrite` or `convert`."""
+
+    def needs(self, mode: Mode) -> tuple[str, ...]:
+        """The names of the passes that must have run before this one in a program of `mode`.
+
+        Where a list hasn't them, they run before the first pass that needs them, and are reported
+        if they change anything. What fuses kernels runs before anything else of their level.
+        """
+        return ("select-kernels",) if self.stage >= Stage.KERNELS else ()
 
     def oracle(self, program: Program, plan: Plan) -> Program | None:
         """What the pass means to compute, as a program with the inputs and outputs of `program`.

@@ -10,9 +10,17 @@ from fxopt.analyses.precision.cast_placement import (
 )
 from fxopt.analyses.precision.casts import Casts, autocast_casts, counted_casts, graph_casts
 from fxopt.analyses.precision.operators import UNLISTED, OperatorPrecision, Side, operator_precision
-from fxopt.analyses.precision.rounding import rounds_activations, rounds_to_integers
+from fxopt.analyses.precision.rounding import (
+    INT8_ACTIVATIONS,
+    MIXED_PRECISION,
+    rounding_claim,
+    rounds_activations,
+    rounds_to_integers,
+)
 
 __all__ = [
+    "INT8_ACTIVATIONS",
+    "MIXED_PRECISION",
     "UNLISTED",
     "CastGraph",
     "Casts",
@@ -26,6 +34,7 @@ __all__ = [
     "counted_casts",
     "graph_casts",
     "operator_precision",
+    "rounding_claim",
     "rounds_activations",
     "rounds_to_integers",
     "sure_high",

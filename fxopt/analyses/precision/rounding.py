@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
+from fxopt.claim import Sqnr
 from fxopt.program import Program
 
 _ROUNDING = {
@@ -19,6 +20,19 @@ _ROUNDING = {
 
 _HALF = {torch.bfloat16, torch.float16}
 _WIDE = {torch.float32, torch.float64}
+
+
+INT8_ACTIVATIONS = Sqnr(16.0)
+"""What int8 activations are held to, end to end, where nobody says otherwise."""
+MIXED_PRECISION = Sqnr(30.0)
+"""What half precision beside float32 is held to, end to end, where nobody says otherwise."""
+
+
+def rounding_claim(program: Program) -> Sqnr | None:
+    """What a program may differ by where others decide its ties; None where it rounds nothing."""
+    if not rounds_activations(program):
+        return None
+    return INT8_ACTIVATIONS if rounds_to_integers(program) else MIXED_PRECISION
 
 
 def rounds_activations(program: Program) -> bool:

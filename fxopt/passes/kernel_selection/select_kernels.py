@@ -37,7 +37,7 @@ from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
 from fxopt.passes.quantization.int4_linear import SelectInt4Linear
-from fxopt.program import Program
+from fxopt.program import Mode, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import (
     Edit,
@@ -258,6 +258,10 @@ class SelectKernels(RulePass):
     name: ClassVar[str] = "select-kernels"
     stage: ClassVar[Stage] = Stage.KERNELS
     claim: Claim = Close()
+
+    def needs(self, mode: Mode) -> tuple[str, ...]:
+        """Nothing: it is what the other passes of its level need."""
+        return ()
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """Activations first: the weight-only rule would match the same linear."""

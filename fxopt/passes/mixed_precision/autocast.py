@@ -22,7 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxopt.analyses.precision import Placement, Side, autocast_casts
+from fxopt.analyses.precision import MIXED_PRECISION, Placement, Side, autocast_casts
 from fxopt.claim import Claim, Exact, Sqnr
 from fxopt.device import checked_device
 from fxopt.errors import FxoptError, PassError
@@ -54,7 +54,7 @@ aten = torch.ops.aten
 
 Mode = Literal["mixed", "full", "half"]
 
-_CLAIMS: dict[str, Claim] = {"full": Exact(), "mixed": Sqnr(30.0), "half": Sqnr(20.0)}
+_CLAIMS: dict[str, Claim] = {"full": Exact(), "mixed": MIXED_PRECISION, "half": Sqnr(20.0)}
 _MOST_REGIONS = 8
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from fxopt.analyses.channels import Group
+from fxopt.passes.pruning.resized_config import resized_config
 from fxopt.program import Changes, Program
 from fxopt.rewriting import Plan, Site
 
@@ -18,6 +20,8 @@ class ChannelPlan(Plan):
 
     `stands_for` names the node that a group is excluded with.
     """
+
+    names_state: ClassVar[bool] = True
 
     keep: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     stands_for: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -30,9 +34,14 @@ class ChannelPlan(Plan):
             if self.stands_for[name] not in self.excluded
         }
 
-    def told(self, program: Program) -> Program:
-        """`program` with this plan's refusals among its changes, for the report."""
-        return replace(program, changes=program.changes.then(Changes(refused=self.refusals)))
+    def carried_out(self, before: Program, after: Program) -> Program:
+        """`after`, which this plan made of `before`: its config as its sizes are now, and this
+        plan's refusals among its changes, for the report."""
+        config = before.config
+        if after.changes.fired:
+            config = resized_config(config, before, after)
+        changes = after.changes.then(Changes(refused=self.refusals))
+        return replace(after, config=config, changes=changes)
 
 
 def sites_of(groups: Iterable[Group]) -> tuple[Site, ...]:

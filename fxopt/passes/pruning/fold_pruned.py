@@ -90,7 +90,7 @@ class FoldPruned(Pass):
             if not plan.kept() or not more.kept():
                 break
             folded = self._folded(folded, more)
-        return plan.told(folded)
+        return plan.carried_out(program, folded)
 
     def _folded(self, program: Program, plan: FoldPlan) -> Program:
         keep = plan.kept()

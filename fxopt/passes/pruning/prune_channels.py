@@ -172,13 +172,14 @@ class PruneChannels(Pass):
     def apply(self, program: Program, plan: Plan) -> Program:
         """Refit the readers where that was asked for, then cut."""
         assert isinstance(plan, PrunePlan)
-        keep = plan.kept()
+        keep, before = plan.kept(), program
         if plan.fitted:
             program = masked(program, channels(program), keep, plan.fitted, norms=False)
         found = channels(program)
         sizes = {name: found[name].size for name in keep}
         program = cut(program, found, keep, exact=False)
-        return plan.told(replace(program, pruned={**sizes, **program.pruned}))
+        program = replace(program, pruned={**sizes, **program.pruned})
+        return plan.carried_out(before, program)
 
     def oracle(self, program: Program, plan: Plan) -> Program:
         """The program whose readers see zeros for the channels that are cut."""

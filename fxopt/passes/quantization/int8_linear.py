@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
+from fxopt.analyses.precision import INT8_ACTIVATIONS
 from fxopt.analyses.sensitivity import Sensitivity
 from fxopt.claim import Claim, Sqnr
 from fxopt.errors import PassError
@@ -33,7 +34,7 @@ from fxopt.passes.quantization.quantize_linear import (
 from fxopt.program import Program
 from fxopt.rewriting import Pass, Plan, Stage, rewrite
 
-_FLOOR = {"dynamic": Sqnr(16.0), "static": Sqnr(10.0), "weight_only": Sqnr(26.0)}
+_FLOOR = {"dynamic": INT8_ACTIVATIONS, "static": Sqnr(10.0), "weight_only": Sqnr(26.0)}
 """Decibels end to end that every model of the architecture table keeps with random weights, which
 are harder than trained ones; a dropped bias or a swapped channel falls below."""
 

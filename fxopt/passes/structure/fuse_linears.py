@@ -20,7 +20,7 @@ from fxopt.claim import Claim, Close
 from fxopt.constant_expressions import is_computed_constant
 from fxopt.operators import PRODUCT_TARGETS, Linear, as_linear, refuse_shared_weight, why_no_linear
 from fxopt.program import Mode, Program
-from fxopt.recipe import Recipe
+from fxopt.recipe import Recipe, concatenate
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage
 from fxopt.rewriting.pattern import Target
 
@@ -143,11 +143,6 @@ def _joined(parts: Sequence[Tensor | Recipe]) -> Recipe:
     shape = torch.Size((rows, *first.shape[1:]))
     grad = any(part.requires_grad for part in parts)
     return Recipe(concatenate, tuple(parts), shape, first.dtype, first.device, grad)
-
-
-def concatenate(*parts: Tensor) -> Tensor:
-    """The parts one below the other."""
-    return torch.cat(parts)
 
 
 def _rows(edit: Edit, linear: Linear) -> Tensor | Recipe:

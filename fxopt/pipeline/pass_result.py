@@ -1,4 +1,4 @@
-"""One attempt at a pass: its plan carried out on the program so far, checked and judged.
+"""A pass carried out on the program so far, checked and judged.
 
 What a pass is held to is the program before it or, for one that changes outputs by intent, its
 oracle. A pass that changes the shape of what dropout draws for changes the draws of everything
@@ -36,7 +36,7 @@ Outputs = list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class PassResult:
     """The program `after` a pass, its `outputs` on the trials, and the verdict on it.
 
     `verdict` is None where there was nothing to judge, or judging is off; `oracle` is what the
@@ -66,14 +66,14 @@ class Attempt:
         return blame(before, after, self.verdict.trial, oracle)
 
 
-def attempt(
+def carry_out(
     pass_: Pass,
     plan: Plan,
     before: Program,
     trials: Sequence[Trial],
     outputs: Outputs,
     verify: bool,
-) -> Attempt:
+) -> PassResult:
     """Carry out `plan` on `before`, whose `outputs` on the trials are known, and judge the result.
 
     Raises `PassError` for a pass that edits without the driver, `WellFormedError` for what it or
@@ -89,7 +89,7 @@ def attempt(
         )
     wellformed.check(after)
     if not verify or not after.changes.fired:
-        return Attempt(after, outputs)
+        return PassResult(after, outputs)
     oracle = pass_.oracle(before, plan)
     if oracle is not None:
         wellformed.check(oracle)
@@ -103,7 +103,7 @@ def attempt(
             oracle and without_dropout(oracle),
         )
     return _judged(
-        pass_, compared, trials, outputs, Attempt(after, [], None, oracle, compared, redrawn)
+        pass_, compared, trials, outputs, PassResult(after, [], None, oracle, compared, redrawn)
     )
 
 
@@ -118,9 +118,9 @@ def _judged(
     compared: tuple[Program, Program, Program | None],
     trials: Sequence[Trial],
     outputs: Outputs,
-    tried: Attempt,
-) -> Attempt:
-    """`tried` with the verdict on it, where `outputs` are those of the program before it."""
+    result: PassResult,
+) -> PassResult:
+    """`result` with the verdict on it, where `outputs` are those of the program before it."""
     before, after, oracle = compared
     reference = outputs_of(oracle, trials) if oracle is not None else outputs
     verdict, kept = judge(
@@ -134,9 +134,9 @@ def _judged(
     elif after.mode == "train" and verdict.holds:
         learnt = judge_gradients(pass_.claim, oracle or before, after, trials[0])
         verdict = learnt if learnt is not None and not learnt.holds else verdict
-    if tried.redrawn and verdict.holds:
-        kept = outputs_of(tried.after, trials)
-    return replace(tried, outputs=kept, verdict=verdict, details=details)
+    if result.redrawn and verdict.holds:
+        kept = outputs_of(result.after, trials)
+    return replace(result, outputs=kept, verdict=verdict, details=details)
 
 
 def _intent(before: Outputs, after: Outputs) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.graph_text import GraphText
-from fxopt.lower import Lower
+from fxopt.lower import Lowering
 from fxopt.optimized.origins import Origins
 from fxopt.optimized.source import Source
 from fxopt.program import Program
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PipelineResult:
     """A finished pipeline: `compiled` and `module` left out are made when they are needed.
 
     `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
@@ -58,11 +58,11 @@ class Outcome:
     program: Program
     report: Report
     steps: tuple[OptimizedStep, ...]
-    lowering: Lower | None = None
+    lowering: Lowering | None = None
     compiled: Callable[..., Any] | None = None
     module: fx.GraphModule | None = None
     config: Any = None
     evaluation: Evaluation = Evaluation()
-    source: Source[Outcome] | None = None
-    further: tuple[Outcome, ...] = ()
+    source: Source[PipelineResult] | None = None
+    further: tuple[PipelineResult, ...] = ()
     origins: Origins | None = None

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from fxopt.claim import Claim
 from fxopt.eval_graph import evaluation_mode, without_dropout
-from fxopt.pipeline.attempt import Attempt, Outputs, outputs_of
+from fxopt.pipeline.pass_result import Outputs, PassResult, outputs_of
 from fxopt.program import Program
 from fxopt.verify import Trial, compose
 
 
 @dataclass(frozen=True)
-class Standard:
+class Reference:
     """The `claims` since `oracle`, the program that the pass `by` meant to compute.
 
     Without one it is the claims of all passes, against the original, which `captured` stands for.
@@ -37,18 +37,18 @@ class Standard:
         """The sum of the claims."""
         return compose(self.claims)
 
-    def plus(self, claim: Claim) -> Standard:
-        """This standard with one claim more."""
+    def plus(self, claim: Claim) -> Reference:
+        """This reference with one claim more."""
         return replace(self, claims=(*self.claims, claim))
 
-    def after(self, tried: Attempt, claim: Claim, by: str) -> Standard:
-        """The standard after a step of the pass `by`: a new one where the step has an oracle."""
+    def after(self, result: PassResult, claim: Claim, by: str) -> Reference:
+        """The reference after a step of the pass `by`: a new one where the step has an oracle."""
         renewed = self
-        if tried.oracle is not None:
-            renewed = replace(self, claims=(), oracle=tried.oracle, by=by)
-        return replace(renewed.plus(claim), redrawn=self.redrawn or tried.redrawn)
+        if result.oracle is not None:
+            renewed = replace(self, claims=(), oracle=result.oracle, by=by)
+        return replace(renewed.plus(claim), redrawn=self.redrawn or result.redrawn)
 
-    def original(self) -> Standard:
+    def original(self) -> Reference:
         """The same list held to the original, whatever its passes mean to compute."""
         return replace(self, oracle=None)
 

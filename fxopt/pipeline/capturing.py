@@ -1,0 +1,142 @@
+"""The first stage: a model becomes a program, and the capture itself is judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxopt import wellformed
+from fxopt.analyses.precision import rounding_claim
+from fxopt.calibration import Calibration
+from fxopt.capture import capture, normalize_inputs
+from fxopt.claim import Claim, Close
+from fxopt.data_sizes import observe_sizes
+from fxopt.errors import EquivalenceError, InputError, OutsideError
+from fxopt.optimized import Optimized
+from fxopt.pipeline.recording import StepTaken, since, violation_text
+from fxopt.pipeline.reference import Reference
+from fxopt.pipeline.run import Inputs, Judging, Run
+from fxopt.program import Changes, Mode, Program
+from fxopt.verify import (
+    Verdict,
+    judge,
+    judge_learning,
+    note_on_attributes,
+    output_names,
+    run_model,
+    run_program,
+    trials,
+    with_edges,
+)
+
+
+def captured(
+    model: nn.Module,
+    inputs: Inputs | None,
+    mode: Mode,
+    judging: Judging,
+    *,
+    more: Sequence[Inputs] = (),
+    calibration: Iterable[Any] | None = None,
+    notes: Sequence[str] = (),
+    further: bool = False,
+) -> Run:
+    """The run that begins with `model`, captured on `inputs`, or with the program that it is.
+
+    A `further` program of a model is judged on those of the inputs `more` that are its own, and
+    calibrated on the example where none of the batches is. Raises `EquivalenceError` where the
+    capture computes something else than the model, and what `capture` raises.
+    """
+    judging.progress(f"capturing {type(model).__name__}")
+    start = time.perf_counter()
+    program = _program_of(model, inputs, mode, further)
+    wellformed.check(program)
+    capture_ms = since(start)
+    if judging.verify:
+        program = with_edges(program, run_model(model, program))
+    if calibration is not None:
+        instead = program.example if further else None
+        given = Calibration(calibration, program.signature, judging.progress, instead)
+        program = replace(program, calibration=given)
+    own, elsewhere = _sorted_inputs(program, more, further)
+    run = Run(
+        model,
+        inputs,
+        program,
+        Reference(program),
+        capture_ms,
+        notes=(*notes, *program.notes),
+        elsewhere=elsewhere,
+    )
+    claim: Claim = Close()
+    verdict = None
+    if judging.verify:
+        run, claim, verdict = _judged(run, own)
+    fired = {"operations": program.node_count()}
+    step = StepTaken(
+        "capture", "capture", program, program, claim, verdict, start, fired=fired
+    )  # fmt: skip
+    return run.recording(step, judging)
+
+
+def _program_of(model: nn.Module, inputs: Inputs | None, mode: Mode, further: bool) -> Program:
+    config = getattr(model, "config", None)
+    if isinstance(model, Optimized) and model.is_captured:
+        program = replace(model.program, changes=Changes(), taken=frozenset(), config=config)
+        observe_sizes(program)
+        return program
+    return replace(capture(model, inputs, mode, empty=further), config=config)
+
+
+def _sorted_inputs(
+    program: Program, more: Sequence[Inputs], further: bool
+) -> tuple[list[list[Tensor]], tuple[tuple[Inputs, OutsideError], ...]]:
+    """The tensors of those inputs that are this program's, and the others with the reason."""
+    own: list[list[Tensor]] = []
+    elsewhere: list[tuple[Inputs, OutsideError]] = []
+    signature = program.signature
+    for one in more:
+        try:
+            own.append(signature.flatten((), normalize_inputs(signature.forward, one)))
+        except OutsideError as outside:
+            elsewhere.append((one, outside))
+        except InputError:
+            if not further:
+                raise
+    return own, tuple(elsewhere)
+
+
+def _judged(run: Run, own: Sequence[list[Tensor]]) -> tuple[Run, Claim, Verdict]:
+    """The run with its trials, the claim that the capture was held to, and the verdict."""
+    program, model = run.program, run.model
+    extra = [[tensor.clone() for tensor in one] for one in own]
+    changed: set[str] = set()
+    found, skipped = trials(program, run_model(model, program, changed), extra)
+    if changed:
+        run = run.noting(note_on_attributes(model, program, changed))
+    # One other size a step keeps judging cheap; the whole list is judged on both.
+    few = found[:-1] if len(found) == len(extra) + 3 else found
+    run = replace(run, trials=few, last_trials=found[len(few) :]).noting(*skipped)
+    reference = [trial.outputs for trial in found]
+    rounding = rounding_claim(program)
+    if rounding is not None:  # a quantized module, transformed once more
+        # What comes now decides ties otherwise, and so differs as far as rounding goes.
+        run = replace(
+            run,
+            unrounded=(rounding, reference[: len(few)]),
+            reference=run.reference.plus(rounding),
+        )
+    claim = rounding or Close()
+    # All of them now: a size at which the graph fails must not show at the end of the list.
+    names = output_names(program)
+    verdict, outputs = judge(claim, found, reference, run_program(program), names)
+    if program.mode == "train" and verdict.holds and rounding is None:
+        learnt = judge_learning(claim, model, program, few[0])
+        verdict = learnt if learnt is not None and not learnt.holds else verdict
+    if not verdict.holds:
+        raise EquivalenceError(violation_text("the capture", verdict))
+    return replace(run, outputs=outputs[: len(few)]), claim, verdict
