@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +17,7 @@ from torch.nn import functional
 import fxopt
 from fxopt.capture import capture
 from fxopt.capture.returned_places import with_returned_places
+from fxopt.claim import Claim
 from fxopt.errors import CaptureError, EquivalenceError, RewriteError
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, hole, op
@@ -47,7 +48,16 @@ EXPRESSIONS: dict[str, Expression] = {
     "a mask that is true": lambda m, x: (x > 0) & torch.ones(4, dtype=torch.bool),
     "the input, written": lambda m, x: x.add_(1),
     "the input, written, viewed": lambda m, x: x.add_(1).view(-1),
+    "the input transposed, written": lambda m, x: x.t().add_(1),
+    "rows of the input, written": lambda m, x: x[1:].add_(1),
+    "a piece of the input, written": lambda m, x: x.split(2, 1)[1].add_(1),
     "the buffer, written": lambda m, x: m.count.add_(1),
+    "an entry of the buffer, written": lambda m, x: (m.count[1].add_(1), m.count[1:]),
+    "a row of a computed value, written": lambda m, x: (y := m.fc(x), y[0].add_(1), y[:, 1:]),
+    "columns of a computed value, written": lambda m, x: (y := m.fc(x), y.t()[1:].add_(1)),
+    "a copy of the input, a part written": lambda m, x: (y := x.clone(), y[:2], y[1:].add_(1)),
+    "a constant, a part written": lambda m, x: (y := torch.tensor([1.0, 2.0]), y[0].add_(1)),
+    "memory filled with the input": lambda m, x: (y := torch.empty_like(x), y[:].copy_(x)),
 }
 
 
@@ -75,6 +85,7 @@ class Returns(nn.Module):
 
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
+CLOSE = fxopt.Close(rtol=1e-6)
 
 
 def memory_of(model: nn.Module) -> tuple[str, ...]:
@@ -83,24 +94,57 @@ def memory_of(model: nn.Module) -> tuple[str, ...]:
         return observed(model(x), [x], dict(model.state_dict(keep_vars=True)))
 
 
-def assert_same_after_writes(model: nn.Module, opt: nn.Module, atol: float) -> None:
-    """Write into each output in turn; outputs, input, state and later calls stay as in eager."""
+def assert_same_after_writes(model: nn.Module, opt: nn.Module, rounding: Claim = CLOSE) -> None:
+    """Write into each output in turn: of all outputs, the input and the state, the same entries
+    change as in eager, and they hold the same, at later calls too.
+
+    What the linears compute is held to `rounding`, anything else to `CLOSE`: it isn't quantized.
+    """
     mine, its = X.clone(), X.clone()
+    by_linears = computed_by_linears(model)
     with torch.no_grad():
-        for index in range(len(copy.deepcopy(model)(X.clone())) + 1):
+        for index in range(len(by_linears) + 1):
             wanted, got = model(mine), opt(its)
-            if index < len(wanted) and 0 not in wanted[index].stride():
-                wanted[index].fill_(1)
-                got[index].fill_(1)
             kept = opt.state_dict()
-            pairs = [*zip(wanted, got, strict=True), (mine, its)]
-            pairs += [(t, kept[name]) for name, t in model.state_dict().items() if name in kept]
-            same = [torch.allclose(a.double(), b.double(), atol=atol) for a, b in pairs]
-            assert all(same), f"after writing output {index}: {same}"
+            shared = [name for name in model.state_dict() if name in kept]
+            states = [[state[name] for name in shared] for state in (model.state_dict(), kept)]
+            in_eager, in_opt = [*wanted, mine, *states[0]], [*got, its, *states[1]]
+            if index < len(wanted):
+                assert write(wanted[index], in_eager) == write(got[index], in_opt), index
+            for place, (ref, out) in enumerate(zip(in_eager, in_opt, strict=True)):
+                claim = rounding if place < len(wanted) and by_linears[place] else CLOSE
+                judged = claim.measure(ref, out)
+                assert judged.holds, f"tensor {place} after writing output {index}: {judged.text}"
+
+
+def write(output: Tensor, tensors: list[Tensor]) -> list[Any]:
+    """Change each entry of `output`, as its caller may; tell which of `tensors` change where."""
+    before = [tensor.clone() for tensor in tensors]
+    once = output[tuple(slice(None) if stride else 0 for stride in output.stride())]
+    if output.dtype == torch.bool:
+        once.logical_not_()
+    else:
+        once.add_(1)
+    return [(now != then).tolist() for now, then in zip(tensors, before, strict=True)]
+
+
+def computed_by_linears(model: nn.Module) -> list[bool]:
+    """Which outputs are other numbers without the weights of the linears."""
+    same, without = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in without.parameters():
+            parameter.zero_()
+        pairs = zip(same(X.clone()), without(X.clone()), strict=True)
+        return [not torch.equal(one, other) for one, other in pairs]
 
 
 def transformed(model: nn.Module, passes: str) -> fxopt.Optimized:
     return fxopt.transform(copy.deepcopy(model), passes, example_inputs=(X.clone(),))
+
+
+def rounding(passes: str) -> Claim:
+    """What the linears are held to: weights of 7 bits leave about 40 dB."""
+    return fxopt.Sqnr(35) if "int8" in passes else CLOSE
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -108,7 +152,7 @@ def test_each_kind_of_output_is_in_the_memory_that_it_was_in(name: str) -> None:
     model = Returns("a computed value", name)
     opt = transformed(model, "canonicalize")
     assert memory_of(opt) == memory_of(model)
-    assert_same_after_writes(model, opt, 1e-5)
+    assert_same_after_writes(model, opt)
 
 
 @settings(max_examples=12)
@@ -118,9 +162,22 @@ def test_each_kind_of_output_is_in_the_memory_that_it_was_in(name: str) -> None:
         ["canonicalize", "fuse-linears,canonicalize", "int8-linear{where=always},canonicalize"]
     ),
 )
+@example(  # what the linears compute grows with the input
+    [
+        "the input, written, viewed",
+        "the input, written",
+        "a cast that doesn't",
+        "the input, written",
+        "the input, written",
+    ],
+    "int8-linear{where=always}",
+)
+@example(  # a view of memory of its own, before a write to the input
+    ["a row of a computed value, written", "the input transposed, written"], "canonicalize"
+)
 def test_writing_into_outputs_is_seen_where_it_was(names: list[str], passes: str) -> None:
     model = Returns(*names, "two linears of one input")
-    assert_same_after_writes(model, transformed(model, passes), 0.2 if "int8" in passes else 1e-4)
+    assert_same_after_writes(model, transformed(model, passes), rounding(passes))
 
 
 @pytest.mark.slow
@@ -133,14 +190,14 @@ def test_writing_into_outputs_is_seen_where_it_was_in_many_models(
     names: list[str], passes: str
 ) -> None:
     model = Returns(*names, "two linears of one input")
-    assert_same_after_writes(model, transformed(model, passes), 0.2 if "int8" in passes else 1e-4)
+    assert_same_after_writes(model, transformed(model, passes), rounding(passes))
 
 
 def test_a_lowered_program_shares_what_eager_shares() -> None:
     model = Returns(*EXPRESSIONS)
     opt = transformed(model, "canonicalize,lower")
     assert memory_of(opt) == memory_of(model)
-    assert_same_after_writes(model, opt, 1e-5)
+    assert_same_after_writes(model, opt)
 
 
 def test_a_loaded_program_shares_what_eager_shares(tmp_path: Path) -> None:
@@ -148,7 +205,7 @@ def test_a_loaded_program_shares_what_eager_shares(tmp_path: Path) -> None:
     transformed(model, "canonicalize").save(tmp_path / "saved")
     opt = fxopt.load(tmp_path / "saved")
     assert memory_of(opt) == memory_of(model)
-    assert_same_after_writes(model, opt, 1e-5)
+    assert_same_after_writes(model, opt)
 
 
 def test_no_copy_is_made_of_an_output_that_is_memory_of_its_own() -> None:
@@ -188,6 +245,27 @@ def test_a_part_of_an_input_that_is_written_is_still_a_part_of_it() -> None:
     x = X.clone()
     opt(x)[0].fill_(7)
     assert torch.equal(x[0], torch.full((4,), 7.0))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.broadcast_tensors(x, torch.zeros(4))[0],
+        lambda x: torch.einsum("ij->ji", x),
+    ],
+    ids=["broadcast_tensors", "einsum"],
+)
+def test_a_view_that_takes_a_list_is_a_view_of_what_was_written(
+    view: Callable[[Tensor], Tensor],
+) -> None:
+    class AddsToAll(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return view(x.add_(1))
+
+    opt = fxopt.transform(AddsToAll(), "canonicalize", example_inputs=(X.clone(),))
+    x = X.clone()
+    opt(x).fill_(7)
+    assert torch.equal(x, torch.full((3, 4), 7.0))
 
 
 def test_a_part_that_the_graph_can_not_tell_is_refused() -> None:

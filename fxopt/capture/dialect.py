@@ -418,6 +418,8 @@ def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgra
 
 def _sharing_operand(node: fx.Node) -> fx.Node | None:
     """The operand whose memory the result of `node` is, by the storages of the trace."""
+    if node.target is aten.lift_fresh_copy.default:
+        return None  # traced as `lift_fresh`, which doesn't copy
     own = _storages(node)
     return next((used for used in node.all_input_nodes if own & _storages(used)), None)
 

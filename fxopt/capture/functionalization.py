@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxopt.capture.view_inverses import View, parent_after
 from fxopt.capture.writes import changes_shape, functional, writes, written
 from fxopt.errors import CaptureError
+from fxopt.program import same_sizes
+from fxopt.sharing import chain
 
 aten = torch.ops.aten
 
@@ -159,8 +161,8 @@ class _Walk:
 
     def _write(self, node: fx.Node) -> None:
         place = node.args[0]
-        is_view = isinstance(place, fx.Node) and self._named(place) in self.views
-        found = written(node, self._read, self._build, is_view)
+        is_part = isinstance(place, fx.Node) and self._is_part(self._named(place))
+        found = written(node, self._read, self._build, is_part)
         if found is None:
             raise self._unknown(node)
         schema = node.target._schema.arguments  # type: ignore[union-attr]
@@ -176,14 +178,22 @@ class _Walk:
             (name,) = found.values
             self.current[node] = self._named(given[name])
 
+    def _is_part(self, tensor: fx.Node) -> bool:
+        """Whether what is written to `tensor` is copied into something larger, or to a place."""
+        base = self._base(tensor)
+        if tensor is base or base in self.places:
+            return tensor is not base
+        counts = [one.meta["val"].numel() for one in (tensor, base)]
+        return not same_sizes(counts[:1], counts[1:])
+
     def _give(self, tensor: fx.Node, value: fx.Node) -> None:
         """`tensor` has another value, and what it is a view of with it."""
-        chain = [tensor]
-        while chain[-1] in self.views:
-            chain.append(self.views[chain[-1]].parent)
-        before = [self._value(one) for one in chain]
-        self.writes[chain[-1]] += 1
-        for one, parent, old in zip(chain, [*chain[1:], None], [*before[1:], None], strict=True):
+        path = [tensor]
+        while path[-1] in self.views:
+            path.append(self.views[path[-1]].parent)
+        before = [self._value(one) for one in path]
+        self.writes[path[-1]] += 1
+        for one, parent, old in zip(path, [*path[1:], None], [*before[1:], None], strict=True):
             self._hold(one, value)
             if parent is None or old is None:
                 continue
@@ -208,14 +218,29 @@ class _Walk:
         return node
 
     def _finish(self, output: fx.Node) -> None:
-        results = fx.map_arg(output.args, self._read)
+        """Each output is in the memory that it was in: a view of what was written is taken anew of
+        what that holds, and of an input or of state after the write to it."""
+        for result in output.all_input_nodes:
+            base = self._base(self._named(result))
+            value = self._value(base)
+            if base in self.places or not self.writes[base]:
+                continue
+            if not _share(self._read(result), value):
+                self._move(base, value)
+        fx.map_arg(output.args, self._read)
         for place, first in self.places.items():
             value = self._value(place)
             if value is not first:
                 new = self.graph.call_function(aten.copy_.default, (first, value))
                 origin = {key: value.meta.get(key, "") for key in ("module_path", "source")}
                 new.meta = {"val": place.meta["val"], **origin}
-        self.graph.output(*results).meta = dict(output.meta)
+                self._move(place, new)
+        self.graph.output(*fx.map_arg(output.args, self._read)).meta = dict(output.meta)
+
+    def _move(self, base: fx.Node, value: fx.Node) -> None:
+        """The memory that `base` made is that of `value`: its views are taken anew, of that."""
+        self.writes[base] += 1
+        self._hold(base, value)
 
     def _unknown(self, node: fx.Node) -> UnknownWriteError:
         return UnknownWriteError(
@@ -223,6 +248,11 @@ class _Walk:
             f"{node.meta.get('source') or 'an unknown line'}. Write it out of place, as "
             "x = f(x) or with torch.where."
         )
+
+
+def _share(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values are in one memory."""
+    return chain(one)[-1] is chain(other)[-1]
 
 
 def _written_memory(graph: fx.Graph, aliases: Mapping[fx.Node, fx.Node]) -> frozenset[fx.Node]:

@@ -34,13 +34,15 @@ def returns_written(program: Program) -> bool:
 
     Whether it is that input or state, or another tensor of the same value, the graph doesn't tell.
     """
+    writes = _writes(program.graph)
     roots = {
         chain(part)[-1]
-        for write in _writes(program.graph)
+        for write in writes
         for part, _ in _parts(write.args[1], ())  # type: ignore[arg-type]
     }
     results: Any = program.output.args[0]
-    return any(chain(result)[-1] in roots for result in results)
+    paths = map(chain, results)
+    return any(path[-1] in roots and not set(writes).intersection(path) for path in paths)
 
 
 def with_returned_places(program: Program, eager: Labels, whole: Sequence[bool]) -> Program:
@@ -77,6 +79,8 @@ def _returned(
     path = chain(result)
     if whole:
         return write
+    if write in path:
+        return result
     if path[-1] is place:  # a view made before the write, and of what it wrote by now
         return _replayed(graph, path[:-1], place, write)
     for part, views in _parts(written, ()):

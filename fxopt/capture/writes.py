@@ -82,12 +82,12 @@ def functional(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def written(
-    node: fx.Node, read: Callable[[fx.Node], fx.Node], build: Build, is_view: bool
+    node: fx.Node, read: Callable[[fx.Node], fx.Node], build: Build, is_part: bool
 ) -> Written | None:
     """The functional calls that give what `node` writes, or None where none are known.
 
-    `read` gives the value that an argument holds now; `is_view` says that what is written is part
-    of a larger tensor.
+    `read` gives the value that an argument holds now; `is_part` says that what is written is copied
+    into something larger anyway.
     """
     if node.target is aten.batch_norm.default:
         return _batch_norm(node, read, build)
@@ -101,7 +101,7 @@ def written(
     given = arguments(node)
     place = given[places[0]]
     if node.target is aten.copy_.default:
-        value = _copied(node, read(place), read(given["src"]), build, is_view)
+        value = _copied(node, read(place), read(given["src"]), build, is_part)
         return Written({"self": value})
     assert target is not None
     args, kwargs = fx.map_arg((node.args, node.kwargs), read)
@@ -111,7 +111,7 @@ def written(
     return Written({places[0]: _as_type(place, build(target, *args, **kwargs), build)})
 
 
-def _copied(node: fx.Node, old: fx.Node, source: fx.Node, build: Build, is_view: bool) -> fx.Node:
+def _copied(node: fx.Node, old: fx.Node, source: fx.Node, build: Build, is_part: bool) -> fx.Node:
     """What `place.copy_(source)` leaves in `place`: in memory and strides of its own, where it
     isn't written into something larger anyway."""
     new, kept = source.meta["val"], node.meta["val"]
@@ -120,7 +120,7 @@ def _copied(node: fx.Node, old: fx.Node, source: fx.Node, build: Build, is_view:
     same_type = new.dtype == kept.dtype and new.device == kept.device
     if not same_type or not same_sizes(new.shape, kept.shape):
         return build(aten.copy.default, old, source)
-    if is_view:
+    if is_part:
         return source
     strided = same_sizes(new.stride(), kept.stride())
     return build(aten.clone.default, source) if strided else build(aten.copy.default, old, source)

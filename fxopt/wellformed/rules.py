@@ -219,8 +219,8 @@ class _Checker:
     def _is_view_of_written(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target is _COPY or not may_alias(node):
             return False
-        viewed = node.args[0] if node.args else None
-        return viewed in self.written.values() or viewed in self.views
+        seen = (*self.written.values(), *self.views)
+        return any(operand in seen for operand in node.all_input_nodes)
 
     def _inputs(self) -> None:
         nodes, inputs = self.program.placeholders, self.program.signature.tensors
