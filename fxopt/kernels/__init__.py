@@ -55,6 +55,7 @@ from fxopt.kernels import (
     int8_linear,
     int8_linear_fused,
     layer_norm,
+    matrix_power,
     native,
     packed_int8_linear,
     packed_linear,
@@ -89,6 +90,8 @@ SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.gru.input: recurrent.type_of_gru,
     torch.ops.aten.rnn_tanh.input: recurrent.type_of_rnn,
     torch.ops.aten.rnn_relu.input: recurrent.type_of_rnn,
+    torch.ops.aten.linalg_matrix_power.default: matrix_power.type_of_matrix_power,
+    torch.ops.aten.matrix_power.default: matrix_power.type_of_matrix_power,
 }
 
 GENERATED_AS: dict[OpOverload, str] = {

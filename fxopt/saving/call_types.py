@@ -29,11 +29,15 @@ _WORD = 2**63
 _LARGEST_EXPONENT = 16
 _HIGHEST_RANK = 64
 _MOST_PARTS = 4_096
+_MOST_STEPS = 32
 _NUMBERED = ("ScalarType", "Layout", "MemoryFormat", "QScheme")
 _CALLS_OF_A_FILE = 8_192
 _CALLS_OF_A_NODE = 200
 _RESULTS_OF_A_FILE = 16_384
 _RESULTS_OF_A_NODE = 4
+_STEPS: Mapping[str, str] = {"aten::combinations": "r", "aten::diff": "n"}
+"""The argument that says how many steps an operator takes, each of which is typed."""
+
 _GETITEM = SIZE_FUNCTIONS["operator.getitem"]
 _POWER = SIZE_FUNCTIONS["operator.pow"]
 
@@ -97,6 +101,7 @@ class CallTypes:
             check_shapes((args, kwargs))
             _check_numbered(target, args, kwargs)
             _check_parts(target, args, kwargs)
+            _check_steps(target, args, kwargs)
             return run_on_fakes(self.mode, target, args, kwargs)
         if kwargs:
             raise SaveError(f"the saved graph names arguments of {target.__name__}, which has none")
@@ -121,6 +126,19 @@ def _check_numbered(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
         value = args[index] if index < len(args) else kwargs.get(argument.name)
         if isinstance(value, int) and any(kind in str(argument.real_type) for kind in _NUMBERED):
             raise SaveError(f"the saved graph gives the number {value} for {argument.name}")
+
+
+def _check_steps(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse an operator that is told to repeat itself more often than any model has it do."""
+    name = _STEPS.get(target._schema.name)
+    if name is None:
+        return
+    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False))
+    steps = given.get(name, kwargs.get(name))
+    if isinstance(steps, (int, torch.SymInt)) and size_at_capture(steps) > _MOST_STEPS:
+        raise SaveError(
+            f"the saved graph gives {steps} for {name}, and at most {_MOST_STEPS} are taken"
+        )
 
 
 def _check_parts(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

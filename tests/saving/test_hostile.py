@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxopt
 from fxopt.errors import SaveError
+from fxopt.saving.call_types import CallTypes
 from tests.saving.test_damage import forge, node, seal
 
 ROOT = Path(__file__).parents[2]
+aten = torch.ops.aten
 
 
 class Branches(nn.Module):
@@ -86,6 +88,8 @@ def test_many_hostile_folders_take_no_memory(pristine: Path) -> None:
         ("aten.unbind.int", [{"node": "big"}], "takes a tensor into too many parts"),
         ("aten.split.Tensor", [{"node": "big"}, 1], "takes a tensor into too many parts"),
         ("aten.chunk.default", [{"node": "big"}, 2**31], "takes a tensor into too many parts"),
+        ("aten.diff.default", [{"node": "big"}, 2**20], "1048576 for n, and at most 32 are taken"),
+        ("aten.combinations.default", [{"node": "big"}, 33], "33 for r, and at most 32 are taken"),
         ("aten.affine_grid_generator.default", [{"node": "big"}] * 2 + [False], "instead found"),
         ("aten.softmax.int", [{"node": "big"}, 0, -1], "gives the number -1 for dtype"),
         ("aten.quantized_lstm_cell.default", [], "is no operator of torch"),
@@ -103,6 +107,22 @@ def test_what_would_take_memory_is_refused(
         ]
 
     assert text in forge(saved, edit)
+
+
+@pytest.mark.parametrize("target", [aten.linalg_matrix_power.default, aten.matrix_power.default])
+@pytest.mark.parametrize("exponent", [*range(-9, 10), 2**62 - 1, 1 - 2**62])
+def test_the_type_of_a_power_is_torchs_and_found_in_few_calls(target: Any, exponent: int) -> None:
+    types = CallTypes(1)
+    x = fx.Graph().placeholder("x")
+    x.meta["val"] = types.mode.from_tensor(torch.empty(5, 3, 3))
+    before = types.mode._calls
+    found = types.of(x.graph.call_function(target, (x, exponent)))
+    assert before - types.mode._calls < 100
+    if abs(exponent) < 10:
+        with types.mode:
+            known = target(x.meta["val"], exponent)
+        assert (found.dtype, found.shape) == (known.dtype, known.shape)
+        assert found.stride() == known.stride()
 
 
 def test_sizes_whose_expressions_explode_are_refused(saved: Path) -> None:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxopt import ModelError, transform
 from fxopt.device import Device, HalfChoice
-from fxopt.errors import TrainError
+from fxopt.errors import InputError, TrainError
 from fxopt.train import Attention, Hidden, Logits, Task, distill
-from tests.train.models import bert, captured, encoder, rows, state_of, text_batch
+from tests.train.models import Batch, bert, captured, encoder, rows, state_of, text_batch
 
 BATCHES = [text_batch(index) for index in range(3)]
 STATES = {"output_hidden_states": True, "output_attentions": True}
@@ -491,6 +491,52 @@ def test_wrong_data_are_said(data: Any, text: str) -> None:
     with pytest.raises(TrainError) as caught:
         distill(small(1), small(0), data, terms=[Logits()])
     assert str(caught.value) == text
+
+
+def labelled(*labels: int) -> Batch:
+    return {**text_batch(0), "labels": torch.tensor(labels)}
+
+
+LABEL_ERRORS: list[tuple[list[Batch], str]] = [
+    (
+        [labelled(0, 1, 7, 2)],
+        "a batch of data= has labels from 0 to 7, and BertForSequenceClassification has no class "
+        "for one of them (Target 7 is out of bounds.). Labels count from 0 on; -100 doesn't count.",
+    ),
+    (
+        [labelled(0, -1, -100, -100)],
+        "a batch of data= has labels from -1 to 0, and BertForSequenceClassification has no class "
+        "for one of them (Target -1 is out of bounds.). Labels count from 0 on; -100 doesn't "
+        "count.",
+    ),
+    (
+        [labelled(0, 1, 2, -100), labelled(0, 1, 2, 3)],
+        "batch 1 of data= has labels from 0 to 3, and the student's logits have 3 classes: labels "
+        "must be in 0 to 2, or -100 where they don't count",
+    ),
+    (
+        [labelled(0, 1, 2, 2), labelled(-100, 1, 1, 2), labelled(-5, -100, 1, 2)],
+        "batch 2 of data= has labels from -5 to 2, and the student's logits have 3 classes: labels "
+        "must be in 0 to 2, or -100 where they don't count",
+    ),
+]
+
+
+@pytest.mark.parametrize("capture", [False, True], ids=["plain", "captured"])
+@pytest.mark.parametrize(("data", "text"), LABEL_ERRORS, ids=range(len(LABEL_ERRORS)))
+def test_labels_without_a_class_are_said_before_anything_is_trained(
+    data: list[Batch], text: str, capture: bool
+) -> None:
+    teacher, student = bert(2), bert(1, seed=1)
+    student = captured(student, BATCHES[0]) if capture else student
+    before, generator = (state_of(teacher), state_of(student)), torch.get_rng_state()
+    with pytest.raises(InputError) as caught:
+        distill(student, teacher, data, terms=[Task(), Logits()])
+    assert str(caught.value) == text
+    for model, state in zip((teacher, student), before, strict=True):
+        assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 MODEL_ERRORS: list[tuple[Any, str]] = [

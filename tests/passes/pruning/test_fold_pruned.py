@@ -147,6 +147,19 @@ def test_every_channel_that_stays_in_many_models_is_needed(
     _assert_nothing_left(drawn, data)
 
 
+def test_needless_are_dead_channels_alone_and_none_that_a_relu_switches_off_by_chance() -> None:
+    model = nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 2)).double()
+    randomize(model)
+    nn.init.zeros_(model[0].weight[:2])  # zero, and constant
+    nn.init.zeros_(model[0].bias[:1])
+    nn.init.zeros_(model[2].weight[:, 2])  # unread
+    small = torch.linspace(-0.01, 0.01, 12, dtype=torch.float64)  # the bias decides the sign
+    program = capture(model, {"input": small.reshape(2, 6)})
+    (group,) = channels(program).cuttable
+    needless = [channel for channel in range(300) if not is_needed(program, group, channel)]
+    assert needless == [0, 1, 2]
+
+
 def _killed(model: nn.Module, mutations: Sequence[Kill]) -> nn.Module:
     program = capture(model, {"x": torch.randn(2, 3, 6, dtype=torch.float64)})
     kill(program, {group.name: group for group in channels(program).groups}, mutations)
