@@ -207,7 +207,8 @@ class Pipeline:
         if tried.verdict is not None and not tried.verdict.holds:
             blames = tried.blames()
             if self.on_violation == "raise":
-                raise EquivalenceError(violation_text(repr(pass_), tried.verdict, blames))
+                text = violation_text(repr(pass_), tried.verdict, blames, pass_.advice())
+                raise EquivalenceError(text)
             tried, reverted = self._revert(pass_, plan, tried.verdict, blames)
         if quiet and not tried.after.changes.fired:
             return
