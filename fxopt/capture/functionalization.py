@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxopt.capture.view_inverses import View, parent_after
 from fxopt.capture.writes import changes_shape, functional, writes, written
 from fxopt.errors import CaptureError
-from fxopt.program import same_sizes
+from fxopt.nodes import same_sizes
 from fxopt.sharing import chain
 
 aten = torch.ops.aten

@@ -47,6 +47,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from fxopt.device import Answer, Device
 from fxopt.kernels import (
     attention,
     float8,
@@ -66,6 +67,7 @@ from fxopt.kernels import (
     written_attention,
 )
 from fxopt.kernels.int4 import pack_int4
+from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.onednn_int8 import takes_full_range
 from fxopt.kernels.packed_linear import POST_OPS
 from fxopt.kernels.packed_weights import PACKED_WEIGHTS
@@ -117,8 +119,17 @@ KERNEL_LEVEL: frozenset[OpOverload] = frozenset(GENERATED_AS)
 
 def saturates(device: torch.device) -> bool:
     """Whether no fast product of 8-bit activations with weights of all 8 bits is exact there: on a
-    CPU without an int8 dot product. With weights of 7 bits there is one everywhere."""
+    CPU without an int8 dot product. With weights of 7 bits there is one: `multiplies_int8`."""
     return device.type == "cpu" and not takes_full_range() and not native.load()
+
+
+def multiplies_int8(device: Device) -> Answer:
+    """Whether a product of 8-bit activations with weights of 8 or 7 bits can outrun float32's
+    there, and why: by an instruction for it, or on any CPU by oneDNN, which needs none for 7."""
+    native = device.accelerates(torch.int8)
+    if native or device.kind != "cpu" or not has_onednn():
+        return native
+    return Answer(True, f"oneDNN multiplies int8 weights of 7 bits exactly on {device.name}")
 
 
 __all__ = [
@@ -135,6 +146,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_fused",
     "layer_norm",
+    "multiplies_int8",
     "native",
     "pack_int4",
     "packed_int8_linear",

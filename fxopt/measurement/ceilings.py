@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxopt.device import Device
+from fxopt.device import Answer, Device
 from fxopt.errors import FxoptError
+from fxopt.kernels import multiplies_int8
 from fxopt.kernels.float8 import FLOAT8
 from fxopt.timing.latency import latency
 
@@ -73,8 +74,8 @@ def _measured(device: str, threads: int, precision: str) -> Ceilings:
     with torch.no_grad():
         for dtype in _DTYPES:
             name = str(dtype).removeprefix("torch.")
-            native = Device.describe(place).accelerates(dtype)
-            running, reason = _running(place, dtype) if native else ([], native.reason)
+            fast = _is_fast(Device.describe(place), dtype)
+            running, reason = _running(place, dtype) if fast else ([], fast.reason)
             contest |= {f"{name} {index}": kernel for index, kernel in enumerate(running)}
             if not running:
                 missing[name] = reason
@@ -87,6 +88,10 @@ def _measured(device: str, threads: int, precision: str) -> Ceilings:
     operations = 2 * math.prod(_PRODUCT[place.type])
     rates = {name: operations / seconds for name, seconds in shortest.items()}
     return Ceilings(device, rates, bandwidth, missing)
+
+
+def _is_fast(device: Device, dtype: torch.dtype) -> Answer:
+    return multiplies_int8(device) if dtype == torch.int8 else device.accelerates(dtype)
 
 
 def _running(device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel], str]:
@@ -121,7 +126,8 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Kernel]:
         q, weight = (_values((rows, k), device).to(dtype) for rows in (m, n))
         yield lambda: ops.float8_linear(q, scales[0], weight, scales[1], None, torch.bfloat16)
         return
-    q, weight = (_values((rows, k), device).mul(9).to(dtype) for rows in (m, n))
+    # Within 7 bits, so that they are multiplied exactly on any CPU.
+    q, weight = (_values((rows, k), device).mul(9).clamp(-63, 63).to(dtype) for rows in (m, n))
     yield lambda: ops.int8_product(q, weight)
     if device.type == "cpu":
         one, zero = torch.ones(()), torch.full((), 128, dtype=torch.uint8)

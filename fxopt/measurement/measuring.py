@@ -90,7 +90,7 @@ def measure_all(
 ) -> dict[str, Measurement]:
     """`measure` for several models that take turns, so that their ratios hold on a busy machine.
 
-    `fxopt.measure.ratio(a.latency, b.latency)` compares two of them round by round. Energy windows
+    `fxopt.timing.ratio(a.latency, b.latency)` compares two of them round by round. Energy windows
     take turns as well. Raises what `measure` raises.
     """
     _check(models, tokens, estimate, watts, carbon)

@@ -65,8 +65,10 @@ class StepTaken:
         return OptimizedStep(step, GraphText(after.outline()))
 
 
-def violation_text(who: str, verdict: Verdict, blames: Sequence[Blame] = ()) -> str:
-    """What an `EquivalenceError` says: who broke which claim where, and the guilty node."""
+def violation_text(
+    who: str, verdict: Verdict, blames: Sequence[Blame] = (), advice: str | None = None
+) -> str:
+    """What an `EquivalenceError` says: who broke which claim where, the guilty node, the advice."""
     lines = [
         f"{who} broke its claim",
         f"  claimed: {verdict.claim}",
@@ -75,6 +77,8 @@ def violation_text(who: str, verdict: Verdict, blames: Sequence[Blame] = ()) -> 
     if blames:
         worst = blames[0]
         lines.append(f"  guilty node ({worst.db:.1f} dB on its own): {worst.text}")
+    if advice is not None:
+        lines.append(f"  {advice}")
     return "\n".join(lines)
 
 

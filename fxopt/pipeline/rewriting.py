@@ -33,7 +33,8 @@ def rewritten(run: Run, scheduled: Scheduled, judging: Judging) -> Run:
     if result.verdict is not None and not result.verdict.holds:
         blames = result.blames()
         if judging.on_violation == "raise":
-            raise EquivalenceError(violation_text(repr(pass_), result.verdict, blames))
+            advice = pass_.advice()
+            raise EquivalenceError(violation_text(repr(pass_), result.verdict, blames, advice))
         result, reverted = _reverted(run, pass_, plan, result.verdict, blames, judging)
     fired = result.after.changes.fired
     if not scheduled.asked and not fired:

@@ -112,6 +112,10 @@ class Pass(ABC):
         """
         return None
 
+    def advice(self) -> str | None:
+        """What a user can change where the claim is broken, None where there is nothing to."""
+        return None
+
     @property
     def spec(self) -> str:
         """The textual form that parses back to this pass: `name{option=value, ...}`."""

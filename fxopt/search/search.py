@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxopt.capture import check_is_module
 from fxopt.device import Device
 from fxopt.errors import SearchError
+from fxopt.kernels import multiplies_int8
 from fxopt.search.found import Found, TrialRecord
 from fxopt.search.judging import Direction, Metric, Task, judge_metric
 from fxopt.search.measuring import check_measurable, measure_beside
@@ -187,7 +188,7 @@ def _standard(
     if calibration is None:
         return standard_space(device, False)
     costly: tuple[str, ...] = ()
-    if device.accelerates(torch.int8):
+    if multiplies_int8(device):
         costly = costly_linears(model, inputs, calibration, say)
     return standard_space(device, True, costly)
 

@@ -1,7 +1,8 @@
 """The space that is searched where none is given, and the lists tried first.
 
-What a device isn't fast at is left out: half precision and int8 where it only emulates them, packed
-weights where there is no such library. What learns from inputs takes part where there are some.
+What a device isn't fast at is left out: half precision where it only emulates it, int8 activations
+where no product of theirs outruns float32's, packed weights where there is no such library. What
+learns from inputs takes part where there are some.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxopt.calibration import Calibration
 from fxopt.device import Device
 from fxopt.errors import FxoptError
+from fxopt.kernels import multiplies_int8
 from fxopt.passes import Int8Linear
 from fxopt.search.space import Slot, Space
 from fxopt.transform import transform
@@ -24,6 +25,7 @@ _LOWERINGS = {
     "cpu": ("lower", ""),
     "cuda": ("lower", "lower{mode=reduce-overhead}", "lower{mode=max-autotune}", ""),
 }
+_SMOOTHINGS = ("smooth-quant", "smooth-quant{alpha=auto}", "smooth-quant{alpha=auto, mode=static}")
 _RATIOS = (0.125, 0.25, 0.5)
 _KEPT = (1, 2, 4)
 """How many of the costliest groups of linears are left in float."""
@@ -35,7 +37,7 @@ def standard_space(device: Device, calibrated: bool, costly: Sequence[str] = ())
     `costly` are module paths of groups of linears, the costliest in int8 first, several paths of a
     group joined by `|`: int8 is also offered without the first of them.
     """
-    int8 = bool(device.accelerates(torch.int8))
+    int8 = bool(multiplies_int8(device))
     slots = [
         Slot("canonicalize", ("canonicalize",)),
         Slot("fold", ("", "fold-pruned")),
@@ -44,7 +46,7 @@ def standard_space(device: Device, calibrated: bool, costly: Sequence[str] = ())
     ]
     if int8 and calibrated:
         slots += [
-            Slot("smooth", ("", "smooth-quant", "smooth-quant{alpha=auto}"), "int8"),
+            Slot("smooth", ("", *_SMOOTHINGS), "int8"),
             Slot("split", ("", "split-outliers", "split-outliers{ratio=1.2}"), "int8"),
         ]
     slots.append(Slot("int8", ("", *_quantizations(int8, calibrated, costly))))
@@ -64,6 +66,8 @@ def first_points(space: Space) -> list[dict[str, str]]:
         {"half": "autocast"},
         {"int8": "int8-linear", "half": "autocast"},
         {"int8": "int8-linear{mode=static}", "half": "autocast"},
+        {"int8": "int8-linear{mode=static}", "half": "autocast",
+         "smooth": "smooth-quant{alpha=auto, mode=static}"},
         {"int8": "int8-linear{mode=static, weights=gptq}", "half": "autocast",
          "smooth": "smooth-quant{alpha=auto}", "split": "split-outliers{ratio=1.2}"},
         {"int8": "int8-linear{mode=static, weights=gptq, budget=sqnr(28)}", "half": "autocast",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt import kernels
+from fxopt.device import Device
 from fxopt.kernels import native, onednn_int8
 from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.onednn_int8 import product_without_dot_product, takes_full_range
@@ -115,6 +116,28 @@ def test_without_onednn_the_product_is_exact(monkeypatch: pytest.MonkeyPatch) ->
 def test_only_cpus_saturate() -> None:
     assert not kernels.saturates(torch.device("cuda"))
     assert kernels.saturates(torch.device("cpu")) == (not takes_full_range() and not native.load())
+
+
+@pytest.mark.parametrize(
+    ("device", "onednn", "yes", "reason"),
+    [
+        (Device("cpu", "Zen 3"), True, True,
+         "oneDNN multiplies int8 weights of 7 bits exactly on Zen 3"),
+        (Device("cpu", "Zen 3"), False, False,
+         "Zen 3 has no instruction that multiplies torch.int8 (none of "),
+        (Device("cpu", "Zen 4", frozenset({"avx512_vnni"})), True, True,
+         "Zen 4 multiplies torch.int8 natively (avx512_vnni)"),
+        (Device("cuda", "V100", capability=(7, 0)), True, False,
+         "V100's tensor cores don't take torch.int8: capability 7.0, needs 7.5"),
+    ],
+)  # fmt: skip
+def test_seven_bits_are_fast_wherever_onednn_is(
+    device: Device, onednn: bool, yes: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_onednn", lambda: onednn)
+    answer = kernels.multiplies_int8(device)
+    assert answer.yes == yes
+    assert answer.reason.startswith(reason)
 
 
 _CAPPED = """

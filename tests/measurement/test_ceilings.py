@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fxopt.device import Device
+from fxopt.kernels import multiplies_int8
 from fxopt.measurement.ceilings import _measured, ceilings
 from fxopt.timing import summarize
 
@@ -51,9 +52,22 @@ def test_a_dtype_that_is_emulated_has_no_ceiling_and_a_reason(clock):
     assert found is not None
     for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn):
         name = str(dtype).removeprefix("torch.")
-        native = Device.describe("cpu").accelerates(dtype)
-        assert (name in found.flops) == native.yes
-        assert native.yes or found.missing[name] == native.reason
+        cpu = Device.describe("cpu")
+        fast = multiplies_int8(cpu) if dtype == torch.int8 else cpu.accelerates(dtype)
+        assert (name in found.flops) == fast.yes
+        assert fast.yes or found.missing[name] == fast.reason
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_cpu_without_a_dot_product_has_a_ceiling_for_int8_by_onednn(clock, monkeypatch, onednn):
+    plain = Device("cpu", "a plain CPU")
+    monkeypatch.setattr("fxopt.kernels.has_onednn", lambda: onednn)
+    monkeypatch.setattr(Device, "describe", staticmethod(lambda device="cpu": plain))
+    found = ceilings("cpu")
+    assert found is not None
+    assert ("int8" in found.flops) == onednn
+    assert onednn or found.missing["int8"].startswith("a plain CPU has no instruction that")
+    assert "bfloat16" in found.missing
 
 
 def test_a_kernel_that_fails_is_left_out_with_its_reason(clock, monkeypatch):

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import fxopt
+from fxopt import kernels
+from fxopt.device import Device
 from fxopt.errors import PassError
 from fxopt.measurement.counters import Domain, EnergyCounter, Unmeasured
 from fxopt.search import Found, Measured, SearchError, judging, search, storage
@@ -281,6 +283,21 @@ def test_the_standard_space_runs_on_a_small_model(monkeypatch: pytest.MonkeyPatc
     found = run(space=None, calibration=INPUTS, trials=1, metric=constant)
     assert found.trials[0].passes == "canonicalize"
     assert any(slot.name == "prune" for slot in found.space.slots)
+
+
+def test_a_search_on_a_cpu_without_a_dot_product_asks_which_linears_to_spare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "has_onednn", lambda: True)
+    plain = Device("cpu", "a plain one")
+    monkeypatch.setattr(Device, "describe", staticmethod(lambda device="cpu": plain))
+    monkeypatch.setattr(judging, "least_milliseconds", lambda program: None)
+    found = run(space=None, calibration=INPUTS, trials=1, metric=constant)
+    (choices,) = (slot.choices for slot in found.space.slots if slot.name == "int8")
+    assert "int8-linear" in choices
+    assert {"int8-linear{mode=static, exclude=up}", "int8-linear{mode=static, exclude=down}"} & {
+        *choices
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,16 +11,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxopt
+from fxopt import kernels
 from fxopt.device import Device
 from fxopt.errors import PassError
 from fxopt.pass_list import resolve_passes
+from fxopt.passes.quantization import int8_planning, quantize_linear
 from fxopt.search import SearchError, Slot, Space, standard_space
 from fxopt.search.standard import costly_linears, first_points, paths
+from fxopt.timing import Latency, summarize, timings_in
 from tests.train.models import bert, text_batch
 
 FAST = Device("cpu", "a fast one", frozenset({"avx512_vnni", "avx512_bf16"}))
 PLAIN = Device("cpu", "a plain one")
 GPU = Device("cuda", "a GPU", capability=(9, 0), triton=True)
+OLD_GPU = Device("cuda", "an old GPU", capability=(7, 0), triton=True)
 COSTLY = ("a.query|a.key", "b.dense", "c.dense")
 
 
@@ -61,20 +67,66 @@ def test_every_list_of_the_standard_space_can_be_pasted(device: Device, calibrat
         assert resolve_passes(space.passes(point))
 
 
-def test_the_standard_space_is_what_the_device_is_fast_at() -> None:
-    def slot(device: Device, name: str, calibrated: bool = True) -> tuple[str, ...]:
-        space = standard_space(device, calibrated, COSTLY)
-        return next((one.choices for one in space.slots if one.name == name), ())
+def slot(device: Device, name: str, calibrated: bool = True) -> tuple[str, ...]:
+    space = standard_space(device, calibrated, COSTLY)
+    return next((one.choices for one in space.slots if one.name == name), ())
 
+
+def test_the_standard_space_is_what_the_device_is_fast_at() -> None:
     assert slot(PLAIN, "half") == ()
     assert slot(FAST, "half") == ("", "autocast", "autocast{mode=half}")
-    assert slot(PLAIN, "int8") == ("", "int8-linear{mode=weight_only}")
     assert "int8-linear{mode=static}" in slot(FAST, "int8")
     assert "int8-linear{mode=static, exclude=a.query|a.key|b.dense}" in slot(FAST, "int8")
     assert slot(FAST, "int8", False) == ("", "int8-linear{mode=weight_only}", "int8-linear")
     assert slot(FAST, "smooth", False) == ()
     assert slot(GPU, "prepack") == ()
     assert "lower{mode=max-autotune}" in slot(GPU, "lower")
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_cpu_without_a_dot_product_is_offered_what_others_are(
+    calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_onednn", lambda: True)
+    for name in ("int8", "smooth", "split"):
+        assert slot(PLAIN, name, calibrated) == slot(FAST, name, calibrated)
+    firsts = [point["int8"] for point in first_points(standard_space(PLAIN, calibrated))]
+    assert ("int8-linear{mode=static}" in firsts) == calibrated
+    assert "int8-linear" in firsts
+
+
+@pytest.mark.parametrize(("device", "onednn"), [(PLAIN, False), (OLD_GPU, True), (OLD_GPU, False)])
+def test_without_a_fast_product_weights_alone_are_int8(
+    device: Device, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_onednn", lambda: onednn)
+    assert slot(device, "int8") == ("", "int8-linear{mode=weight_only}")
+    assert slot(device, "smooth") == ()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_what_is_offered_without_a_dot_product_rewrites_there(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice_as_fast(key: object, systems: Mapping[str, object]) -> dict[str, Latency]:
+        return {name: summarize([1.0 if name == "float" else 0.5] * 9) for name in systems}
+
+    monkeypatch.setattr(kernels, "has_onednn", lambda: True)
+    for module in (int8_planning, quantize_linear):
+        monkeypatch.setattr(module, "saturates", lambda device: True)
+    offered = next(choice for choice in slot(PLAIN, "int8") if resolves_to(choice, mode))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    with timings_in(None, twice_as_fast):
+        made = fxopt.transform(
+            nn.Linear(8, 4).eval(), offered, example_inputs=x, calibration=[x], measure_cost=False
+        )
+    assert made.steps[-1].record.fired
+    assert "weights of 7 bits" in " ".join(made.steps[-1].record.details)
+
+
+def resolves_to(choice: str, mode: str) -> bool:
+    passes = resolve_passes(choice) if choice else ()
+    return any(isinstance(one, fxopt.Int8Linear) and one.mode == mode for one in passes)
 
 
 def test_the_lists_tried_first_are_those_an_engineer_would_write() -> None:
@@ -87,6 +139,10 @@ def test_the_lists_tried_first_are_those_an_engineer_would_write() -> None:
         "canonicalize, fuse-linears, int8-linear, autocast, prepack, lower",
         "canonicalize, fuse-linears, int8-linear{mode=static}, autocast, prepack, lower",
     ]
+    assert lists[5] == (
+        "canonicalize, fuse-linears, smooth-quant{alpha=auto, mode=static}, "
+        "int8-linear{mode=static}, autocast, prepack, lower"
+    )
     assert lists[-1].count("exclude=a.query|a.key") == 1
 
 

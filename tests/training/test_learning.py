@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxopt
 from fxopt.capture import capture
-from fxopt.pipeline import pipeline
+from fxopt.pipeline import capturing
 from fxopt.program import Program
 from tests.training.pieces import PIECES, Composed, batch, composed, summed
 
@@ -115,7 +115,7 @@ def broken_capture(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
     def broken(*args: Any, **options: Any) -> Program:
         return without(capture(*args, **options), target)
 
-    monkeypatch.setattr(pipeline, "capture", broken)
+    monkeypatch.setattr(capturing, "capture", broken)
 
 
 @pytest.mark.parametrize(

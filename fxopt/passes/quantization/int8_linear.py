@@ -118,6 +118,13 @@ class Int8Linear(Pass):
         scheme = plan.scheme if isinstance(plan, Int8Plan) else self._scheme()
         return rewrite(program, (QuantizeLinear(scheme),), plan.excluded)
 
+    def advice(self) -> str | None:
+        """The same pass with a budget that gives its claim, where it has none."""
+        if self.budget is not None or not isinstance(self.claim, Sqnr):
+            return None
+        bounded = replace(self, budget=Sqnr(self.claim.db + _BELOW_BUDGET))
+        return f"{bounded!r} leaves in float the layers that cost the outputs most"
+
     def sensitivity(self, program: Program) -> Sensitivity:
         """What rounding each group of linears costs at the outputs, alone and with all cheaper
         ones, on the first calibration inputs."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt import Int8Linear, PassError, Sqnr
+from fxopt import Close, EquivalenceError, Int8Linear, PassError, Sqnr
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.claim import sqnr
@@ -128,6 +128,39 @@ def test_a_budget_leaves_as_few_as_keep_it() -> None:
     )
 
 
+def outlier_weight_mlp() -> nn.Sequential:
+    """One weight of layer 2, for a channel that is idle, sets the step of a whole row, in which all
+    others then round to 0; and the outputs are made of that row."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias[5] = -100.0
+        model[2].weight[0, 5] = 60.0
+        model[4].weight[:, 0] *= 50.0
+    return model
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "weight_only"])
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_broken_claim_comes_with_the_budget_that_keeps_it(mode: Any, bits: Any) -> None:
+    pass_ = Int8Linear(mode=mode, range=bits, where="always")
+    model = outlier_weight_mlp()
+    with pytest.raises(EquivalenceError) as caught:
+        fxopt.transform(model, [pass_], example_inputs=(X,), calibration=[(X,)])
+    advised = caught.value.args[0].splitlines()[-1]
+    bounded = replace(pass_, budget=Sqnr(pass_.claim.db + 3.0))  # type: ignore[attr-defined]
+    assert advised == f"  {bounded!r} leaves in float the layers that cost the outputs most"
+    pasted = eval(advised.partition(" leaves ")[0].strip(), vars(fxopt))
+    opt = fxopt.transform(model, [pasted], example_inputs=(X,), calibration=[(X,)])
+    assert pasted.claim == pass_.claim
+    assert opt.steps[-1].record.firings > 0
+    assert any(str(one).startswith("2 ") for one in opt.steps[-1].record.refused)
+
+
+def test_a_broken_budget_has_no_such_advice() -> None:
+    assert Int8Linear(budget=Sqnr(20.0)).advice() is None
+    assert Int8Linear(claim=Close()).advice() is None
+
+
 def test_a_budget_that_holds_leaves_nothing() -> None:
     _, plan = planned(Int8Linear(budget=Sqnr(5.0)), mlp())
     assert len(plan.sites) == 3
@@ -189,7 +222,7 @@ def test_each_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch, weights: A
         return quantize_rows(weight, **options)
 
     for module in ("int8_planning", "quantize_linear"):
-        monkeypatch.setattr(f"fxopt.passes.{module}.quantize_rows", count)
+        monkeypatch.setattr(f"fxopt.passes.quantization.{module}.quantize_rows", count)
     pass_ = Int8Linear(weights=weights, max_layers=1, where="always")
     program, plan = planned(pass_, outlier_mlp())
     assert sorted(rounded) == [(4, 8), (8, 32), (32, 8)]
