@@ -95,10 +95,14 @@ class Close:
         if not _is_inexact(reference):
             error = _largest_difference(reference, output)
             return Measured(error == 0.0, error, f"largest integer difference {error:g}")
-        rtol = _RTOL.get(reference.dtype.to_real(), 1e-4) if self.rtol is None else self.rtol
+        rtol = self.rtol_of(reference.dtype)
         parts = split(reference, output)
         judged = [self._measure_part(part, rtol, parts) for part in parts]
         return max(judged, key=lambda one: (not one.holds, one.value))
+
+    def rtol_of(self, dtype: torch.dtype) -> float:
+        """The relative error allowed in a tensor of floating-point `dtype`."""
+        return _RTOL.get(dtype.to_real(), 1e-4) if self.rtol is None else self.rtol
 
     def _measure_part(self, part: Part, rtol: float, parts: Sequence[Part]) -> Measured:
         error = _largest_error(part)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fxopt.evaluate import evaluate
 from torch import Tensor, fx, nn
 
 from fxopt.capture import capture
@@ -14,6 +15,7 @@ from fxopt.passes import Canonicalize, FuseLinears
 from fxopt.program import Program
 from fxopt.verify import Trial, judge_gradients
 from tests.models import Attention, ParallelLinears
+from tests.training.pieces import batch, composed
 
 aten = torch.ops.aten
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -52,14 +54,18 @@ def call(graph: fx.Graph, target: Any, like: fx.Node, *args: Any, **kwargs: Any)
     return node
 
 
-def with_detached_share(before: Program, share: float) -> Program:
-    """The program with x in place of its GELU's x, of whose gradient `share` is lost.
+def with_detached_share(before: Program, share: float, of: str = "") -> Program:
+    """The program with x in place of x, of whose gradient `share` is lost.
 
-    (1 - share) x + share detach(x) has the value of x.
+    (1 - share) x + share detach(x) has the value of x, which is the state `of` or, where none is
+    named, what the GELU gives.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(before.graph, {}))
-    (x,) = graph.find_nodes(op="call_function", target=aten.gelu.default)
+    if of:
+        (x,) = (node for node in graph.find_nodes(op="get_attr", target=of))
+    else:
+        (x,) = graph.find_nodes(op="call_function", target=aten.gelu.default)
     users = list(x.users)
     with graph.inserting_before(x.next):
         kept = call(graph, aten.mul.Tensor, x, x, 1.0 - share)
@@ -67,6 +73,15 @@ def with_detached_share(before: Program, share: float) -> Program:
         mixed = call(graph, aten.add.Tensor, x, kept, cut, alpha=share)
     for user in users:
         user.replace_input_with(x, mixed)
+    return before.with_graph(graph)
+
+
+def without_detach(before: Program) -> Program:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(before.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     return before.with_graph(graph)
 
 
@@ -104,6 +119,113 @@ def test_the_claim_of_the_pass_is_the_bound(share: float, holds: bool) -> None:
     verdict = judge_gradients(Sqnr(30.0), before, after, trial(before))
     assert verdict is not None
     assert verdict.holds is holds
+
+
+CANCELLED = "body.1.norm.weight"
+"""All but a ten thousandth of its gradient cancels: a batch norm after it undoes any scale."""
+
+
+def cancelling(seed: int = 4) -> Program:
+    model = composed("stopped branch", "batch norm", auxiliary=True, seed=seed)
+    return capture(model, batch(0), "train")
+
+
+def gradient(of: Program, name: str) -> Tensor:
+    """That of the sum of squares of all outputs, in the precision of the program."""
+    weight = of.tensor(name)
+    outputs = [one for one in evaluate(of, of.example) if one.requires_grad]
+    return torch.autograd.grad(sum(one.square().sum() for one in outputs), weight)[0]
+
+
+def test_a_gradient_whose_terms_cancel_may_be_off_by_their_rounding() -> None:
+    before = cancelling()
+    after = FuseLinears().apply(before, FuseLinears().plan(before))
+    verdict = judge_gradients(Close(), before, after, trial(before))
+    assert verdict is not None
+    assert verdict.holds, (verdict.where, verdict.measured)
+    old, new = gradient(before, CANCELLED), gradient(after, CANCELLED)
+    assert not Close().measure(old, new).holds
+
+
+@pytest.mark.parametrize(
+    ("of", "share"),
+    [
+        (CANCELLED, 1.0),
+        ("body.0.weight", 0.001),
+        ("body.1.norm.bias", -0.001),
+        ("body.2.weight", 0.001),
+        ("head.weight", -0.001),
+        ("auxiliary.bias", 1.0),
+    ],
+)
+def test_a_wrong_gradient_is_caught_beside_one_that_cancels(of: str, share: float) -> None:
+    before = cancelling()
+    fused = FuseLinears().apply(before, FuseLinears().plan(before))
+    joined = of not in fused.state
+    after = with_detached_share(before if joined else fused, share, of)
+    verdict = judge_gradients(Close(), before, after, trial(before))
+    assert verdict is not None
+    assert not verdict.holds
+    assert verdict.where == f"the gradient of {of}"
+
+
+def test_a_lost_branch_of_a_gradient_is_caught_beside_one_that_cancels() -> None:
+    before = cancelling()
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(before.graph, {}))
+    (weight,) = graph.find_nodes(op="get_attr", target="auxiliary.weight")
+    (linear,) = weight.users
+    hidden = linear.args[0]
+    with graph.inserting_before(linear):
+        linear.replace_input_with(hidden, call(graph, aten.detach.default, hidden, hidden))
+    after = before.with_graph(graph)
+    for broken in (after, without_detach(before)):
+        verdict = judge_gradients(Close(), before, broken, trial(before))
+        assert verdict is not None
+        assert not verdict.holds
+        assert verdict.where.startswith("the gradient of body.")
+
+
+class Faint(nn.Module):
+    """A branch whose gradients are a millionth of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.strong, self.faint = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strong(x) + 1e-6 * self.faint(x)
+
+
+def test_what_rounding_leaves_of_zero_is_the_less_the_finer_the_dtype() -> None:
+    before = capture(Faint().double(), (X.double(),), "train")
+    broken = with_detached_share(before, 0.1, "faint.weight")
+    verdict = judge_gradients(Close(), before, broken, trial(before))
+    assert verdict is not None
+    assert not verdict.holds
+    assert verdict.where == "the gradient of faint.weight"
+
+
+def test_a_bias_before_a_batch_norm_is_not_judged_in_bfloat16() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            return self.one(x) * self.two(x)
+
+    before = capture(Joined().bfloat16(), (X.reshape(-1, 8).bfloat16(),), "train")
+    after = FuseLinears().apply(before, FuseLinears().plan(before))
+    assert after.changes.fired
+    verdict = judge_gradients(Close(), before, after, trial(before))
+    assert verdict is not None
+    assert verdict.holds, (verdict.where, verdict.measured)
+    assert verdict.where != "the gradient of first.bias"
 
 
 def test_gradients_of_inputs_are_judged_where_no_parameter_trains() -> None:
