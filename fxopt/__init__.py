@@ -49,6 +49,7 @@ from fxopt.passes import (
     SplitOutliers,
 )
 from fxopt.program import Program, Refusal
+from fxopt.recommendation import Recommendation, recommend
 from fxopt.report import Report
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, constant, hole, op, rewrite
 from fxopt.transform import transform
@@ -94,6 +95,7 @@ __all__ = [
     "Prepack",
     "Program",
     "PruneChannels",
+    "Recommendation",
     "Refusal",
     "Report",
     "RewriteError",
@@ -115,6 +117,7 @@ __all__ = [
     "load",
     "measure",
     "op",
+    "recommend",
     "rewrite",
     "search",
     "to_onnx",

@@ -50,6 +50,7 @@ ROOMS = (
     "report",
     "saving",
     "pass_list",
+    "recommendation",
     "optimized",
     "pipeline",
     "transform",

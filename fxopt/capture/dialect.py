@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -420,8 +421,17 @@ def _sharing_operand(node: fx.Node) -> fx.Node | None:
     """The operand whose memory the result of `node` is, by the storages of the trace."""
     if node.target is aten.lift_fresh_copy.default:
         return None  # traced as `lift_fresh`, which doesn't copy
+    if node.target is operator.getitem and _makes_each_result(node.args[0]):
+        return None
     own = _storages(node)
     return next((used for used in node.all_input_nodes if own & _storages(used)), None)
+
+
+def _makes_each_result(node: Any) -> bool:
+    """Whether the results of `node` are memory of their own, as those of `topk` are, and neither
+    parts of an operand, as those of `split` are, nor of one another."""
+    results = [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+    return len(_storages(node)) == len(results) and _sharing_operand(node) is None
 
 
 def _storages(node: fx.Node) -> set[int]:
