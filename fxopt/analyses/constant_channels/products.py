@@ -17,7 +17,7 @@ from fxopt.analyses.constant_channels.contraction import (
 )
 from fxopt.analyses.constant_channels.facts import Facts, Finding, Handler, handlers_of, size_of
 from fxopt.analyses.constant_channels.known import Known, either, spread, total, uniform
-from fxopt.analyses.constant_channels.readers import CONVOLUTIONS, TRANSPOSED
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 aten = torch.ops.aten
 
@@ -264,7 +264,7 @@ HANDLERS: dict[Any, Handler] = {
     **handlers_of(_matmul, aten.mm.default, aten.matmul.default, aten.bmm.default),
     aten.scaled_dot_product_attention.default: _attention,
     **handlers_of(_convolution, *CONVOLUTIONS),
-    **handlers_of(_transposed, *TRANSPOSED),
+    **handlers_of(_transposed, *TRANSPOSED_CONVOLUTIONS),
     aten.embedding.default: _embedding,
 }
 

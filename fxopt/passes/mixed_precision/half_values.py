@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import is_computed_constant
+from fxopt.operators.windows import MAX_POOLINGS
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit
 
@@ -32,7 +33,7 @@ _COPIES: frozenset[Any] = frozenset(
         *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
         *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default),
         *(aten.relu.default, aten.neg.default, aten.abs.default),
-        *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+        *MAX_POOLINGS,
     }
 )
 """Operators whose results are values of their first operand, or these without their sign.

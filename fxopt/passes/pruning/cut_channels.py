@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Dim, Walk
 from fxopt.nodes import arguments
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
@@ -279,20 +280,7 @@ _RESPELLED: dict[Any, _Respell] = {
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-            aten.conv3d.padding,
-            aten.conv_transpose1d.default,
-            aten.conv_transpose2d.input,
-            aten.conv_transpose3d.input,
-        ),
-        _convolution,
-    ),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), _convolution),
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
 }
