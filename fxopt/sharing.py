@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from fxopt.nodes import arguments, fake
+from fxopt.operators.dropout import DROPOUT
 from fxopt.recipe import Recipe
 
 aten = torch.ops.aten
@@ -25,10 +26,7 @@ Labels = tuple[str, ...]
 _ALIASING_WITHOUT_SAYING = frozenset(
     (
         aten.type_as.default,
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.alpha_dropout.default,
-        aten.feature_alpha_dropout.default,
+        *DROPOUT,
         aten.einsum.default,
         aten.broadcast_tensors.default,
         aten.meshgrid.default,

@@ -8,7 +8,7 @@ from fxopt.operators.convolutions import (
     NUMBER_PADDED,
     TRANSPOSED_CONVOLUTIONS,
 )
-from fxopt.operators.dropout import DROPOUT, DROPOUT_IN_PLACE, SCALING_DROPOUT
+from fxopt.operators.dropout import DROPOUT, DROPOUT_IN_PLACE, ZEROING_DROPOUT
 from fxopt.operators.linears import (
     LINEAR_TARGETS,
     Linear,
@@ -56,7 +56,6 @@ __all__ = [
     "RESHAPES_BY_STRIDES",
     "RESHAPES_LIKE",
     "REVERSALS",
-    "SCALING_DROPOUT",
     "SIZED_RESHAPES",
     "SPLITS",
     "SQUEEZES",
@@ -67,6 +66,7 @@ __all__ = [
     "VIEWS",
     "WHOLE_VIEWS",
     "WINDOWED",
+    "ZEROING_DROPOUT",
     "Linear",
     "as_linear",
     "is_assertion",

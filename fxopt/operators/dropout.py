@@ -1,4 +1,4 @@
-"""Dropout(x, p, train): x in evaluation mode, and zeros in random places of x / (1 - p) else."""
+"""Dropout(x, p, train): x where it doesn't train, else x scaled, random parts of it dropped."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 aten = torch.ops.aten
 
-SCALING_DROPOUT = (aten.dropout.default, aten.feature_dropout.default)
-"""Dropout that puts zeros in place of what it drops."""
+ZEROING_DROPOUT = (aten.dropout.default, aten.feature_dropout.default)
+"""Dropout that puts zeros in place of what it drops: alpha dropout puts another number there."""
 
-DROPOUT = (*SCALING_DROPOUT, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+DROPOUT = (*ZEROING_DROPOUT, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
 
 DROPOUT_IN_PLACE = (
     aten.dropout_.default,
