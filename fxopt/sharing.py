@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from fxopt.nodes import arguments, fake
 from fxopt.operators.dropout import DROPOUT
+from fxopt.operators.views import RESHAPES_BY_STRIDES
 from fxopt.recipe import Recipe
 
 aten = torch.ops.aten
@@ -45,11 +46,8 @@ schema."""
 
 _BY_STRIDES = frozenset(
     (
+        *RESHAPES_BY_STRIDES,
         aten.contiguous.default,
-        aten.reshape.default,
-        aten.reshape_as.default,
-        aten.flatten.using_ints,
-        aten.ravel.default,
         aten.sum_to_size.default,
         aten.einsum.default,
     )

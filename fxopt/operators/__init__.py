@@ -20,6 +20,7 @@ from fxopt.operators.pointwise import UNTAGGED_POINTWISE
 from fxopt.operators.products import PRODUCT_TARGETS, why_no_linear
 from fxopt.operators.views import (
     EXPANSIONS,
+    PARTS,
     PERMUTATIONS,
     REGROUPINGS,
     RESHAPES,
@@ -49,6 +50,7 @@ __all__ = [
     "MAX_POOLINGS",
     "NAME_PADDED",
     "NUMBER_PADDED",
+    "PARTS",
     "PERMUTATIONS",
     "PRODUCT_TARGETS",
     "REGROUPINGS",

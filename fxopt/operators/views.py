@@ -71,6 +71,9 @@ SPLITS = (
 )
 """A list of runs of one axis: the third argument, `dim`, which is 0 where it isn't given."""
 
+PARTS = (*SPLITS, aten.unbind.int)
+"""A list that shows every entry of the operand once."""
+
 
 def permutation(node: fx.Node) -> list[int]:
     """Which axis of its operand each axis of the value of a call of one of `PERMUTATIONS` is."""

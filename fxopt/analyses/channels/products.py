@@ -12,6 +12,7 @@ from fxopt.analyses.channels.pointwise import handlers_of
 from fxopt.analyses.channels.walk import Axes, Handler, Walk, size_of, unfollowed
 from fxopt.nodes import label
 from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.operators.views import PERMUTATIONS
 from fxopt.operators.windows import WINDOWED
 from fxopt.program import Refusal
 
@@ -52,11 +53,7 @@ def _affine(
 
 def _kind(weight: fx.Node) -> Any:
     """A constant matrix is a weight; anything else makes it a product of two activations."""
-    while weight.op == "call_function" and weight.target in (
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-    ):
+    while weight.op == "call_function" and weight.target in PERMUTATIONS:
         weight = weight.args[0]  # type: ignore[assignment]
     return "weight" if weight.op == "get_attr" else "product"
 

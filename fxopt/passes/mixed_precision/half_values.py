@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import is_computed_constant
-from fxopt.operators.windows import MAX_POOLINGS
+from fxopt.operators import MAX_POOLINGS, PARTS, UNCHANGED, VIEWS
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit
 
@@ -27,11 +27,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 _COPIES: frozenset[Any] = frozenset(
     {
-        *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
-        *(aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.select.int),
-        *(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default),
-        *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
-        *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default),
+        *VIEWS,
+        *UNCHANGED,
         *(aten.relu.default, aten.neg.default, aten.abs.default),
         *MAX_POOLINGS,
     }
@@ -41,10 +38,6 @@ _COPIES: frozenset[Any] = frozenset(
 They read and write at most what a cast in their place would, even where the float32 result is
 needed as well.
 """
-
-_SPLITS: frozenset[Any] = frozenset(
-    {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int}
-)
 
 
 class HalfValues:
@@ -99,7 +92,7 @@ class HalfValues:
         copies: list[fx.Node] = []
         while True:
             source: Any = x.args[0] if x.args else None
-            if x.target is operator.getitem and source.target in _SPLITS:
+            if x.target is operator.getitem and source.target in PARTS:
                 source = source.args[0]
             elif x.target not in _COPIES:
                 return x, copies

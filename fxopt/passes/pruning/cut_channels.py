@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from fxopt.analyses.channels import Channels, Dim, Walk
 from fxopt.nodes import arguments
 from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.operators.views import SIZED_RESHAPES, SPLITS
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
@@ -267,14 +268,9 @@ def _mean(
 _Respell = Callable[[_Cut, fx.Node, tuple[Any, ...], dict[str, Any], Build], fx.Node]
 
 _RESPELLED: dict[Any, _Respell] = {
-    aten.view.default: _shape,
-    aten.reshape.default: _shape,
-    aten._unsafe_view.default: _shape,
-    aten.expand.default: _shape,
+    **dict.fromkeys((*SIZED_RESHAPES, aten.expand.default), _shape),
     aten.unflatten.int: _unflatten,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.chunk.default: _split,
+    **dict.fromkeys(SPLITS, _split),
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _interleave,
     aten.layer_norm.default: _layer_norm,
