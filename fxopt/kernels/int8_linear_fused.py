@@ -144,7 +144,9 @@ def reference(*given: Any) -> Tensor:
     call = Call(*given).checked()
     activated = activate(call.before_activation(), call.post_op, None)
     # One number for scale may have more axes than q.
-    return activated.to(call.dtype).reshape(call.shape).contiguous()
+    y = activated.to(call.dtype).reshape(call.shape)
+    # Without entries any strides are contiguous ones.
+    return y.contiguous() if y.numel() else y.new_empty(call.shape)
 
 
 def _on_cuda(*given: Any) -> Tensor:
