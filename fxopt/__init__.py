@@ -29,6 +29,7 @@ from fxopt.errors import (
 from fxopt.export import to_onnx
 from fxopt.lower import Lower
 from fxopt.optimized import Optimized, load
+from fxopt.pass_registry import register_pass
 from fxopt.passes import (
     Autocast,
     Canonicalize,
@@ -115,6 +116,7 @@ __all__ = [
     "load",
     "measure",
     "op",
+    "register_pass",
     "rewrite",
     "search",
     "to_onnx",
