@@ -74,7 +74,10 @@ class Choices(OptionType):
 
     @property
     def spelling(self) -> str:
-        return " | ".join(map(spelled, self.values))
+        spellings = (
+            value if isinstance(value, str) else str(value).lower() for value in self.values
+        )
+        return " | ".join(spellings)
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -157,8 +160,8 @@ class Bounds:
         high = f"below {self.below:g}" if self.below is not None else high
         if not high and self.least is not None:
             high = "on"
-        divided = f"a multiple of {self.multiple_of}" if self.multiple_of != 1 else ""
-        return " ".join(filter(None, (divided, low, high)))
+        divided = f", a multiple of {self.multiple_of}" if self.multiple_of != 1 else ""
+        return " ".join(filter(None, (low, high))) + divided
 
 
 @dataclass(frozen=True)
@@ -212,10 +215,14 @@ class Text(OptionType):
 
 @dataclass(frozen=True)
 class Several(OptionType):
-    """A tuple of items, given as one of them or as an iterable of at least `least`."""
+    """A tuple of items, given as one of them or as an iterable of at least `least`.
+
+    `named` says what to give, and `written` what to write in a textual list, where that differs.
+    """
 
     item: OptionType
     named: str = ""
+    written: str = ""
     least: int = 0
 
     @property
@@ -224,7 +231,7 @@ class Several(OptionType):
 
     @property
     def spelling(self) -> str:
-        return self.named + ", separated by |" if self.named else f"{self.item.spelling}, ..."
+        return f"{self.written or self.named or self.item.spelling}, separated by |"
 
     def take(self, given: Any) -> tuple[Any, ...]:
         is_one = isinstance(given, (str, bytes)) or not isinstance(given, Iterable)

@@ -24,10 +24,6 @@ class Select(OptionType):
     def expected(self) -> str:
         return "globs over module paths, or functions of a module path"
 
-    @property
-    def spelling(self) -> str:
-        return "globs over module paths"
-
     def take(self, given: Any) -> Selection:
         selection: Selection = given
         if not isinstance(given, str) and not callable(given):
@@ -38,7 +34,9 @@ class Select(OptionType):
         return text
 
 
-Selections: TypeAlias = Annotated[tuple[Selection, ...], Several(Select(), Select().expected)]
+Selections: TypeAlias = Annotated[
+    tuple[Selection, ...], Several(Select(), Select().expected, "globs over module paths")
+]
 """One selection, or several."""
 
 

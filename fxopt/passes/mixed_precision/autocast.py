@@ -119,9 +119,7 @@ class PolicyEntries(Several):
         f"{', '.join(map(repr, get_args(Side)))}: {{'*.classifier': 'high'}}"
     )
 
-    @property
-    def spelling(self) -> str:
-        return f"{self.item.expected}, separated by |"
+    written: str = PolicyEntry().expected
 
     def take(self, given: Any) -> tuple[Any, ...]:
         if isinstance(given, Mapping):
