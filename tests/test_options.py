@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import pytest
 import torch
@@ -272,6 +272,57 @@ def test_a_text_that_an_option_cannot_read_is_refused_with_what_to_give(
     with pytest.raises(PassError) as caught:
         parse_passes(text)
     assert str(caught.value).startswith(message)
+
+
+ODD = [None, True, 0, -1, 7.5, math.nan, math.inf, "x", "", b"x", (), (3,), [None], {"a": 1}]
+ODD += [object(), len, int, torch.tensor(1.0), torch.ones(2), torch.int8, Exact(), Sqnr(9.0)]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_whatever_is_given_is_taken_for_good_or_refused_by_name(name: str, option: str) -> None:
+    kind = PASSES[name]
+    for value in ODD:
+        try:
+            built = kind(**{option: value})
+        except PassError as error:
+            assert str(error).startswith(f"{kind.__name__}({option}={value!r}")  # noqa: PT017
+            assert ": " in str(error).partition(f"={value!r}")[2]  # noqa: PT017
+            continue
+        assert kind(**{option: getattr(built, option)}) == built
+        if not isinstance(getattr(built, option), tuple) or not any(
+            callable(item) for item in getattr(built, option)
+        ):
+            assert eval(repr(built), dict(NAMES)) == built
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_whatever_text_an_option_has_is_read_for_good_or_refused_by_name(
+    name: str, option: str
+) -> None:
+    for text in ("", "none", "true", "0", "-1", "7.5", "nan", "inf", "x", "a|b", "sqnr(9)", "|"):
+        try:
+            (built,) = parse_passes(f"{name}{{{option}={text}}}")
+        except PassError as error:
+            assert str(error).startswith(f"{PASSES[name].__name__}({option}=")  # noqa: PT017
+        else:
+            assert parse_passes(built.spec) == (built,)
+
+
+class Sized(Protocol):
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Loose(fxopt.Canonicalize):
+    """Annotations that isinstance can't check."""
+
+    sized: Sized | None = None
+    numbers: list[int] | None = None
+    odd: [int] = None  # type: ignore[valid-type]
+
+
+def test_what_is_no_class_is_not_checked() -> None:
+    assert Loose(sized=3, numbers="x", odd=5).odd == 5  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

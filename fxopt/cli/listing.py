@@ -13,7 +13,7 @@ from fxopt.claim import Close
 from fxopt.cli.options import AsJson
 from fxopt.pass_registry import listed_passes
 from fxopt.rewriting import Pass
-from fxopt.rewriting.option_types import spelled
+from fxopt.rewriting.option_annotations import spelled
 from fxopt.rewriting.options import Option, declared
 
 _WIDTH = 100

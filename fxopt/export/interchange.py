@@ -13,7 +13,8 @@ from fxopt.export.graph import onnx_graph
 from fxopt.export.numerics import check_operators, numerics_program
 from fxopt.export.operators import translations
 from fxopt.optimized import Optimized
-from fxopt.rewriting.option_types import DeviceName, UnfitError
+from fxopt.rewriting.option_annotations import DeviceName
+from fxopt.rewriting.option_types import UnfitError
 from fxopt.rewriting.options import fault
 
 _OPSETS = range(20, 24)

@@ -1,7 +1,7 @@
 """The options of a pass: its fields, as their annotations declare them.
 
 They are checked once, when a pass is built; a textual list is read by the same annotations. What an
-annotation can say is in `fxopt.rewriting.option_types`.
+annotation can say is in `fxopt.rewriting.option_annotations`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from fxopt.errors import FxoptError, PassError
-from fxopt.rewriting.option_types import OptionType, UnfitError, option_type, spelled
+from fxopt.rewriting.option_annotations import option_type, spelled
+from fxopt.rewriting.option_types import OptionType, UnfitError
 
 
 @dataclass(frozen=True)

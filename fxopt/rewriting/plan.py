@@ -101,11 +101,11 @@ class Pass(ABC, Generic[PlanType]):
     """A rewrite of the whole program with a claim about its outputs.
 
     A subclass is a frozen dataclass: its fields are its options, and its `repr` can be pasted back.
-    Their annotations say what they take (see `fxopt.rewriting.option_types`), which is checked when
-    a pass is built, with one form of error: `Mine(option=value): give ...`. An option whose default
-    is `follows()` is what `default_OPTION()` returns where it is left out. `name` is the pass's
-    name in a textual spec such as `int8-linear{mode=dynamic}`; a user's own is read there once
-    `fxopt.register_pass` knows it.
+    Their annotations say what they take (see `fxopt.rewriting.option_annotations`), which is
+    checked when a pass is built, with one form of error: `Mine(option=value): give ...`. An option
+    whose default is `follows()` is what `default_OPTION()` returns where it is left out. `name` is
+    the pass's name in a textual spec such as `int8-linear{mode=dynamic}`; a user's own is read
+    there once `fxopt.register_pass` knows it.
 
     A pass that plans more than sites names its plan, `class Mine(Pass[MyPlan])`: `apply` and
     `oracle` then refuse any other with a `PassError`.

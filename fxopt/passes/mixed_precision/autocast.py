@@ -41,7 +41,8 @@ from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHa
 from fxopt.passes.mixed_precision.half_values import HALF, is_cast, is_tensor_of
 from fxopt.program import Program, Refusal
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage, rewrite
-from fxopt.rewriting.option_types import DeviceOption, OptionType, Several
+from fxopt.rewriting.option_annotations import DeviceOption
+from fxopt.rewriting.option_types import OptionType, Several
 from fxopt.rewriting.options import follows
 from fxopt.rewriting.pattern import Target
 from fxopt.rewriting.plan import Site

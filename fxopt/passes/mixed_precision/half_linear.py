@@ -33,7 +33,7 @@ from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHa
 from fxopt.passes.mixed_precision.half_values import HALF
 from fxopt.program import Mode, Program
 from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
-from fxopt.rewriting.option_types import DeviceOption, Globs
+from fxopt.rewriting.option_annotations import DeviceOption, Globs
 from fxopt.rewriting.options import follows
 from fxopt.rewriting.pattern import Target
 

@@ -25,7 +25,8 @@ from fxopt.passes.pruning.cut_channels import cut
 from fxopt.passes.pruning.mask_channels import masked
 from fxopt.program import Program, Refusal
 from fxopt.rewriting import Pass, Stage
-from fxopt.rewriting.option_types import Bounds, Give, Several, Text
+from fxopt.rewriting.option_annotations import Give
+from fxopt.rewriting.option_types import Bounds, Several, Text
 from fxopt.rewriting.options import Conflict
 from fxopt.weights.reconstruction import Fitted, reconstruct, refuse_fit
 

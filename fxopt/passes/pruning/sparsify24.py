@@ -38,7 +38,7 @@ from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.program import Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
-from fxopt.rewriting.option_types import DeviceOption
+from fxopt.rewriting.option_annotations import DeviceOption
 from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, prune24
 
 aten = torch.ops.aten

@@ -29,7 +29,7 @@ from fxopt.passes.linear_layers.selection import refuse_by_path, refuse_weight
 from fxopt.program import Program
 from fxopt.recipe import materialize
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dtype, hole, op
-from fxopt.rewriting.option_types import Globs
+from fxopt.rewriting.option_annotations import Globs
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 

@@ -47,7 +47,8 @@ from fxopt.rewriting import (
     plan_rules,
     rewrite,
 )
-from fxopt.rewriting.option_types import Bounds, Give
+from fxopt.rewriting.option_annotations import Give
+from fxopt.rewriting.option_types import Bounds
 from fxopt.weights import quantize_rows
 from fxopt.weights.gptq import Rounding
 

@@ -33,7 +33,8 @@ from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
-from fxopt.rewriting.option_types import Bounds, Globs
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 

@@ -35,7 +35,8 @@ from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, Smooth
 from fxopt.program import Program, Refusal
 from fxopt.recipe import materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
-from fxopt.rewriting.option_types import Bounds, Globs
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 from fxopt.weights.smoothing import choose_alpha, largest_per_channel, smoothing_scale
 
 _SAMPLE_ROWS, _SAMPLE_CHANNELS = 256, 1024

@@ -29,7 +29,8 @@ from fxopt.passes.linear_layers.selection import has_mark, refuse_by_path
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
-from fxopt.rewriting.option_types import Bounds, Globs
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
