@@ -50,6 +50,7 @@ from fxopt.passes import (
     SplitOutliers,
 )
 from fxopt.program import Program, Refusal
+from fxopt.recommendation import Recommendation, recommend
 from fxopt.report import Report
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, constant, hole, op, rewrite
 from fxopt.transform import transform
@@ -95,6 +96,7 @@ __all__ = [
     "Prepack",
     "Program",
     "PruneChannels",
+    "Recommendation",
     "Refusal",
     "Report",
     "RewriteError",
@@ -116,6 +118,7 @@ __all__ = [
     "load",
     "measure",
     "op",
+    "recommend",
     "register_pass",
     "rewrite",
     "search",

@@ -24,19 +24,12 @@ import torch
 from torch import fx
 
 from fxopt.nodes import draws_random, drop_dead_nodes, label, same_sizes
+from fxopt.operators.dropout import DROPOUT
 from fxopt.program import Program
 from fxopt.wellformed import check
 
 aten = torch.ops.aten
 
-_DROPOUT = frozenset(
-    (
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.alpha_dropout.default,
-        aten.feature_alpha_dropout.default,
-    )
-)
 _TRAINING_FLAG: Mapping[Any, str] = MappingProxyType(
     {
         aten.lstm: "train",
@@ -112,7 +105,7 @@ class _Derivation:
 
     def _derived(self, node: fx.Node) -> fx.Node:
         target = node.target
-        if target in _DROPOUT:
+        if target in DROPOUT:
             return self._value(node, 0)
         if target in _BATCH_NORMS and _is_plain(node):
             return self._batch_norm(node, _BATCH_NORMS[target])

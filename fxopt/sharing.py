@@ -16,6 +16,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from fxopt.nodes import arguments, fake
+from fxopt.operators.dropout import DROPOUT
+from fxopt.operators.views import RESHAPES_BY_STRIDES
 from fxopt.recipe import Recipe
 
 aten = torch.ops.aten
@@ -25,10 +27,7 @@ Labels = tuple[str, ...]
 _ALIASING_WITHOUT_SAYING = frozenset(
     (
         aten.type_as.default,
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.alpha_dropout.default,
-        aten.feature_alpha_dropout.default,
+        *DROPOUT,
         aten.einsum.default,
         aten.broadcast_tensors.default,
         aten.meshgrid.default,
@@ -47,11 +46,8 @@ schema."""
 
 _BY_STRIDES = frozenset(
     (
+        *RESHAPES_BY_STRIDES,
         aten.contiguous.default,
-        aten.reshape.default,
-        aten.reshape_as.default,
-        aten.flatten.using_ints,
-        aten.ravel.default,
         aten.sum_to_size.default,
         aten.einsum.default,
     )

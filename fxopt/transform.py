@@ -17,6 +17,7 @@ from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, ma
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
 from fxopt.program import Mode
+from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
 
 _UNCOMPILED = (
@@ -42,7 +43,8 @@ def transform(
 ) -> Optimized:
     """A cheaper module in place of `model`, every step of its making shown to be equivalent.
 
-    `passes` are pass or rule instances or textual specs, run in order. `example_inputs` (a tensor,
+    `passes` are pass or rule instances or textual specs, run in order; "auto" takes those that
+    `fxopt.recommend` gives, and the report says why. `example_inputs` (a tensor,
     a tuple of positionals or a dict of keywords) may be left out where a transformers config tells
     what they are; else the capture waits for the first call. Each pass is judged on the example, on
     another size and on `verify_inputs`, against its predecessor; the whole list once more, on one
@@ -74,18 +76,23 @@ def transform(
     check_is_module(model)
     given, model = model, uncompiled(model)
     was_compiled = given is not model
-    resolved = resolve_passes(passes)
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
     if mode not in ("eval", "train"):
         raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
     if calibration is not None:
         check_is_iterable(calibration)
+    advised = _advised(model, passes, example_inputs, calibration, mode)
+    resolved = resolve_passes(advised.passes if advised is not None else passes)
 
     most = _most_programs(recapture)
     schedule = scheduled(resolved, mode)
     judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
     notes = [_UNCOMPILED] if was_compiled else []
+    if advised is not None:
+        notes += advised.lines()
+        for line in advised.lines():
+            judging.progress(line)
 
     def run_of(
         model: nn.Module, inputs: Inputs | None, batches: Iterable[Inputs] | None, further: bool
@@ -132,6 +139,24 @@ def transform(
         if example_inputs is not None:
             raise
     return optimized
+
+
+def _advised(
+    model: nn.Module,
+    passes: object,
+    example_inputs: Inputs | None,
+    calibration: Iterable[Inputs] | None,
+    mode: Mode,
+) -> Recommendation | None:
+    """What `passes="auto"` stands for; None for any other list."""
+    if not isinstance(passes, str) or passes.strip() != "auto":
+        return None
+    if isinstance(model, Optimized):
+        raise PassError(
+            'passes="auto" chooses for a model as it was written, and this one is transformed '
+            "already: give the original, or the passes that are to be added"
+        )
+    return recommend(model, example_inputs, calibrated=calibration is not None, mode=mode)
 
 
 def _most_programs(recapture: object) -> int:

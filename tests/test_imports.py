@@ -51,6 +51,7 @@ ROOMS = (
     "saving",
     "pass_registry",
     "pass_list",
+    "recommendation",
     "optimized",
     "pipeline",
     "transform",

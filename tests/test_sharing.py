@@ -57,6 +57,8 @@ EXPRESSIONS: dict[str, Expression] = {
     "columns of a computed value, written": lambda m, x: (y := m.fc(x), y.t()[1:].add_(1)),
     "a copy of the input, a part written": lambda m, x: (y := x.clone(), y[:2], y[1:].add_(1)),
     "a constant, a part written": lambda m, x: (y := torch.tensor([1.0, 2.0]), y[0].add_(1)),
+    "the largest, written": lambda m, x: (v := x.topk(3).values, v.mul_(2), v.t()),
+    "the sorted, a row written": lambda m, x: (v := x.sort().values, v[0].add_(1), v[:, 1]),
     "memory filled with the input": lambda m, x: (y := torch.empty_like(x), y[:].copy_(x)),
 }
 

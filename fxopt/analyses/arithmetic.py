@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels import Dim, channels
 from fxopt.nodes import size_at_capture
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.program import Program
 
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -157,9 +158,6 @@ def _ends(shape: Sequence[int], first: int, last: int) -> list[int]:
     return [*shape[:first], *shape[len(shape) - last :]]
 
 
-_CONVOLUTIONS = [
-    f"aten.conv{rank}d.{overload}" for rank in (1, 2, 3) for overload in ("default", "padding")
-]
 _RULES: Mapping[str, Callable[[fx.Node, Sizes], int]] = MappingProxyType(
     {
         "aten.linear.default": _summed(0),
@@ -170,10 +168,8 @@ _RULES: Mapping[str, Callable[[fx.Node, Sizes], int]] = MappingProxyType(
         "transformers.grouped_mm_fallback.default": _summed(0),
         "aten.einsum.default": _einsum,
         "aten.scaled_dot_product_attention.default": _attention,
-        **dict.fromkeys(_CONVOLUTIONS, _convolution),
-        "aten.conv_transpose1d.default": _transposed_convolution,
-        "aten.conv_transpose2d.input": _transposed_convolution,
-        "aten.conv_transpose3d.input": _transposed_convolution,
+        **dict.fromkeys(map(str, CONVOLUTIONS), _convolution),
+        **dict.fromkeys(map(str, TRANSPOSED_CONVOLUTIONS), _transposed_convolution),
     }
 )
 """By name, since some operators are registered only once a library is loaded."""

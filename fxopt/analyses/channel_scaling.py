@@ -27,7 +27,9 @@ from torch import Tensor, fx
 
 from fxopt.analyses.view_axes import Layout, is_view, through_view
 from fxopt.nodes import label, same_sizes
+from fxopt.operators.casts import CASTS, UNCHANGED
 from fxopt.operators.linears import as_linear, refuse_shared_weight
+from fxopt.operators.views import PARTS
 
 aten = torch.ops.aten
 
@@ -38,23 +40,10 @@ _HOMOGENEOUS = (
     aten.relu.default,
     aten.leaky_relu.default,
     aten.neg.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.type_as.default,
-    aten._to_copy.default,
+    *UNCHANGED,
+    *CASTS,
     aten.mul.Scalar,
     aten.div.Scalar,
-)
-_PARTS = (
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
 )
 _ATTENTION = aten.scaled_dot_product_attention.default
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -226,7 +215,7 @@ def _sources(value: fx.Node, layout: Layout) -> Iterator[tuple[fx.Node, Layout |
                 yield operand, _elementwise(operand, value, layout)
     elif value.target is operator.getitem:
         split = _node(value.args[0])
-        if split.target in _PARTS:
+        if split.target in PARTS:
             yield _node(split.args[0]), _of_part(value, split, layout)
     elif value.target is _ATTENTION:
         yield _node(value.args[2]), _attention_value(value, layout)

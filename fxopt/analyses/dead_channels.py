@@ -23,6 +23,7 @@ from fxopt.analyses.constant_channels import Known, constant_channels
 from fxopt.analyses.constant_channels.products import is_padded
 from fxopt.nodes import arguments, label, module_path
 from fxopt.operators.linears import LINEAR_TARGETS
+from fxopt.operators.views import REGROUPINGS
 from fxopt.program import Program, Refusal
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ _FORGETFUL = {
     ),
     aten.group_norm.default: ("input", "a group norm isn't followed"),
     **dict.fromkeys(
-        (aten.flatten.using_ints, aten.view.default, aten.reshape.default),
+        REGROUPINGS,
         ("self", "they aren't followed where other axes join theirs"),
     ),
 }

@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.nodes import label, same_sizes
+from fxopt.operators.views import EXPANSIONS, PERMUTATIONS, RESHAPES, RESHAPES_LIKE, permutation
 
 aten = torch.ops.aten
 
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
+_VIEWS = frozenset(
+    {*RESHAPES, *RESHAPES_LIKE, *PERMUTATIONS, *EXPANSIONS, aten.slice.Tensor, aten.select.int}
 )
-_PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
-_VIEWS = {*_RESHAPES, *_PERMUTES, aten.expand.default, aten.slice.Tensor, aten.select.int}
 
 
 @dataclass(frozen=True)
@@ -106,9 +97,9 @@ def through_view(view: fx.Node, layout: Layout) -> Layout | str:
     source = view.args[0]
     assert isinstance(source, fx.Node)
     have, want = source.meta["val"], view.meta["val"]
-    if view.target in _PERMUTES:
-        return _through_permute(_order(view, have.ndim), layout)
-    if view.target is aten.expand.default:
+    if view.target in PERMUTATIONS:
+        return _through_permute(permutation(view), layout)
+    if view.target in EXPANSIONS:
         return _through_expand(have, want, layout)
     if view.target is aten.slice.Tensor:
         axis = _integer(view.args[1] if len(view.args) > 1 else 0) % have.ndim
@@ -120,15 +111,6 @@ def through_view(view: fx.Node, layout: Layout) -> Layout | str:
         return replace(layout, axes=tuple(old + (old >= axis) for old in layout.axes))
     found = _through_reshape(have.shape, want.shape, layout)
     return found or f"{label(view)} mixes channels with other axes"
-
-
-def _order(view: fx.Node, rank: int) -> list[int]:
-    if view.target is aten.permute.default:
-        return [_integer(axis) % rank for axis in view.args[1]]  # type: ignore[union-attr]
-    order = list(range(rank))
-    one, other = (0, -1) if view.target is aten.t.default else view.args[1:3]
-    order[one], order[other] = order[other], order[one]  # type: ignore[index]
-    return order
 
 
 def _integer(argument: object) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -35,30 +36,14 @@ from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from fxopt.capture.functionalization import UnknownWriteError, functionalized
 from fxopt.capture.spelling import brought_back, respell
 from fxopt.errors import CaptureError
-from fxopt.nodes import draws_random, drop_dead_nodes
+from fxopt.nodes import arguments, draws_random, drop_dead_nodes
+from fxopt.operators import DROPOUT, DROPOUT_IN_PLACE, is_assertion
 from fxopt.program import Mode, Program
 from fxopt.signature import Range, Signature, TensorInput, describe_leaves
 
 aten = torch.ops.aten
 
-_ASSERTIONS = {
-    "_assert_async",
-    "_assert_scalar",
-    "_assert_tensor_metadata",
-    "_functional_assert_async",
-    "sym_constrain_range",
-    "sym_constrain_range_for_size",
-}
-_DROPOUT = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout_.default,
-    aten.alpha_dropout_.default,
-    aten.feature_alpha_dropout_.default,
-}
+_DROPOUT = frozenset((*DROPOUT, *DROPOUT_IN_PLACE))
 _NAMES_IN_CODE = {
     *("self", "torch", "fxopt", "operator", "math", "getattr", "slice", "range"),
     *fx.graph._custom_builtins,
@@ -220,14 +205,20 @@ class _Translation:
                 self.nodes[node] = getattr(owner, str(node.target))
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 self._inline_region(node)
-            elif getattr(node.target, "__name__", "").split(".")[0] in _ASSERTIONS:
-                continue
+            elif is_assertion(node.target):
+                self._drop_assertion(node)
             elif node.target in _DROPOUT and not draws_random(node):
                 self.nodes[node] = self._value(node.args[0])
             elif (norm := brought_back(node)) is not None:
                 self._bring_back(node, *norm)
             else:
                 self._copy(node)
+
+    def _drop_assertion(self, node: fx.Node) -> None:
+        """What a functional assertion gives is the token that it was given."""
+        token = arguments(node).get("dep_token")
+        if token is not None:
+            self.nodes[node] = self._value(token)
 
     def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
         """One operator for `node`, of which the first result is read."""
@@ -420,8 +411,17 @@ def _sharing_operand(node: fx.Node) -> fx.Node | None:
     """The operand whose memory the result of `node` is, by the storages of the trace."""
     if node.target is aten.lift_fresh_copy.default:
         return None  # traced as `lift_fresh`, which doesn't copy
+    if node.target is operator.getitem and _makes_each_result(node.args[0]):
+        return None
     own = _storages(node)
     return next((used for used in node.all_input_nodes if own & _storages(used)), None)
+
+
+def _makes_each_result(node: Any) -> bool:
+    """Whether the results of `node` are memory of their own, as those of `topk` are, and neither
+    parts of an operand, as those of `split` are, nor of one another."""
+    results = [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+    return len(_storages(node)) == len(results) and _sharing_operand(node) is None
 
 
 def _storages(node: fx.Node) -> set[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -183,6 +183,8 @@ class _Walk:
         base = self._base(tensor)
         if tensor is base or base in self.places:
             return tensor is not base
+        if not _is_tensor(base):  # one of several results, `topk`'s say
+            return True
         counts = [one.meta["val"].numel() for one in (tensor, base)]
         return not same_sizes(counts[:1], counts[1:])
 
@@ -223,7 +225,7 @@ class _Walk:
         for result in output.all_input_nodes:
             base = self._base(self._named(result))
             value = self._value(base)
-            if base in self.places or not self.writes[base]:
+            if base in self.places or not self.writes[base] or not _is_tensor(base):
                 continue
             if not _share(self._read(result), value):
                 self._move(base, value)
@@ -248,6 +250,10 @@ class _Walk:
             f"{node.meta.get('source') or 'an unknown line'}. Write it out of place, as "
             "x = f(x) or with torch.where."
         )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor)
 
 
 def _share(one: fx.Node, other: fx.Node) -> bool:

@@ -22,15 +22,13 @@ from torch import Tensor, fx
 
 from fxopt.capture.einsum import linear_form, written_out
 from fxopt.nodes import arguments
+from fxopt.operators.views import REVERSALS, SIZED_RESHAPES, SWAPS
 
 aten = torch.ops.aten
 
-_VIEWS = frozenset((aten.view.default, aten._unsafe_view.default))
 _LAST_TWO = frozenset(
     (aten.mT.default, aten.adjoint.default, aten.matrix_H.default, aten.mH.default)
 )
-_BACKWARDS = frozenset((aten.numpy_T.default, aten.t.default))
-_SWAPS = frozenset((aten.swapaxes.default, aten.swapdims.default))
 
 Call = tuple[Any, tuple[Any, ...]]
 """An operator and its arguments."""
@@ -46,17 +44,17 @@ def respell(node: fx.Node) -> None:
 
 def _first_spelling(node: fx.Node) -> Call | None:
     target = node.target
-    if target in _VIEWS:
-        return aten.reshape.default, node.args
-    if target in _SWAPS:
-        return aten.transpose.int, node.args
+    if target in SIZED_RESHAPES:
+        return aten.reshape.default, tuple(arguments(node).values())
+    if target in SWAPS:
+        return aten.transpose.int, tuple(arguments(node).values())
     if target is aten.inner.default:
         return _inner(*node.args)
     if target is aten.tensordot.default:
         return _tensordot(**arguments(node))
     if target is aten.einsum.default:
         return _einsum(node)
-    if target in _BACKWARDS or target in _LAST_TWO:
+    if target in REVERSALS or target in _LAST_TWO:
         return _transposed(node)
     return None
 

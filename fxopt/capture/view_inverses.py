@@ -22,66 +22,22 @@ from torch import fx
 
 from fxopt.capture.writes import Build
 from fxopt.nodes import same_sizes
+from fxopt.operators import (
+    ALIASES,
+    CASTS,
+    EXPANSIONS,
+    PERMUTATIONS,
+    RESHAPES,
+    RESHAPES_LIKE,
+    SPLITS,
+    permutation_of,
+)
 
 aten = torch.ops.aten
 
-_PERMUTATIONS = frozenset(
-    (
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.numpy_T.default,
-        aten.mT.default,
-        aten.swapaxes.default,
-        aten.swapdims.default,
-        aten.movedim.int,
-        aten.movedim.intlist,
-        aten.moveaxis.int,
-        aten.moveaxis.intlist,
-    )
-)
-_RESHAPES = frozenset(
-    (
-        aten.reshape.default,
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.view_as.default,
-        aten.reshape_as.default,
-        aten.ravel.default,
-    )
-)
-_PIECES = frozenset(
-    (
-        aten.split.Tensor,
-        aten.split.sizes,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.tensor_split.sections,
-        aten.tensor_split.indices,
-    )
-)
-_UNCHANGED = frozenset(
-    (
-        aten.alias.default,
-        aten.contiguous.default,
-        aten.to.dtype,
-        aten.to.dtype_layout,
-        aten.to.device,
-        aten.to.other,
-        aten.type_as.default,
-        aten.expand.default,
-        aten.expand_as.default,
-        aten.lift_fresh.default,
-    )
-)
 _LAST = torch.iinfo(torch.int64).max
-_DISTINCT = (2, 3, 5, 7, 11, 13, 17, 19)
+_RESHAPES = frozenset((*RESHAPES, *RESHAPES_LIKE))
+_UNCHANGED = frozenset((*ALIASES, *CASTS, *EXPANSIONS))
 
 
 @dataclass(frozen=True)
@@ -114,11 +70,11 @@ def parent_after(
     target, kept = view.target, old.meta["val"]
     if target is operator.getitem:
         return _piece(view, old, new, read, build)
-    if target in _UNCHANGED or target is aten.detach.default:
+    if target in _UNCHANGED:
         return new if same_sizes(new.meta["val"].shape, kept.shape) else None
     if target in _RESHAPES:
         return _reshaped(new, old, build)
-    if target in _PERMUTATIONS:
+    if target in PERMUTATIONS:
         return _permuted(view, new, kept.ndim, build)
     given = view.given(read) if isinstance(target, torch._ops.OpOverload) else {}
     if target is aten.select.int:
@@ -168,9 +124,8 @@ def _reshaped(value: fx.Node, like: fx.Node, build: Build) -> fx.Node:
 
 
 def _permuted(view: View, value: fx.Node, rank: int, build: Build) -> fx.Node:
-    probe = torch.empty(_DISTINCT[:rank], device="meta")
-    moved = view.target(probe, *view.args[1:], **view.kwargs).shape
-    axes = [list(moved).index(size) for size in _DISTINCT[:rank]]
+    order = permutation_of(view.target, rank, view.args[1:], view.kwargs)
+    axes = [order.index(axis) for axis in range(rank)]
     if rank == 2 and axes == [1, 0]:
         return build(aten.transpose.int, value, 0, 1)
     return build(aten.permute.default, value, axes)
@@ -187,7 +142,7 @@ def _piece(
     dim = given.get("dim", 0)
     if pieces.target is aten.unbind.int:
         return build(aten.select_scatter.default, old, new, dim, index)
-    if pieces.target not in _PIECES:
+    if pieces.target not in SPLITS:
         return None
     parts = build(pieces.target, old, *args, **fx.map_arg(dict(pieces.kwargs), read))
     count = len(pieces.meta["val"])

@@ -156,5 +156,6 @@ __all__ = [
     "quantize_weight",
     "saturates",
     "sparse24",
+    "takes_full_range",
     "written_attention",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from fxopt.analyses.arithmetic import FLOPS_PER_MULTIPLY_ADD, multiply_adds
 from fxopt.errors import FxoptError
 from fxopt.nodes import arguments, fake, label, module_path
+from fxopt.operators.views import RESHAPES_BY_STRIDES
 from fxopt.program import Program
 
 aten = torch.ops.aten
@@ -208,7 +209,7 @@ def _attention(node: fx.Node) -> int:
     return (_entries(node.args[0]) + _entries(node)) * positions
 
 
-_MAY_COPY = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default})
+_MAY_COPY = frozenset({*RESHAPES_BY_STRIDES, aten.contiguous.default})
 _LOOK_UPS: Mapping[Any, str] = MappingProxyType(
     {
         aten.embedding.default: "weight",

@@ -19,10 +19,9 @@ from fxopt.errors import PassError
 from fxopt.nodes import arguments, label
 from fxopt.observation.fisher import output_gradients
 from fxopt.observation.observation import observe
+from fxopt.operators.convolutions import CONVOLUTIONS
 from fxopt.operators.linears import as_linear
 from fxopt.program import Program
-
-aten = torch.ops.aten
 
 Weighting: TypeAlias = Literal["uniform", "fisher"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -32,13 +31,6 @@ _COLUMNS = 1 << 10
 _WAVE_BYTES = 1 << 29
 _PATCHES = 1 << 10
 """Patches of one image, evenly spread, that a convolution is fitted to; neighbours say the same."""
-
-_CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-)
 
 
 @dataclass(frozen=True)
@@ -105,9 +97,9 @@ def as_product(node: fx.Node) -> Product | str:
     if linear is not None:
         inner, turned = linear.in_features, linear.transposed
         return Product(node, linear.x, linear.weight, linear.bias, inner, 1, turned, None)
-    if node.target not in _CONVOLUTIONS:
+    args = arguments(node) if node.target in CONVOLUTIONS else {}
+    if not args or args["weight"].meta["val"].ndim > 4:
         return f"{node.target} is neither a linear layer nor a convolution of one or two axes"
-    args = arguments(node)
     x, weight, bias = args["input"], args["weight"], args["bias"]
     if args["groups"] != 1:
         return f"a convolution in {args['groups']} groups"

@@ -4,7 +4,7 @@
                is defined earlier in the same graph; one output at the end, a flat tuple of tensors
     calls      aten overloads, fxopt:: overloads, overloads that others registered with
                torch.library, getitem of tuples, and the size arithmetic of `SIZE_FUNCTIONS`; no
-               control-flow operator, no assertion (`ASSERTIONS`)
+               control-flow operator, no assertion (`operators.assertions`)
     arguments  what the operator's schema asks for: arity, names and types
     writes     no operator writes to its arguments, except `aten.copy_` to state, in the tail of the
                graph; what it has written is not read again

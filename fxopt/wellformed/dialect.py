@@ -26,14 +26,3 @@ SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 """The Python functions a graph may call, by name: arithmetic on sizes, and `getitem`."""
 NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
-ASSERTIONS = frozenset(
-    (
-        "aten::_assert_async",
-        "aten::_assert_scalar",
-        "aten::_assert_tensor_metadata",
-        "aten::_functional_assert_async",
-        "aten::_functional_assert_scalar",
-        "aten::sym_constrain_range",
-        "aten::sym_constrain_range_for_size",
-    )
-)

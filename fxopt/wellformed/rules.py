@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from fxopt.errors import WellFormedError
 from fxopt.graph_text import describe, operator_name, type_text
 from fxopt.nodes import module_path, source_line
+from fxopt.operators.assertions import is_assertion
 from fxopt.program import Program
 from fxopt.sharing import may_alias
-from fxopt.wellformed.dialect import ASSERTIONS, NODE_KINDS, SIZE_FUNCTIONS
+from fxopt.wellformed.dialect import NODE_KINDS, SIZE_FUNCTIONS
 from fxopt.wellformed.schema import argument_fault, facts
 
 _SIZE_FUNCTIONS = frozenset(SIZE_FUNCTIONS.values())
@@ -178,8 +179,8 @@ class _Checker:
                 )
 
     def _operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
-        name, mutable, parameters = facts(target)
-        if name in ASSERTIONS:
+        mutable, parameters = facts(target)
+        if is_assertion(target):
             _fail(node, "an assertion node", "drop it: the signature checks the inputs of calls")
         if mutable:
             self._write(node, target)

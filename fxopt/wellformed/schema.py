@@ -20,11 +20,10 @@ Parameter = tuple[str, bool, bool, Check]
 @lru_cache(maxsize=4096)
 def facts(
     target: torch._ops.OpOverload,
-) -> tuple[str, bool, tuple[Parameter, ...]]:
-    """(qualified name, writes, (name, required, keyword only, type check))."""
+) -> tuple[bool, tuple[Parameter, ...]]:
+    """(writes, (name, required, keyword only, type check))."""
     schema = target._schema
     return (
-        schema.name,
         bool(schema.is_mutable),
         tuple(
             (a.name, not a.has_default_value(), bool(a.kwarg_only), _type_check(a.type))

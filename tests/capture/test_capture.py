@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from fxopt.errors import InputError, NotCapturedError
 from fxopt.interpreter import evaluate
 from fxopt.program import Program
 from tests.check import assert_state_equal, eager, tensors_of
-from tests.rewriting.functions import calls, operators
+from tests.rewriting.functions import Function, calls, operators
 
 aten = torch.ops.aten
 X = torch.linspace(-1.0, 1.0, 12).view(3, 4)
@@ -305,6 +306,31 @@ def test_buffers_that_the_model_writes_become_copies_at_the_tail() -> None:
     expected = twin(X)
     torch.testing.assert_close(evaluate(program, (X,))[0], expected)
     assert model.steps.item() == 0
+
+
+def _checked_sizes(x: Tensor) -> Tensor:
+    token = aten._functional_assert_scalar(x.shape[1] == 4, "four columns", torch.ones(1))
+    return x * token
+
+
+def _checked_entries(x: Tensor) -> Tensor:
+    token = aten._functional_assert_async(x.isfinite().all(), "finite", torch.ones(1))
+    return x * token
+
+
+def _checked_in_place(x: Tensor) -> Tensor:
+    aten._assert_async(x.isfinite().all())
+    aten._assert_scalar(x.shape[1] == 4, "four columns")
+    return x * torch.ones(1)
+
+
+@pytest.mark.parametrize("function", [_checked_sizes, _checked_entries, _checked_in_place])
+def test_assertions_are_gone_and_their_tokens_are_what_they_took(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    program = capture(Function(function), (X,))
+    assert [str(node.target) for node in calls(program)] == ["aten.ones.default", "aten.mul.Tensor"]
+    assert_faithful(Function(function), program, X)
 
 
 def test_dropout_is_gone_in_eval_and_kept_in_train() -> None:

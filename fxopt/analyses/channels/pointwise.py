@@ -10,28 +10,17 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels.walk import Axes, Handler, Walk, shape_of, unfollowed
 from fxopt.nodes import label
+from fxopt.operators import CASTS, UNCHANGED, UNTAGGED_POINTWISE, ZEROING_DROPOUT
 from fxopt.program import Refusal
 
 aten = torch.ops.aten
 
 _POINTWISE = (
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.contiguous.default,
-    aten.dropout.default,
-    aten.hardswish.default,
-    aten.log_sigmoid.default,
-    aten.floor_divide.default,
+    *UNTAGGED_POINTWISE,
+    *ZEROING_DROPOUT,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
     aten.masked_fill.Tensor,
-    aten.__and__.Tensor,
-    aten.__or__.Tensor,
-    aten.__xor__.Tensor,
     aten.full_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -39,8 +28,7 @@ _POINTWISE = (
 )
 """Pointwise operators that torch doesn't tag as such."""
 
-_FIRST_ONLY = (aten.type_as.default,)
-_ADDS = (aten.add.Tensor, aten.sub.Tensor)
+_ADDS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
 
 
 def is_pointwise(target: Any) -> bool:
@@ -198,7 +186,7 @@ def handlers_of(handler: Handler, targets: Sequence[Any]) -> dict[Any, Handler]:
 
 HANDLERS: dict[Any, Handler] = {
     **handlers_of(pointwise, _POINTWISE),
-    **handlers_of(_first, _FIRST_ONLY),
+    **handlers_of(_first, (*CASTS, *UNCHANGED)),
     aten.prelu.default: _prelu,
     aten.glu.default: _glu,
     aten.batch_norm.default: _batch_norm,

@@ -11,6 +11,9 @@ from fxopt.analyses.channels.dims import Dim
 from fxopt.analyses.channels.pointwise import handlers_of
 from fxopt.analyses.channels.walk import Axes, Handler, Walk, size_of, unfollowed
 from fxopt.nodes import label
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.operators.views import PERMUTATIONS
+from fxopt.operators.windows import WINDOWED
 from fxopt.program import Refusal
 
 aten = torch.ops.aten
@@ -50,11 +53,7 @@ def _affine(
 
 def _kind(weight: fx.Node) -> Any:
     """A constant matrix is a weight; anything else makes it a product of two activations."""
-    while weight.op == "call_function" and weight.target in (
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-    ):
+    while weight.op == "call_function" and weight.target in PERMUTATIONS:
         weight = weight.args[0]  # type: ignore[assignment]
     return "weight" if weight.op == "get_attr" else "product"
 
@@ -121,7 +120,7 @@ def _convolution(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list
     axes, taps = walk.of(x), walk.of(weight)
     if len(axes) != len(taps):
         return unfollowed(walk, node, "a convolution without a batch")
-    transposed = node.target in _TRANSPOSED
+    transposed = node.target in TRANSPOSED_CONVOLUTIONS
     why = Refusal("a convolution slides along it", label(node))
     walk.pin((*taps[2:], *axes[2:]), why)
     for dim in (*taps[2:], *axes[2:]):
@@ -194,61 +193,14 @@ def _grouped_mm(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[
     return (axes[0], taps[2])
 
 
-_CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-)
-_TRANSPOSED = (
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-)
-
 HANDLERS: dict[Any, Handler] = {
     aten.linear.default: _linear,
     aten.addmm.default: _addmm,
     **handlers_of(_matmul, (aten.mm.default, aten.matmul.default, aten.bmm.default)),
     aten.baddbmm.default: _baddbmm,
     aten.scaled_dot_product_attention.default: _attention,
-    **handlers_of(_convolution, (*_CONVOLUTIONS, *_TRANSPOSED)),
-    **handlers_of(
-        _windowed(1),
-        (
-            aten.avg_pool1d.default,
-            aten.max_pool1d.default,
-            aten.adaptive_avg_pool1d.default,
-            aten.upsample_nearest1d.vec,
-            aten.upsample_linear1d.vec,
-        ),
-    ),
-    **handlers_of(
-        _windowed(2),
-        (
-            aten.avg_pool2d.default,
-            aten.max_pool2d.default,
-            aten.max_pool2d_with_indices.default,
-            aten.adaptive_avg_pool2d.default,
-            aten.adaptive_max_pool2d.default,
-            aten.upsample_nearest2d.vec,
-            aten.upsample_nearest2d.default,
-            aten.upsample_bilinear2d.vec,
-            aten.upsample_bilinear2d.default,
-            aten.upsample_bicubic2d.vec,
-        ),
-    ),
-    **handlers_of(
-        _windowed(3),
-        (
-            aten.avg_pool3d.default,
-            aten.max_pool3d.default,
-            aten.adaptive_avg_pool3d.default,
-            aten.upsample_nearest3d.vec,
-        ),
-    ),
+    **handlers_of(_convolution, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)),
+    **{target: _windowed(rank) for rank, targets in WINDOWED.items() for target in targets},
 }
 
 BY_NAME: dict[str, Handler] = {

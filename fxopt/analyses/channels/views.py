@@ -16,13 +16,13 @@ from fxopt.analyses.channels.walk import (
     Axes,
     Handler,
     Walk,
-    permutation,
     shape_of,
     size_of,
     unfollowed,
 )
 from fxopt.analyses.view_axes import blocks
 from fxopt.nodes import label
+from fxopt.operators.views import PERMUTATIONS, RESHAPES, SPLITS, permutation
 from fxopt.program import Refusal
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ def _stacked(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes:
 
 
 def _parted(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[Axes]:
-    """split, split_with_sizes and chunk: terms of one axis."""
+    """The parts of a split: terms of one axis."""
     axes = walk.of(args["self"])
     axis = args["dim"] % len(axes)
     sizes = [size_of(part.shape[axis]) for part in node.meta["val"]]
@@ -264,25 +264,12 @@ def _place(node: fx.Node) -> Refusal:
 
 HANDLERS: dict[Any, Handler] = {
     operator.getitem: _item,
-    **handlers_of(_permuted, (aten.permute.default, aten.transpose.int, aten.t.default)),
-    **handlers_of(
-        _reshaped,
-        (
-            aten.view.default,
-            aten.reshape.default,
-            aten._unsafe_view.default,
-            aten.flatten.using_ints,
-            aten.unflatten.int,
-            aten.unsqueeze.default,
-            aten.squeeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-        ),
-    ),
+    **handlers_of(_permuted, PERMUTATIONS),
+    **handlers_of(_reshaped, RESHAPES),
     aten.expand.default: _expanded,
     aten.cat.default: _concatenated,
     aten.stack.default: _stacked,
-    **handlers_of(_parted, (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)),
+    **handlers_of(_parted, SPLITS),
     aten.unbind.int: _unbound,
     aten.select.int: _selected,
     aten.slice.Tensor: _sliced,

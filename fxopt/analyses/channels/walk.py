@@ -13,18 +13,13 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels.dims import Dim, Dims, Size, quotient
 from fxopt.nodes import label
+from fxopt.operators.views import PERMUTATIONS, permutation
 from fxopt.program import Program, Refusal
 
 Axes: TypeAlias = tuple[Dim, ...]
 """The dims of one tensor, one for each axis."""
 
 ReaderKind = Literal["weight", "product", "norm", "mean", "sum"]
-
-_PERMUTES = (
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class Walk:
 
         What meets it, where it is a permuted constant, is told as the constant's own axis.
         """
-        while other is not None and other.target in _PERMUTES:
+        while other is not None and other.target in PERMUTATIONS:
             other_axis = permutation(other)[other_axis]
             other = other.args[0]  # type: ignore[assignment]
         dim = part or self.of(operand)[axis]
@@ -154,18 +149,6 @@ def size_of(size: Any) -> Size:
 def shape_of(node: fx.Node) -> tuple[Size, ...]:
     """The sizes of a node's tensor."""
     return tuple(map(size_of, node.meta["val"].shape))
-
-
-def permutation(node: fx.Node) -> list[int]:
-    """Which axis of its operand each axis of a permuted value is."""
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    order = list(range(source.meta["val"].ndim))
-    if node.target is torch.ops.aten.permute.default:
-        return [axis % len(order) for axis in node.args[1]]  # type: ignore[union-attr,operator,misc]
-    if len(order) > 1:
-        one, other = (0, -1) if node.target is torch.ops.aten.t.default else node.args[1:3]
-        order[one], order[other] = order[other], order[one]  # type: ignore[index]
-    return order
 
 
 def unfollowed(walk: Walk, node: fx.Node, reason: str) -> Axes | list[Axes]:

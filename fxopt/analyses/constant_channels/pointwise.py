@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.analyses.constant_channels.facts import Facts, Finding, Handler, handlers_of, size_of
 from fxopt.analyses.constant_channels.known import Known, chosen, product, spread
 from fxopt.nodes import draws_random
+from fxopt.operators import CASTS, UNCHANGED, UNTAGGED_POINTWISE, ZEROING_DROPOUT
 
 aten = torch.ops.aten
 
@@ -131,16 +132,7 @@ def _created(name: str | float) -> Handler:
 
 
 HANDLERS: dict[Any, Handler] = {
-    **handlers_of(
-        pointwise,
-        aten.hardswish.default,
-        aten.log_sigmoid.default,
-        aten.rsub.Tensor,
-        aten.floor_divide.default,
-        aten.__and__.Tensor,
-        aten.__or__.Tensor,
-        aten.__xor__.Tensor,
-    ),
+    **handlers_of(pointwise, *UNTAGGED_POINTWISE),
     **handlers_of(_mul, aten.mul.Tensor, aten.multiply.Tensor),
     **handlers_of(
         _where,
@@ -152,24 +144,9 @@ HANDLERS: dict[Any, Handler] = {
     **handlers_of(_masked_fill, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
     aten.prelu.default: _prelu,
     aten.glu.default: _glu,
-    **handlers_of(
-        _cast,
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
-        aten.to.other,
-        aten._to_copy.default,
-        aten.type_as.default,
-    ),
-    **handlers_of(
-        _same,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.detach.default,
-        aten.alias.default,
-        aten.lift_fresh_copy.default,
-    ),
-    **handlers_of(_dropout, aten.dropout.default, aten.feature_dropout.default),
+    **handlers_of(_cast, *CASTS),
+    **handlers_of(_same, *UNCHANGED),
+    **handlers_of(_dropout, *ZEROING_DROPOUT),
     **handlers_of(
         _created("fill_value"),
         aten.full.default,

@@ -17,7 +17,15 @@ from fxopt.analyses.constant_channels.contraction import (
 )
 from fxopt.analyses.constant_channels.facts import Facts, Finding, Handler, handlers_of, size_of
 from fxopt.analyses.constant_channels.known import Known, either, spread, total, uniform
-from fxopt.analyses.constant_channels.readers import CONVOLUTIONS, TRANSPOSED
+from fxopt.operators import (
+    CASTS,
+    CONVOLUTIONS,
+    EXPANSIONS,
+    RESHAPES,
+    RESHAPES_LIKE,
+    TRANSPOSED_CONVOLUTIONS,
+    UNCHANGED,
+)
 
 aten = torch.ops.aten
 
@@ -113,6 +121,8 @@ def rows_sum_to_one(node: Any) -> bool:
     while isinstance(node, fx.Node) and node.target not in _SOFTMAXES:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or node.target not in _KEEP_ROWS:
+            return False
+        if not node.meta["val"].is_floating_point():
             return False
         sizes = [one.meta["val"].shape[-1:] for one in (node, source)]
         if len(sizes[0]) != 1 or not _same_expression(sizes[0][0], sizes[1][0]):
@@ -246,17 +256,7 @@ def _embedding(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
 
 
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-_KEEP_ROWS = (
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.expand.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-)
+_KEEP_ROWS = frozenset((*CASTS, *UNCHANGED, *RESHAPES, *RESHAPES_LIKE, *EXPANSIONS))
 
 HANDLERS: dict[Any, Handler] = {
     aten.linear.default: _linear,
@@ -264,7 +264,7 @@ HANDLERS: dict[Any, Handler] = {
     **handlers_of(_matmul, aten.mm.default, aten.matmul.default, aten.bmm.default),
     aten.scaled_dot_product_attention.default: _attention,
     **handlers_of(_convolution, *CONVOLUTIONS),
-    **handlers_of(_transposed, *TRANSPOSED),
+    **handlers_of(_transposed, *TRANSPOSED_CONVOLUTIONS),
     aten.embedding.default: _embedding,
 }
 

@@ -9,24 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.nodes import arguments
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.operators.linears import LINEAR_TARGETS, as_linear
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-)
-TRANSPOSED = (
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-)
-READERS = (*LINEAR_TARGETS, *CONVOLUTIONS, *TRANSPOSED)
+READERS = (*LINEAR_TARGETS, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +69,7 @@ def as_reader(node: fx.Node) -> Reader | None:
     if linear is not None:
         columns = 0 if linear.transposed else 1
         return Reader(node, linear.x, -1, linear.weight, linear.bias, columns)
-    if node.target not in (*CONVOLUTIONS, *TRANSPOSED):
+    if node.target not in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
         return None
     given = arguments(node)
     weight, bias = given["weight"], given["bias"]

@@ -17,6 +17,7 @@ from fxopt.analyses.constant_channels.known import (
     total,
     uniform,
 )
+from fxopt.operators.windows import WINDOWED
 
 aten = torch.ops.aten
 
@@ -182,44 +183,5 @@ HANDLERS: dict[Any, Handler] = {
     aten.group_norm.default: _group_norm,
     **handlers_of(_batch_norm, aten.batch_norm.default, aten.instance_norm.default),
     aten._native_batch_norm_legit_functional.default: _learning_norm,
-    **handlers_of(
-        _windowed(1),
-        aten.avg_pool1d.default,
-        aten.max_pool1d.default,
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_max_pool1d.default,
-        aten.upsample_nearest1d.vec,
-        aten.upsample_nearest1d.default,
-        aten.upsample_linear1d.vec,
-        aten.upsample_linear1d.default,
-    ),
-    **handlers_of(
-        _windowed(2),
-        aten.avg_pool2d.default,
-        aten.max_pool2d.default,
-        aten.max_pool2d_with_indices.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.adaptive_max_pool2d.default,
-        aten.upsample_nearest2d.vec,
-        aten.upsample_nearest2d.default,
-        aten._upsample_nearest_exact2d.vec,
-        aten._upsample_nearest_exact2d.default,
-        aten.upsample_bilinear2d.vec,
-        aten.upsample_bilinear2d.default,
-        aten._upsample_bilinear2d_aa.vec,
-        aten.upsample_bicubic2d.vec,
-        aten.upsample_bicubic2d.default,
-        aten._upsample_bicubic2d_aa.vec,
-    ),
-    **handlers_of(
-        _windowed(3),
-        aten.avg_pool3d.default,
-        aten.max_pool3d.default,
-        aten.adaptive_avg_pool3d.default,
-        aten.adaptive_max_pool3d.default,
-        aten.upsample_nearest3d.vec,
-        aten.upsample_nearest3d.default,
-        aten.upsample_trilinear3d.vec,
-        aten.upsample_trilinear3d.default,
-    ),
+    **{target: _windowed(rank) for rank, targets in WINDOWED.items() for target in targets},
 }

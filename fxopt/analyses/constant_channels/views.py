@@ -20,6 +20,7 @@ from fxopt.analyses.constant_channels.facts import (
 from fxopt.analyses.constant_channels.known import Known, uniform
 from fxopt.analyses.constant_channels.reshaping import reshaped
 from fxopt.nodes import fake
+from fxopt.operators import EXPANSIONS, PERMUTATIONS, REGROUPINGS, RESHAPES_LIKE, SPLITS, SQUEEZES
 
 aten = torch.ops.aten
 
@@ -96,7 +97,7 @@ def _piece(known: Known | None, shape: list[Any], others: Sequence[Known]) -> Kn
 
 
 def _parted(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Finding:
-    """split and chunk: runs of one axis, as long as the parts are."""
+    """The parts of a split: runs of one axis, as long as the parts are."""
     x = facts.of(args["self"])
     if x is None:
         return None
@@ -227,42 +228,14 @@ def _interleaved(facts: Facts, node: fx.Node, args: Mapping[str, Any]) -> Findin
 
 HANDLERS: dict[Any, Handler] = {
     operator.getitem: _item,
-    **handlers_of(
-        _moved,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.mT.default,
-        aten.numpy_T.default,
-        aten.swapaxes.default,
-        aten.movedim.int,
-        aten.movedim.intlist,
-        aten.unsqueeze.default,
-        aten.flip.default,
-    ),
+    **handlers_of(_moved, *PERMUTATIONS, aten.unsqueeze.default, aten.flip.default),
     aten.roll.default: _rolled,
-    **handlers_of(_squeezed, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    **handlers_of(_expanded, aten.expand.default, aten.expand_as.default),
-    **handlers_of(
-        _reshaped,
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.reshape_as.default,
-        aten.view_as.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-    ),
+    **handlers_of(_squeezed, *SQUEEZES),
+    **handlers_of(_expanded, *EXPANSIONS),
+    **handlers_of(_reshaped, *REGROUPINGS, *RESHAPES_LIKE),
     **handlers_of(_concatenated, aten.cat.default, aten.concat.default, aten.concatenate.default),
     aten.stack.default: _stacked,
-    **handlers_of(
-        _parted,
-        aten.split.Tensor,
-        aten.split.sizes,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.tensor_split.sections,
-    ),
+    **handlers_of(_parted, *SPLITS),
     aten.unbind.int: _unbound,
     aten.slice.Tensor: _sliced,
     aten.select.int: _selected,

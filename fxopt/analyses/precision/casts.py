@@ -30,18 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxopt.errors import FxoptError, PassError
 from fxopt.interpreter import evaluate
 from fxopt.nodes import fake, size_at_capture
+from fxopt.operators.casts import CASTS
 from fxopt.program import Program
 
 aten = torch.ops.aten
 
-_CASTS = (
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten._to_copy.default,
-)
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -92,7 +85,7 @@ def graph_casts(program: Program) -> Casts:
     """
     found = Casts()
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in _CASTS:
+        if node.op == "call_function" and node.target in CASTS:
             found += _cast(fake(node.args[0]), fake(node), _is_weight(node.args[0]))
     return found
 

@@ -21,6 +21,7 @@ from torch import fx
 
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Device
+from fxopt.operators.views import PARTS, WHOLE_VIEWS
 from fxopt.passes.mixed_precision.half_precision import ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import is_cast, is_tensor_of
 from fxopt.program import Program
@@ -28,20 +29,6 @@ from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
-
-_VIEWS: frozenset[Any] = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.expand.default,
-    }
-)
-_SPLITS: frozenset[Any] = frozenset(
-    {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default}
-)
 
 
 class RoundAttention(ComputeInHalf):
@@ -79,7 +66,11 @@ class CastBeforeView(Rule):
 
     def match(self, node: fx.Node) -> Match | None:
         view = node.args[0]
-        if not _is_plain_cast(node) or not isinstance(view, fx.Node) or view.target not in _VIEWS:
+        if (
+            not _is_plain_cast(node)
+            or not isinstance(view, fx.Node)
+            or view.target not in WHOLE_VIEWS
+        ):
             return None
         return Match((node,), {"view": view, "x": view.args[0]}, (view,))
 
@@ -100,7 +91,7 @@ class CastBeforeSplit(Rule):
         if not _is_plain_cast(node) or not _is_item(item):
             return None
         split = item.args[0]  # type: ignore[union-attr]
-        if not isinstance(split, fx.Node) or split.target not in _SPLITS:
+        if not isinstance(split, fx.Node) or split.target not in PARTS:
             return None
         casts = []
         for piece in split.users:

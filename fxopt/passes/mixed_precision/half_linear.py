@@ -21,7 +21,9 @@ from fxopt.claim import Claim, Sqnr
 from fxopt.nodes import module_path
 from fxopt.observation import Extremes, extremes, past_range
 from fxopt.operators import (
+    CONVOLUTIONS,
     PRODUCT_TARGETS,
+    TRANSPOSED_CONVOLUTIONS,
     as_linear,
     reads_as_linear,
     refuse_shared_weight,
@@ -40,9 +42,8 @@ from fxopt.rewriting.pattern import Target
 aten = torch.ops.aten
 
 _CONVOLUTIONS: tuple[Target, ...] = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+    *CONVOLUTIONS,
+    *TRANSPOSED_CONVOLUTIONS,
     aten.convolution.default,
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import is_computed_constant
+from fxopt.operators import MAX_POOLINGS, PARTS, UNCHANGED, VIEWS
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit
 
@@ -26,13 +27,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 _COPIES: frozenset[Any] = frozenset(
     {
-        *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
-        *(aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.select.int),
-        *(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default),
-        *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
-        *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default),
+        *VIEWS,
+        *UNCHANGED,
         *(aten.relu.default, aten.neg.default, aten.abs.default),
-        *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+        *MAX_POOLINGS,
     }
 )
 """Operators whose results are values of their first operand, or these without their sign.
@@ -40,10 +38,6 @@ _COPIES: frozenset[Any] = frozenset(
 They read and write at most what a cast in their place would, even where the float32 result is
 needed as well.
 """
-
-_SPLITS: frozenset[Any] = frozenset(
-    {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int}
-)
 
 
 class HalfValues:
@@ -98,7 +92,7 @@ class HalfValues:
         copies: list[fx.Node] = []
         while True:
             source: Any = x.args[0] if x.args else None
-            if x.target is operator.getitem and source.target in _SPLITS:
+            if x.target is operator.getitem and source.target in PARTS:
                 source = source.args[0]
             elif x.target not in _COPIES:
                 return x, copies

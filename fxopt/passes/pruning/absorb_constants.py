@@ -19,15 +19,14 @@ from torch import Tensor, fx
 from fxopt.analyses.constant_channels import Known, constant_channels
 from fxopt.analyses.constant_channels.products import is_padded
 from fxopt.analyses.constant_channels.readers import (
-    CONVOLUTIONS,
     READERS,
-    TRANSPOSED,
     Reader,
     as_reader,
     summed_axis,
 )
 from fxopt.errors import RewriteError
 from fxopt.nodes import arguments, label
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.linear_layers.selection import has_mark
 from fxopt.program import Program
 from fxopt.recipe import Recipe
@@ -211,7 +210,7 @@ def _absorption(
 
 def _only_zeros(reader: Reader) -> str | None:
     """Why a constant doesn't add the same to every position of the output."""
-    if reader.node.target in TRANSPOSED:
+    if reader.node.target in TRANSPOSED_CONVOLUTIONS:
         return "the positions of a transposed convolution see different taps"
     taps = reader.weight.meta["val"].shape[2:]
     if reader.node.target in CONVOLUTIONS and is_padded(arguments(reader.node), taps):

@@ -21,6 +21,8 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channels import Channels, Dim, Walk
 from fxopt.nodes import arguments
+from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.operators.views import SIZED_RESHAPES, SPLITS
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Build, Conversion, convert
@@ -266,33 +268,15 @@ def _mean(
 _Respell = Callable[[_Cut, fx.Node, tuple[Any, ...], dict[str, Any], Build], fx.Node]
 
 _RESPELLED: dict[Any, _Respell] = {
-    aten.view.default: _shape,
-    aten.reshape.default: _shape,
-    aten._unsafe_view.default: _shape,
-    aten.expand.default: _shape,
+    **dict.fromkeys((*SIZED_RESHAPES, aten.expand.default), _shape),
     aten.unflatten.int: _unflatten,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.chunk.default: _split,
+    **dict.fromkeys(SPLITS, _split),
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _interleave,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-            aten.conv3d.padding,
-            aten.conv_transpose1d.default,
-            aten.conv_transpose2d.input,
-            aten.conv_transpose3d.input,
-        ),
-        _convolution,
-    ),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), _convolution),
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
 }

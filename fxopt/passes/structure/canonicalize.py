@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fxopt.claim import Claim, Exact
 from fxopt.nodes import draws_random, is_pure, same_sizes
+from fxopt.operators import CASTS, COPIES, PERMUTATIONS, UNCHANGED, WHOLE_VIEWS, permutation
 from fxopt.passes.structure.fold_masks import CountsFromThere, DropTrue
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
@@ -27,33 +28,9 @@ aten = torch.ops.aten
 _LARGEST_FOLD = 1 << 16
 """Elements; a larger constant would cost more memory than computing it costs time."""
 
-_MAY_BE_IDENTITY = (
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-    aten.permute.default,
-    aten.flatten.using_ints,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_COPIES = (
-    aten.clone.default,
-    aten._to_copy.default,
-    aten.lift_fresh_copy.default,
-    *_PADS,
-)
+_MAY_BE_IDENTITY = (*CASTS, *UNCHANGED, *WHOLE_VIEWS, aten.slice.Tensor, *_PADS)
+_COPIES = (*COPIES, aten._to_copy.default, *_PADS)
 
 
 @dataclass(frozen=True)
@@ -219,8 +196,8 @@ def _same_value(node: fx.Node, source: fx.Node) -> bool:
         return given["start"] in (0, None) and given["step"] == 1
     if node.target in _PADS:
         return all(isinstance(size, int) and size == 0 for size in node.args[1])  # type: ignore[union-attr]
-    if node.target is aten.permute.default:
-        return list(node.args[1]) == list(range(old.ndim))  # type: ignore[arg-type]
+    if node.target in PERMUTATIONS:
+        return permutation(node) == list(range(old.ndim))
     return same_sizes(new.stride(), old.stride())
 
 

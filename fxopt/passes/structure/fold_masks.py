@@ -15,22 +15,13 @@ import torch
 from torch import fx
 
 from fxopt.nodes import arguments, same_sizes
+from fxopt.operators.views import VIEWS
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
 from fxopt.sharing import reaches_output
 
 aten = torch.ops.aten
 
-_VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.slice.Tensor,
-)
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _ONES = (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
@@ -121,7 +112,7 @@ def _is_bool(x: fx.Node) -> bool:
 
 def _is_true(x: Any) -> bool:
     """Whether `x` is true everywhere."""
-    while isinstance(x, fx.Node) and x.target in _VIEWS:
+    while isinstance(x, fx.Node) and x.target in VIEWS:
         x = x.args[0]
     return isinstance(x, fx.Node) and x.target in _ONES and _is_bool(x)
 
@@ -129,7 +120,7 @@ def _is_true(x: Any) -> bool:
 def _least(x: Any) -> int | None:
     """What no entry of `x` is less than, where `x` counts up; None where nothing is known."""
     added = 0
-    while isinstance(x, fx.Node) and (x.target in _VIEWS or x.target is aten.add.Tensor):
+    while isinstance(x, fx.Node) and (x.target in VIEWS or x.target is aten.add.Tensor):
         if x.target is aten.add.Tensor:
             other = x.args[1]
             if not isinstance(other, int) or arguments(x)["alpha"] != 1:

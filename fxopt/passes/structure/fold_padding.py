@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.operators.convolutions import NUMBER_PADDED
 from fxopt.rewriting import Edit, Match, Rule, arguments, hole, op
 
 aten = torch.ops.aten
-
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 class FoldPadding(Rule):
     """conv(pad(x, p), W, b, stride, q) = conv(x, W, b, stride, p + q)"""
 
     pattern = op(
-        _CONVOLUTIONS,
+        NUMBER_PADDED,
         op(
             aten.pad.default,
             hole("x"),

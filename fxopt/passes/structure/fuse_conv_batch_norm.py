@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
+from fxopt.operators.convolutions import CONVOLUTIONS
 from fxopt.passes.structure.fold_padding import FoldPadding
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments, either, hole, op
 
 aten = torch.ops.aten
-
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-_PADDED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
 class FoldBatchNorm(Rule):
@@ -41,7 +39,7 @@ class FoldBatchNorm(Rule):
         aten.batch_norm.default,
         either(
             op(
-                _CONVOLUTIONS + _PADDED,
+                CONVOLUTIONS,
                 hole("x"),
                 hole("weight"),
                 hole("bias"),

@@ -78,6 +78,25 @@ def test_the_three_casts_behind_one_product_are_one() -> None:
     assert cast.args[0].target is aten.linear.default  # type: ignore[union-attr]
 
 
+class Unbound(nn.Module):
+    """Queries, keys and values of one product, taken apart as vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).movedim(1, -2).unbind(1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_the_casts_behind_an_unbind_are_one() -> None:
+    torch.manual_seed(0)
+    fires = {"RoundAttention": 1, "CastBeforeSplit": 1, "CastBeforeView": 2}
+    (cast,) = casts(check(PASS, Unbound(), (X,), fires))
+    assert cast.args[0].target is aten.linear.default  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}], ids=str)
 def test_options_of_attention_stay(options: dict[str, Any]) -> None:
     check(PASS, Given(**options), inputs(), {"RoundAttention": 1})
