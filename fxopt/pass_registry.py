@@ -43,6 +43,8 @@ from fxopt.passes import (
 from fxopt.rewriting import Pass
 
 ENTRY_POINTS = "fxopt.passes"
+AUTO = "auto"
+"""What a list is where a recommendation is asked for."""
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -147,6 +149,11 @@ def _check_name(kind: type[Pass]) -> None:
         raise PassError(
             f"{kind.__name__} has no name that a textual list can give: write "
             'name: ClassVar[str] = "my-pass" in it, of letters, digits, - and _'
+        )
+    if name == AUTO:
+        raise PassError(
+            f"{kind.__name__} can't be called {name!r}, which stands for a recommended list: give "
+            "it another name"
         )
     taken = PASSES.get(name) or _registered.get(name)
     if taken is not None and _path(taken) != _path(kind):

@@ -118,6 +118,11 @@ class OtherHalve(Idle):
     name: ClassVar[str] = "halve"
 
 
+@dataclass(frozen=True, repr=False)
+class Auto(Idle):
+    name: ClassVar[str] = "auto"
+
+
 FREEZE = (
     "is no frozen dataclass, so that its options aren't known: put "
     "@dataclass(frozen=True, repr=False) on it, below @register_pass"
@@ -145,6 +150,11 @@ NAME = (
             Int8,
             "Int8 can't be called 'int8-linear', as "
             "fxopt.passes.quantization.int8_linear.Int8Linear is: give it another name",
+        ),
+        (
+            Auto,
+            "Auto can't be called 'auto', which stands for a recommended list: give it another "
+            "name",
         ),
         (
             OtherHalve,
