@@ -29,6 +29,7 @@ from fxopt.errors import (
 from fxopt.export import to_onnx
 from fxopt.lower import Lower
 from fxopt.optimized import Optimized, load
+from fxopt.pass_registry import register_pass
 from fxopt.passes import (
     Autocast,
     Canonicalize,
@@ -118,6 +119,7 @@ __all__ = [
     "measure",
     "op",
     "recommend",
+    "register_pass",
     "rewrite",
     "search",
     "to_onnx",

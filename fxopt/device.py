@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -204,26 +203,6 @@ class Device:
         return Answer(
             False, f"{self.name}'s tensor cores don't take {dtype}: capability {has}, needs {wants}"
         )
-
-
-def checked_device(pass_name: str, given: Any) -> str | None:
-    """A pass's `device` option, a `Device`, its text or None, as text that `Device.parse` takes.
-
-    Raises `PassError`, naming the pass, for anything else.
-    """
-    if given is None:
-        return None
-    if not isinstance(given, (str, Device)):
-        raise PassError(
-            f'{pass_name}(device={given!r}): give a description such as "cuda:8.0" or '
-            '"cpu:avx512_bf16", or None for the device that the model is on'
-        )
-    text = given.spec if isinstance(given, Device) else given
-    try:
-        Device.parse(text)
-    except PassError as error:
-        raise PassError(f"{pass_name}(device={text!r}): {error}") from None
-    return text
 
 
 def _parse_cpu(text: str, detail: str) -> Device:

@@ -5,66 +5,22 @@ int8-linear{mode=weight_only, exclude=lm_head|*.down_proj, claim=sqnr(30)}
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fxopt.claim import Claim, Close, Exact, Sqnr
 from fxopt.errors import PassError
-from fxopt.lower import Lower, Lowering
-from fxopt.passes import (
-    Autocast,
-    Canonicalize,
-    Float8Linear,
-    FoldPruned,
-    FuseConvBatchNorm,
-    FuseLinears,
-    HalfAttention,
-    HalfLinear,
-    Int4Linear,
-    Int8Linear,
-    Prepack,
-    PruneChannels,
-    SelectKernels,
-    ShiftChannels,
-    SmoothQuant,
-    Sparsify24,
-    SplitOutliers,
-)
+from fxopt.lower import Lowering
+from fxopt.pass_registry import PASSES, find_pass
 from fxopt.program import Mode
 from fxopt.rewriting import Pass, Rule, SingleRule, Stage
+from fxopt.rewriting.options import declared, missing_options, read_options
 
-PASSES: dict[str, type[Pass]] = {
-    kind.name: kind
-    for kind in (
-        Canonicalize,
-        FoldPruned,
-        PruneChannels,
-        FuseLinears,
-        FuseConvBatchNorm,
-        HalfAttention,
-        HalfLinear,
-        Sparsify24,
-        SmoothQuant,
-        SplitOutliers,
-        Int8Linear,
-        Int4Linear,
-        Float8Linear,
-        Autocast,
-        SelectKernels,
-        ShiftChannels,
-        Prepack,
-        Lower,
-    )
-}
+__all__ = ["PASSES", "Schedule", "Scheduled", "parse_passes", "resolve_passes", "scheduled"]
 
 _SPEC = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*")
-_CLAIM = re.compile(r"(?P<kind>\w+)(?:\((?P<value>[^()]*)\))?")
-_WORDS = {"true": True, "false": False, "none": None}
 
 
 def resolve_passes(passes: str | Iterable[Any]) -> tuple[Pass, ...]:
@@ -115,7 +71,7 @@ def scheduled(passes: Iterable[Pass], mode: Mode) -> Schedule:
         for needed in pass_.needs(mode):
             if needed not in names:
                 names.add(needed)
-                found.append(Scheduled(PASSES[needed](), asked=False))
+                found.append(Scheduled(find_pass(needed)(), asked=False))
         if isinstance(pass_, Lowering):
             lowering = pass_
         else:
@@ -168,49 +124,19 @@ def _resolve(item: Any) -> tuple[Pass, ...]:
 
 
 def _build(name: str, options: str) -> Pass:
-    kind = PASSES.get(name)
-    if kind is None:
-        near = difflib.get_close_matches(name, PASSES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise PassError(f"unknown pass {name!r}{hint} Known: {', '.join(PASSES)}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given: dict[str, Any] = {}
+    kind = find_pass(name)
+    known = [option.name for option in declared(kind)]
+    texts: dict[str, str] = {}
     for option in filter(None, (part.strip() for part in options.split(","))):
         key, equals, value = option.partition("=")
         key = key.strip()
-        if not equals or key not in fields:
-            raise PassError(f"{name} has no option {key!r}; it takes {', '.join(fields) or 'none'}")
-        given[key] = _value(key, value.strip(), fields[key].default)
-    return kind(**given)
-
-
-def _value(key: str, text: str, default: Any) -> Any:
-    if key in ("claim", "budget"):
-        return None if text.lower() == "none" else _claim(text)
-    if isinstance(default, tuple):
-        return tuple(text.split("|")) if text else ()
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _claim(text: str) -> Claim:
-    match = _CLAIM.fullmatch(text)
-    kinds: dict[str, Any] = {"exact": Exact, "close": Close, "sqnr": Sqnr}
-    kind = kinds.get(match["kind"]) if match else None
-    if match is None or kind is None:
-        raise PassError(f"unknown claim {text!r}: write exact, close, close(1e-4) or sqnr(30)")
-    try:
-        numbers = match["value"].split("|") if match["value"] else []
-        claim: Claim = kind(*(None if n.strip().lower() == "none" else float(n) for n in numbers))
-    except (TypeError, ValueError) as error:
-        raise PassError(f"can't read the claim {text!r}: {error}") from error
-    return claim
+        if not equals or key not in known:
+            raise PassError(f"{name} has no option {key!r}; it takes {', '.join(known) or 'none'}")
+        texts[key] = value.strip()
+    missing = missing_options(kind, texts)
+    if missing:
+        raise PassError(f"{name} needs {' and '.join(missing)}: write {name}{{{missing[0]}=...}}")
+    return kind(**read_options(kind, texts))
 
 
 def _check_order(passes: list[Pass]) -> None:

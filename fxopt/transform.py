@@ -15,6 +15,7 @@ from fxopt.errors import NotCapturedError, PassError
 from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
+from fxopt.pass_registry import AUTO
 from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
 from fxopt.program import Mode
 from fxopt.recommendation import Recommendation, recommend
@@ -149,7 +150,7 @@ def _advised(
     mode: Mode,
 ) -> Recommendation | None:
     """What `passes="auto"` stands for; None for any other list."""
-    if not isinstance(passes, str) or passes.strip() != "auto":
+    if not isinstance(passes, str) or passes.strip() != AUTO:
         return None
     if isinstance(model, Optimized):
         raise PassError(

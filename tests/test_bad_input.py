@@ -134,10 +134,10 @@ PASSES: dict[str, tuple[Any, str]] = {
     "no pass": ([3], "3 is no pass: give instances of fxopt.Pass or fxopt.Rule, or a spec"),
     "unknown option": ("int8-linear{bits=4}", "int8-linear has no option 'bits'; it takes mode"),
     "unreadable": ("canonicalize; lower", "passes are separated by commas"),
-    "wrong value": ("int8-linear{mode=4bit}", "Int8Linear(mode='4bit'): mode must be one of"),
+    "wrong value": ("int8-linear{mode=4bit}", "Int8Linear(mode='4bit'): give one of"),
     "unknown claim": (
         "int8-linear{claim=nice}",
-        "unknown claim 'nice': write exact, close, close(1e-4) or sqnr(30)",
+        "Int8Linear(claim='nice'): write exact, close, close(1e-4) or sqnr(30)",
     ),
     "lowering first": (
         [fxopt.Lower(), fxopt.Int8Linear()],

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fxopt import PassError
-from fxopt.device import Device, checked_device, read_cpuinfo
+from fxopt.device import Device, read_cpuinfo
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU
@@ -226,20 +226,6 @@ def test_half_precision_is_bfloat16_where_it_can_be(text, dtype, reason):
     choice = Device.parse(text).half()
     assert choice.dtype is dtype
     assert choice.reason == reason
-
-
-def test_the_option_of_a_pass_is_text():
-    assert checked_device("Some", None) is None
-    assert checked_device("Some", "cpu") == "cpu"
-    assert checked_device("Some", Device.parse("cuda:8.9")) == "cuda:8.9"
-    with pytest.raises(PassError) as caught:
-        checked_device("Some", torch.device("cpu"))
-    assert str(caught.value) == (
-        "Some(device=device(type='cpu')): give a description such as \"cuda:8.0\" or "
-        '"cpu:avx512_bf16", or None for the device that the model is on'
-    )
-    with pytest.raises(PassError, match=r"^Some\(device='cuda:0'\): 'cuda:0' gives no compute"):
-        checked_device("Some", "cuda:0")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
     names: dict[str, object] = {"__name__": f"docs.{page.stem}"}
     for line, block in _python_blocks(page.read_text()):
         # As many empty lines before the block as the page has: a traceback points into the page.
-        exec(compile("\n" * line + block, str(page), "exec"), names)
+        exec(compile("\n" * line + block, str(page), "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.stem)

@@ -49,6 +49,7 @@ ROOMS = (
     "lower",
     "report",
     "saving",
+    "pass_registry",
     "pass_list",
     "recommendation",
     "optimized",

@@ -186,17 +186,17 @@ def test_a_spec_is_the_pass_it_spells(text: str, expected: Pass) -> None:
         ),
         (
             "int8-linear{claim=nice}",
-            "unknown claim 'nice': write exact, close, close(1e-4) or sqnr(30)",
+            "Int8Linear(claim='nice'): write exact, close, close(1e-4) or sqnr(30)",
         ),
-        ("int8-linear{claim=sqnr(a)}", "can't read the claim 'sqnr(a)': could not convert string"),
-        ("int8-linear{claim=sqnr}", "can't read the claim 'sqnr': "),
-        ("int8-linear{claim=exact(1)}", "can't read the claim 'exact(1)': "),
+        ("int8-linear{claim=sqnr(a)}", "Int8Linear(claim='sqnr(a)'): could not convert string"),
+        ("int8-linear{claim=sqnr}", "Int8Linear(claim='sqnr'): "),
+        ("int8-linear{claim=exact(1)}", "Int8Linear(claim='exact(1)'): "),
         (
             "int8-linear{claim=sqnr(-3)}",
-            "can't read the claim 'sqnr(-3)': Sqnr(-3.0): the floor must be a finite number of dB",
+            "Int8Linear(claim='sqnr(-3)'): Sqnr(-3.0): the floor must be a finite number of dB",
         ),
-        ("int8-linear{mode=4bit}", "Int8Linear(mode='4bit'): mode must be one of ('dynamic', "),
-        ("lower{mode=fast}", "Lower(mode='fast'): must be one of "),
+        ("int8-linear{mode=4bit}", "Int8Linear(mode='4bit'): give one of 'dynamic', "),
+        ("lower{mode=fast}", "Lower(mode='fast'): give one of 'default', "),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fxopt optimize | inspect | bench | compare | search`.
+"""The command line: `fxopt optimize | inspect | bench | compare | search | passes`.
 
 Exit codes: 0 done; 1 a claim failed, or a list couldn't be compared; 2 bad usage or input; 130
 interrupted by Ctrl-C. What was measured until then is printed, and a second Ctrl-C leaves at once.
@@ -16,6 +16,7 @@ import typer
 from fxopt.cli.benching import bench
 from fxopt.cli.comparing import compare
 from fxopt.cli.inspecting import inspect
+from fxopt.cli.listing import passes
 from fxopt.cli.optimizing import optimize
 from fxopt.cli.searching import search
 from fxopt.errors import EquivalenceError, FxoptError
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (optimize, inspect, bench, compare, search):
+for _command in (optimize, inspect, bench, compare, search, passes):
     app.command()(_command)
 
 

@@ -6,13 +6,16 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-from fxopt.device import Device, checked_device
-from fxopt.errors import ExportError, PassError
+from fxopt.device import Device
+from fxopt.errors import ExportError
 from fxopt.export.files import LARGEST_IN_ONE_FILE, check_path, write
 from fxopt.export.graph import onnx_graph
 from fxopt.export.numerics import check_operators, numerics_program
 from fxopt.export.operators import translations
 from fxopt.optimized import Optimized
+from fxopt.rewriting.option_annotations import DeviceName
+from fxopt.rewriting.option_types import UnfitError
+from fxopt.rewriting.options import fault
 
 _OPSETS = range(20, 24)
 _PACKAGES = ("onnx", "onnxscript")
@@ -56,9 +59,9 @@ def to_onnx(
     if external_data not in (True, False, "auto"):
         raise ExportError(f"external_data={external_data!r}: must be True, False or 'auto'")
     try:
-        described = checked_device("to_onnx", device)
-    except PassError as error:
-        raise ExportError(str(error)) from None
+        described = DeviceName().take(device)
+    except UnfitError as error:
+        raise ExportError(str(fault("to_onnx", {"device": device}, str(error)))) from None
     target = check_path(path)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

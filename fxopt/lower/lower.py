@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
 from fxopt.kernels import KERNEL_LEVEL
 from fxopt.lower.compilation import Compiled, compile_program
 from fxopt.lower.lowering import Lowered, Lowering, Progress
@@ -17,10 +15,6 @@ from fxopt.nodes import label
 from fxopt.program import Mode, Program
 from fxopt.rewriting import Plan
 from fxopt.rewriting.plan import Site
-
-BACKENDS = ("inductor",)
-MODES = (None, "default", "reduce-overhead", "max-autotune")
-FALLBACKS = (None, "eager")
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,24 +37,12 @@ class Lower(Lowering):
 
     name: ClassVar[str] = "lower"
     claim: Claim = Close()
-    backend: str = "inductor"
-    mode: str | None = None
+    backend: Literal["inductor"] = "inductor"
+    mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     dynamic: bool | None = None
-    fallback: str | None = None
+    fallback: Literal["eager"] | None = None
     strict: bool = False
     prepack: bool = True
-
-    def __post_init__(self) -> None:
-        for option, known in (("backend", BACKENDS), ("mode", MODES), ("fallback", FALLBACKS)):
-            value = getattr(self, option)
-            if value not in known:
-                raise PassError(_unknown(option, value, known))
-        if self.dynamic not in (None, True, False):
-            raise PassError(f"Lower(dynamic={self.dynamic!r}): must be None, True or False")
-        for option in ("strict", "prepack"):
-            value = getattr(self, option)
-            if value not in (True, False):
-                raise PassError(f"Lower({option}={value!r}): must be True or False")
 
     def plan(self, program: Program) -> Plan:
         """The kernel-level nodes whose kernels the generated code must contain."""
@@ -79,11 +61,3 @@ class Lower(Lowering):
     def runner(self, module: fx.GraphModule) -> Compiled:
         """`module` compiled at its first call, and again when inputs of other shapes come."""
         return Compiled(module, self)
-
-
-def _unknown(option: str, value: object, known: tuple[str | None, ...]) -> str:
-    names = [name for name in known if name is not None]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
-    hint = f"; nearest is {near[0]!r}" if near else ""
-    choices = ", ".join(map(repr, known))
-    return f"Lower({option}={value!r}): must be one of {choices}{hint}"

@@ -4,6 +4,9 @@ from fxopt.nodes import arguments
 from fxopt.rewriting.conversion import Build, Conversion, convert
 from fxopt.rewriting.driver import rewrite
 from fxopt.rewriting.edit import Edit
+from fxopt.rewriting.option_annotations import DeviceOption, Give, Globs
+from fxopt.rewriting.option_types import Bounds, OptionType, UnfitError
+from fxopt.rewriting.options import Conflict, follows
 from fxopt.rewriting.pattern import (
     Match,
     constant,
@@ -18,10 +21,16 @@ from fxopt.rewriting.plan import Pass, Plan, RulePass, SingleRule, Site, Stage, 
 from fxopt.rewriting.rule import Rule
 
 __all__ = [
+    "Bounds",
     "Build",
+    "Conflict",
     "Conversion",
+    "DeviceOption",
     "Edit",
+    "Give",
+    "Globs",
     "Match",
+    "OptionType",
     "Pass",
     "Plan",
     "Rule",
@@ -29,11 +38,13 @@ __all__ = [
     "SingleRule",
     "Site",
     "Stage",
+    "UnfitError",
     "arguments",
     "constant",
     "convert",
     "either",
     "find",
+    "follows",
     "has_dtype",
     "has_rank",
     "hole",

@@ -6,19 +6,22 @@ can be taken out of it; `apply` acts on a copy through the driver.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, get_args, get_origin
 
-from fxopt.claim import Claim, Close, Exact, Sqnr
-from fxopt.errors import FxoptError
+from typing_extensions import TypeVar
+
+from fxopt.claim import Claim, Close
+from fxopt.errors import PassError
 from fxopt.nodes import label
 from fxopt.program import Mode, Program, Refusal
 from fxopt.rewriting.driver import rewrite
+from fxopt.rewriting.options import Conflict, changed_options, fault, settle, spell_options
 from fxopt.rewriting.rule import Rule
 
 
@@ -76,25 +79,73 @@ class Plan:
         return "\n".join(lines)
 
 
-class Pass(ABC):
+def _with_its_own_plan(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method(self, program, plan)`, which refuses a plan that isn't of the pass's `plan_type`."""
+
+    @functools.wraps(method)
+    def checked(self: Any, program: Program, plan: Plan) -> Any:
+        if not isinstance(plan, self.plan_type):
+            raise PassError(
+                f"{self!r} can't apply this {type(plan).__name__}: give the "
+                f"{self.plan_type.__name__} that its own plan() made"
+            )
+        return method(self, program, plan)
+
+    return checked
+
+
+PlanType = TypeVar("PlanType", bound=Plan, default=Any)
+
+
+class Pass(ABC, Generic[PlanType]):
     """A rewrite of the whole program with a claim about its outputs.
 
-    A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`, and
-    its `repr` can be pasted back. `name` is its name in a textual spec such as
-    `int8-linear{mode=dynamic}`.
+    A subclass is a frozen dataclass: its fields are its options, and its `repr` can be pasted back.
+    Their annotations say what they take (see `fxopt.rewriting.option_annotations`), which is
+    checked when a pass is built, with one form of error: `Mine(option=value): give ...`. An option
+    whose default is `follows()` is what `default_OPTION()` returns where it is left out. `name` is
+    the pass's name in a textual spec such as `int8-linear{mode=dynamic}`; a user's own is read
+    there once `fxopt.register_pass` knows it.
+
+    A pass that plans more than sites names its plan, `class Mine(Pass[MyPlan])`: `apply` and
+    `oracle` then refuse any other with a `PassError`.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = Stage.ANY
+    plan_type: ClassVar[type[Plan]] = Plan
     claim: Claim = Close()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if issubclass(get_origin(base) or object, Pass) and isinstance(get_args(base)[0], type):
+                cls.plan_type = get_args(base)[0]
+        for method in ("apply", "oracle"):
+            if method in cls.__dict__:
+                setattr(cls, method, _with_its_own_plan(cls.__dict__[method]))
+
+    def __post_init__(self) -> None:
+        settle(self)
+        conflict = self.conflict()
+        if conflict is not None:
+            given = {option: getattr(self, option) for option in conflict.options}
+            raise fault(type(self).__name__, given, conflict.text)
+
+    def conflict(self) -> Conflict | None:
+        """The options, each valid by itself, that don't go together; None where all do."""
+        return None
+
     @abstractmethod
-    def plan(self, program: Program) -> Plan:
+    def plan(self, program: Program) -> PlanType:
         """What this pass will change in `program`, and what it refuses and why."""
 
     @abstractmethod
-    def apply(self, program: Program, plan: Plan) -> Program:
-        """A new program with `plan` carried out through `fxopt.rewriting.rewrite` or `convert`."""
+    def apply(self, program: Program, plan: PlanType) -> Program:
+        """A new program with `plan` carried out through `fxopt.rewriting.rewrite` or `convert`.
+
+        Raises `PassError` for the plan of another kind of pass.
+        """
 
     def needs(self, mode: Mode) -> tuple[str, ...]:
         """The names of the passes that must have run before this one in a program of `mode`.
@@ -104,7 +155,7 @@ class Pass(ABC):
         """
         return ("select-kernels",) if self.stage >= Stage.KERNELS else ()
 
-    def oracle(self, program: Program, plan: Plan) -> Program | None:
+    def oracle(self, program: Program, plan: PlanType) -> Program | None:
         """What the pass means to compute, as a program with the inputs and outputs of `program`.
 
         None, as by default, means what `program` itself computes. A pass that changes outputs by
@@ -119,9 +170,7 @@ class Pass(ABC):
     @property
     def spec(self) -> str:
         """The textual form that parses back to this pass: `name{option=value, ...}`."""
-        options = ", ".join(
-            f"{name}={_spelled(value)}" for name, value in changed_options(self).items()
-        )
+        options = spell_options(self)
         return self.name + (f"{{{options}}}" if options else "")
 
     def __repr__(self) -> str:
@@ -129,7 +178,7 @@ class Pass(ABC):
         return f"{type(self).__name__}({options})"
 
 
-class RulePass(Pass):
+class RulePass(Pass[Plan]):
     """A pass that is a set of rules taken to their fixed point."""
 
     @abstractmethod
@@ -188,28 +237,3 @@ def plan_rules(program: Program, rules: Sequence[Rule], spec: str) -> Plan:
                 break
             refusals[Refusal(reason, label(node))] = None
     return Plan(spec, tuple(sites), tuple(refusals))
-
-
-def _spelled(value: Any) -> str:
-    """An option's value as a textual spec gives it: `a|b` for a tuple, `sqnr(30.0)` for a claim."""
-    if isinstance(value, tuple):
-        return "|".join(map(_spelled, value))
-    if isinstance(value, (Exact, Close, Sqnr)):
-        numbers = "|".join(str(getattr(value, f.name)) for f in dataclasses.fields(value))
-        return type(value).__name__.lower() + (f"({numbers})" if numbers else "")
-    return str(value)
-
-
-def changed_options(pass_: Pass) -> dict[str, Any]:
-    """The options of a pass that leaving them out would change."""
-    values = {f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}  # type: ignore[arg-type]
-    changed = {}
-    for name, value in values.items():
-        others = {key: other for key, other in values.items() if key != name}
-        try:
-            omitted = getattr(type(pass_)(**others), name)
-        except (TypeError, FxoptError):
-            omitted = dataclasses.MISSING
-        if omitted != value:
-            changed[name] = value
-    return changed

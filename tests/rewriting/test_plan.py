@@ -178,8 +178,9 @@ def test_the_repr_names_only_what_was_changed(pass_: Any, text: str, spec: str) 
 def test_options_are_validated_when_a_pass_is_built(mode: Any) -> None:
     with pytest.raises(PassError) as caught:
         fxopt.Int8Linear(mode=mode)
-    choices = "('dynamic', 'static', 'weight_only')"
-    assert str(caught.value) == f"Int8Linear(mode={mode!r}): mode must be one of {choices}."
+    choices = "'dynamic', 'static', 'weight_only'"
+    hint = "; did you mean 'dynamic'?" if mode == "Dynamic" else ""
+    assert str(caught.value) == f"Int8Linear(mode={mode!r}): give one of {choices}{hint}"
 
 
 def test_changes_chain() -> None:

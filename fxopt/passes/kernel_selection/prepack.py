@@ -295,9 +295,10 @@ class TwoPassNorm(Rule):
 
 @dataclass(frozen=True, repr=False)
 class Prepack(RulePass):
-    """Linears with weights laid out once, activations and residual adds inside the product, and
-    attention in one kernel: those of `fxopt.kernels.native` on a CPU with AVX-512, compiled at
-    first use; elsewhere oneDNN's, and bfloat16 attention written out for the compiler.
+    """Linears on packed weights, activations and residual adds inside; attention in one kernel.
+
+    The kernels are those of `fxopt.kernels.native` on a CPU with AVX-512, compiled at first use;
+    elsewhere oneDNN's, and bfloat16 attention written out for the compiler.
 
     The weight stays an ordinary tensor of the state; its packed copy, as large again, lives with
     the kernel. For CPUs, float32 and bfloat16. Claim: close.

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from fxopt.errors import PassError
 from fxopt.nodes import module_path
 from fxopt.operators import Linear
+from fxopt.rewriting.option_types import OptionType, Several
 
 Selection = str | Callable[[str], bool]
 """A glob over module paths, or a function of a module path."""
 
 
-def checked_globs(pass_name: str, option: str, given: Any) -> tuple[str, ...]:
-    """`given`, one glob or several, as a tuple. Raises `PassError` for anything else."""
-    globs = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise PassError(f"{pass_name}({option}={globs!r}): give globs over module paths")
-    return globs
+@dataclass(frozen=True)
+class Select(OptionType):
+    """A glob over module paths, or a function of a module path, which has no text."""
+
+    @property
+    def expected(self) -> str:
+        return "globs over module paths, or functions of a module path"
+
+    def take(self, given: Any) -> Selection:
+        selection: Selection = given
+        if not isinstance(given, str) and not callable(given):
+            raise self.unfit()
+        return selection
+
+    def read(self, text: str) -> Selection:
+        return text
 
 
-def checked_selections(pass_name: str, option: str, given: Any) -> tuple[Selection, ...]:
-    """The same, where functions of a module path are taken too."""
-    choices = (given,) if isinstance(given, str) or callable(given) else tuple(given)
-    if not all(isinstance(choice, str) or callable(choice) for choice in choices):
-        raise PassError(
-            f"{pass_name}({option}={choices!r}): give globs over module paths, or functions of a "
-            "module path"
-        )
-    return choices
+Selections: TypeAlias = Annotated[
+    tuple[Selection, ...], Several(Select(), Select().expected, "globs over module paths")
+]
+"""One selection, or several."""
 
 
 def refuse_by_path(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import networkx as nx
 import torch
@@ -24,8 +24,7 @@ from torch import fx
 
 from fxopt.analyses.precision import MIXED_PRECISION, Placement, Side, autocast_casts
 from fxopt.claim import Claim, Exact, Sqnr
-from fxopt.device import checked_device
-from fxopt.errors import FxoptError, PassError
+from fxopt.errors import FxoptError
 from fxopt.nodes import label, module_path
 from fxopt.passes.mixed_precision.autocast_planning import (
     Policy,
@@ -37,16 +36,14 @@ from fxopt.passes.mixed_precision.autocast_planning import (
     planned_casts,
     sides_of,
 )
-from fxopt.passes.mixed_precision.half_choice import (
-    HalfDtype,
-    checked_flags,
-    checked_half_dtype,
-    half_choice,
-)
+from fxopt.passes.mixed_precision.half_choice import HalfDtype, half_choice
 from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import HALF, is_cast, is_tensor_of
 from fxopt.program import Program, Refusal
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage, rewrite
+from fxopt.rewriting.option_annotations import DeviceOption
+from fxopt.rewriting.option_types import OptionType, Several
+from fxopt.rewriting.options import follows
 from fxopt.rewriting.pattern import Target
 from fxopt.rewriting.plan import Site
 
@@ -95,8 +92,44 @@ class WidenInside(Rule):
         return edit.call(node.target, *args, **node.kwargs)
 
 
+@dataclass(frozen=True)
+class PolicyEntry(OptionType):
+    """A glob over module paths or operators and a side: "*.classifier:high"."""
+
+    @property
+    def expected(self) -> str:
+        return "globs over module paths or operators, each with :low, :high or :either"
+
+    def take(self, given: Any) -> str:
+        glob, _, side = given.rpartition(":") if isinstance(given, str) else ("", "", "")
+        if not glob or side not in get_args(Side):
+            raise self.unfit()
+        return str(given)
+
+    def read(self, text: str) -> str:
+        return self.take(text)
+
+
+@dataclass(frozen=True)
+class PolicyEntries(Several):
+    """Entries, or a mapping of globs to sides."""
+
+    item: OptionType = PolicyEntry()
+    named: str = (
+        "globs over module paths or operators and their sides, each one of "
+        f"{', '.join(map(repr, get_args(Side)))}: {{'*.classifier': 'high'}}"
+    )
+
+    written: str = PolicyEntry().expected
+
+    def take(self, given: Any) -> tuple[Any, ...]:
+        if isinstance(given, Mapping):
+            given = tuple(f"{glob}:{side}" for glob, side in given.items())
+        return super().take(given)
+
+
 @dataclass(frozen=True, repr=False)
-class Autocast(Pass):
+class Autocast(Pass[AutocastPlan]):
     """Half precision where the hardware is fast in it and the numbers allow it.
 
     `mode="mixed"` puts linears, convolutions, matrix products and attention in half precision and
@@ -119,28 +152,19 @@ class Autocast(Pass):
 
     dtype: HalfDtype = "auto"
     mode: Mode = "mixed"
-    policy: tuple[str, ...] = ()
+    policy: Annotated[tuple[str, ...], PolicyEntries()] = ()
     budget: Sqnr | None = None
-    device: str | None = None
+    device: DeviceOption = None
     force: bool = False
-    claim: Claim = None  # type: ignore[assignment]
+    claim: Claim = follows()
     name: ClassVar[str] = "autocast"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", checked_half_dtype("Autocast", self.dtype))
-        object.__setattr__(self, "device", checked_device("Autocast", self.device))
-        object.__setattr__(self, "policy", _checked_policy(self.policy))
-        if self.mode not in get_args(Mode):
-            raise PassError(f"Autocast(mode={self.mode!r}): mode must be one of {get_args(Mode)}")
-        checked_flags("Autocast", [("force", self.force)])
-        if self.budget is not None and not isinstance(self.budget, Sqnr):
-            raise PassError(f"Autocast(budget={self.budget!r}): give decibels, as Sqnr(40.0)")
-        unset: object = self.claim
-        if unset is None:
-            object.__setattr__(self, "claim", _CLAIMS[self.mode])
+    def default_claim(self) -> Claim:
+        """What the mode keeps."""
+        return _CLAIMS[self.mode]
 
-    def plan(self, program: Program) -> Plan:
+    def plan(self, program: Program) -> AutocastPlan:
         """Which operations will be in half precision, in which regions, and what casts that takes.
 
         Prints the bytes that casts move in a call, beside those of `torch.autocast`.
@@ -169,14 +193,12 @@ class Autocast(Pass):
             placement=placement,
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: AutocastPlan) -> Program:
         """Compute the plan's nodes in half precision, but for its excluded ones."""
-        planned = plan if isinstance(plan, AutocastPlan) else self.plan(program)
-        assert isinstance(planned, AutocastPlan)
-        chosen = planned.low - plan.excluded
+        chosen = plan.low - plan.excluded
         if not chosen:
             return rewrite(program, ())
-        dtype = planned.dtype
+        dtype = plan.dtype
         lowered = rewrite(program, (ComputeInHalf(chosen, dtype), CancelCasts(dtype)))
         # What is chosen must have been taken before its operands become float32 by promotion.
         return rewrite(lowered, (WidenInside(),))
@@ -247,17 +269,3 @@ def _is_widening(node: Any) -> bool:
     """Whether `node` is float32(y) for a tensor y in half."""
     is_widened = isinstance(node, fx.Node) and is_cast(node, torch.float32)
     return is_widened and any(is_tensor_of(node.args[0], dtype) for dtype in HALF)
-
-
-def _checked_policy(given: Any) -> tuple[str, ...]:
-    if isinstance(given, Mapping):
-        given = tuple(f"{glob}:{side}" for glob, side in given.items())
-    entries = (given,) if isinstance(given, str) else tuple(given)
-    for entry in entries:
-        glob, _, side = entry.rpartition(":") if isinstance(entry, str) else ("", "", "")
-        if not glob or side not in get_args(Side):
-            raise PassError(
-                f"Autocast(policy={given!r}): each entry is a glob over module paths or operators "
-                f"and a side, one of {get_args(Side)}: {{'*.classifier': 'high'}}"
-            )
-    return entries

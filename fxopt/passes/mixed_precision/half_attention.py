@@ -21,7 +21,6 @@ from torch import fx
 
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Device
-from fxopt.errors import PassError
 from fxopt.operators.views import PARTS, WHOLE_VIEWS
 from fxopt.passes.mixed_precision.half_precision import ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import is_cast, is_tensor_of
@@ -124,10 +123,6 @@ class HalfAttention(RulePass):
     claim: Claim = Sqnr(30.0)
     name: ClassVar[str] = "half-attention"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.force, bool):
-            raise PassError(f"HalfAttention(force={self.force!r}): give True or False")
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """The rounding, then its casts as early as they can be."""

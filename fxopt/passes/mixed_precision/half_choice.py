@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 
 from fxopt.device import Device
-from fxopt.errors import PassError
 from fxopt.passes.mixed_precision.half_values import HALF
 from fxopt.program import Program
-
-HalfDtype = torch.dtype | Literal["auto"]
+from fxopt.rewriting.option_types import OptionType
 
 _BY_NAME = {name: dtype for dtype in HALF for name in (str(dtype), str(dtype)[len("torch.") :])}
 
 
-def checked_half_dtype(pass_name: str, given: Any) -> HalfDtype:
-    """A pass's `dtype` option: "auto" or one of the two dtypes, which may be given by name.
+@dataclass(frozen=True)
+class HalfDtypes(OptionType):
+    """One of the two dtypes, which may be given by name, or "auto"."""
 
-    Raises `PassError`, naming the pass, for anything else.
-    """
-    if given == "auto":
-        return "auto"
-    dtype = _BY_NAME.get(str(given))
-    if dtype is not None:
+    @property
+    def expected(self) -> str:
+        return '"auto", torch.bfloat16 or torch.float16'
+
+    @property
+    def spelling(self) -> str:
+        return "auto | bfloat16 | float16"
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return ("auto", *HALF)
+
+    def take(self, given: Any) -> HalfDtype:
+        if isinstance(given, str) and given == "auto":
+            return "auto"
+        dtype = _BY_NAME.get(str(given))
+        if dtype is None:
+            raise self.unfit()
         return dtype
-    raise PassError(f'{pass_name}(dtype={given!r}): give "auto", torch.bfloat16 or torch.float16')
+
+    def read(self, text: str) -> HalfDtype:
+        return self.take(text)
 
 
-def checked_flags(pass_name: str, flags: Iterable[tuple[str, Any]]) -> None:
-    """Raise `PassError`, naming the pass, for an option among `flags` that is no bool."""
-    for name, given in flags:
-        if not isinstance(given, bool):
-            raise PassError(f"{pass_name}({name}={given!r}): give True or False")
+HalfDtype: TypeAlias = Annotated[torch.dtype | Literal["auto"], HalfDtypes()]
 
 
 def half_choice(

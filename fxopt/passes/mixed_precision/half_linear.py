@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from fxopt.claim import Claim, Sqnr
-from fxopt.device import checked_device
 from fxopt.nodes import module_path
 from fxopt.observation import Extremes, extremes, past_range
 from fxopt.operators import (
@@ -30,17 +29,14 @@ from fxopt.operators import (
     refuse_shared_weight,
     why_no_linear,
 )
-from fxopt.passes.linear_layers.selection import checked_globs, refuse_path
-from fxopt.passes.mixed_precision.half_choice import (
-    HalfDtype,
-    checked_flags,
-    checked_half_dtype,
-    half_choice,
-)
+from fxopt.passes.linear_layers.selection import refuse_path
+from fxopt.passes.mixed_precision.half_choice import HalfDtype, half_choice
 from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import HALF
 from fxopt.program import Mode, Program
 from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
+from fxopt.rewriting.option_annotations import DeviceOption, Globs
+from fxopt.rewriting.options import follows
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
@@ -146,7 +142,7 @@ class RoundLayer(ComputeInHalf):
 
 
 @dataclass(frozen=True, repr=False)
-class HalfLinear(Pass):
+class HalfLinear(Pass[HalfPlan]):
     """Linear layers and convolutions in half precision, their weights stored in it once.
 
     `dtype="auto"` takes what `device` multiplies natively: bfloat16, or float16 where only that is.
@@ -167,30 +163,20 @@ class HalfLinear(Pass):
     """
 
     dtype: HalfDtype = "auto"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    include: Globs = ("*",)
+    exclude: Globs = ()
     tied: bool = False
     force: bool = False
-    device: str | None = None
-    claim: Claim = None  # type: ignore[assignment]
+    device: DeviceOption = None
+    claim: Claim = follows()
     name: ClassVar[str] = "half-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
-    def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "dtype": checked_half_dtype("HalfLinear", self.dtype),
-            "device": checked_device("HalfLinear", self.device),
-            "include": checked_globs("HalfLinear", "include", self.include),
-            "exclude": checked_globs("HalfLinear", "exclude", self.exclude),
-        }
-        checked_flags("HalfLinear", (("tied", self.tied), ("force", self.force)))
-        unset: object = self.claim
-        if unset is None:
-            checked["claim"] = _FLOOR[checked["dtype"]]
-        for option, value in checked.items():
-            object.__setattr__(self, option, value)
+    def default_claim(self) -> Claim:
+        """What the dtype keeps."""
+        return _FLOOR[self.dtype]
 
-    def plan(self, program: Program) -> Plan:
+    def plan(self, program: Program) -> HalfPlan:
         """The layers that will be in half precision, in which, and why the others will not."""
         choice = half_choice(program, self.dtype, self.device, self.force)
         past: dict[str, str] = {}
@@ -203,11 +189,9 @@ class HalfLinear(Pass):
             base.spec, base.sites, base.refusals, frozenset(), warnings, details, choice, past
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: HalfPlan) -> Program:
         """Round the plan's layers, sparing its excluded nodes."""
-        planned = plan if isinstance(plan, HalfPlan) else self.plan(program)
-        assert isinstance(planned, HalfPlan)
-        return rewrite(program, self._rules(program, planned.choice, planned.past), plan.excluded)
+        return rewrite(program, self._rules(program, plan.choice, plan.past), plan.excluded)
 
     def _rules(
         self, program: Program, choice: torch.dtype | str, past: Mapping[str, str]

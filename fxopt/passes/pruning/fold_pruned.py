@@ -26,7 +26,7 @@ from fxopt.passes.pruning.channel_plan import ChannelPlan, cut_details, node_of,
 from fxopt.passes.pruning.cut_channels import cut
 from fxopt.passes.structure.canonicalize import FoldConstant
 from fxopt.program import Program
-from fxopt.rewriting import Pass, Plan, Stage, rewrite
+from fxopt.rewriting import Pass, Stage, rewrite
 
 _MOST_ROUNDS = 4
 
@@ -44,7 +44,7 @@ class FoldPlan(ChannelPlan):
 
 
 @dataclass(frozen=True, repr=False)
-class FoldPruned(Pass):
+class FoldPruned(Pass[FoldPlan]):
     """Cut every channel that is zero, constant or unread, where that is exact.
 
     It finds what `torch.nn.utils.prune`, any mask or any training has left behind: rows and columns
@@ -81,9 +81,8 @@ class FoldPruned(Pass):
             absorbed={group.name: dead[group.name].absorbed for group in groups},
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: FoldPlan) -> Program:
         """Move constants into biases, then cut; again where a shared weight has become several."""
-        assert isinstance(plan, FoldPlan)
         folded = self._folded(program, plan)
         for _ in range(_MOST_ROUNDS):
             more = replace(self.plan(folded), excluded=plan.excluded)

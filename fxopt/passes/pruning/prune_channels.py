@@ -10,23 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxopt.analyses.arithmetic import Cost, cut_cost
 from fxopt.analyses.channels import Channels, Group, GroupKind, channels
-from fxopt.analyses.importance import KINDS, Importance, importance, normalized, ratio_for, select
+from fxopt.analyses.importance import Importance, importance, normalized, ratio_for, select
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
-from fxopt.observation.gram import WEIGHTINGS, Weighting
-from fxopt.passes.linear_layers.selection import checked_globs
+from fxopt.observation.gram import Weighting
 from fxopt.passes.pruning.channel_plan import ChannelPlan, cut_details, node_of, sites_of
 from fxopt.passes.pruning.cut_channels import cut
 from fxopt.passes.pruning.mask_channels import masked
 from fxopt.program import Program, Refusal
-from fxopt.rewriting import Pass, Plan, Stage
+from fxopt.rewriting import Pass, Stage
+from fxopt.rewriting.option_annotations import Give
+from fxopt.rewriting.option_types import Bounds, Several, Text
+from fxopt.rewriting.options import Conflict
 from fxopt.weights.reconstruction import Fitted, reconstruct, refuse_fit
 
 _GROUPS = GroupKind.__args__  # type: ignore[attr-defined]
@@ -34,6 +35,12 @@ _COMPARABLE = ("taylor",)
 """Measures with one unit in the whole program."""
 
 _TARGETS = ("ratio", "target_flops", "target_params")
+
+_KINDS_OR_GLOBS = f"kinds ({', '.join(_GROUPS)}) or globs over the groups' names"
+
+Share: TypeAlias = Annotated[
+    float, Bounds(above=0, below=1), Give("a share between 0 and 1, both excluded")
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class PrunePlan(ChannelPlan):
 
 
 @dataclass(frozen=True, repr=False)
-class PruneChannels(Pass):
+class PruneChannels(Pass[PrunePlan]):
     """Cut the least important channels, whole attention heads among them.
 
     One of three says how much: `ratio`, the share of each group's channels that leaves (with
@@ -72,14 +79,17 @@ class PruneChannels(Pass):
     Raises `PassError` for options that don't fit together.
     """
 
-    ratio: float | None = None
-    target_flops: float | None = None
-    target_params: float | None = None
+    ratio: Share | None = None
+    target_flops: Share | None = None
+    target_params: Share | None = None
     importance: Importance = "l2"
-    scope: tuple[str, ...] = ("ffn",)
-    exclude: tuple[str, ...] = ()
-    ranking: Literal["local", "global"] = "local"
-    round_to: int = 1
+    scope: Annotated[tuple[str, ...], Several(Text(), _KINDS_OR_GLOBS, least=1)] = ("ffn",)
+    exclude: Annotated[tuple[str, ...], Several(Text(), "globs over the groups' names")] = ()
+    ranking: Annotated[
+        Literal["local", "global"],
+        Give('"local" (within each group) or "global" (over all groups)'),
+    ] = "local"
+    round_to: Annotated[int, Bounds(least=1)] = 1
     reconstruct: bool = False
     weighting: Weighting = "uniform"
     seed: int = 0
@@ -88,48 +98,20 @@ class PruneChannels(Pass):
     stage: ClassVar[Stage] = Stage.STRUCTURE
     claim: Claim = Close()
 
-    def __post_init__(self) -> None:
-        given = [name for name in _TARGETS if getattr(self, name) is not None]
+    def conflict(self) -> Conflict | None:
+        """One share says how much is cut, and rows are weighed where something looks at them."""
+        given = tuple(name for name in _TARGETS if getattr(self, name) is not None)
         if len(given) > 1:
-            raise PassError(
-                f"PruneChannels takes one of {'=, '.join(_TARGETS)}=, not {' and '.join(given)}: "
-                "each of them says how much is cut"
-            )
-        for name in given:
-            share = getattr(self, name)
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if not number or not 0 < share < 1:
-                raise PassError(
-                    f"PruneChannels({name}={share!r}): give a share between 0 and 1, both excluded"
-                )
-        if self.importance not in KINDS:
-            raise PassError(
-                f"PruneChannels(importance={self.importance!r}): choose one of {', '.join(KINDS)}"
-            )
-        if self.weighting not in WEIGHTINGS:
-            raise PassError(
-                f"PruneChannels(weighting={self.weighting!r}): choose one of "
-                f"{', '.join(WEIGHTINGS)}"
+            return Conflict(
+                given, f"give one of {', '.join(_TARGETS)}: each of them says how much is cut"
             )
         if self.weighting != "uniform" and not self.reconstruct and self.importance != "obs":
-            raise PassError(
-                f"PruneChannels(weighting={self.weighting!r}) weighs the calibration's rows, which "
-                f'importance={self.importance!r} doesn\'t look at: set importance="obs" or '
-                "reconstruct=True"
+            return Conflict(
+                ("weighting", "importance", "reconstruct"),
+                'give importance="obs" or reconstruct=True, which look at the calibration\'s rows '
+                "that weighting weighs",
             )
-        if self.ranking not in ("local", "global"):
-            raise PassError(
-                f'PruneChannels(ranking={self.ranking!r}): choose "local" (within each group) or '
-                '"global" (over all groups)'
-            )
-        whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool)
-        if not whole or self.round_to < 1:
-            raise PassError(f"PruneChannels(round_to={self.round_to!r}): give a whole number >= 1")
-        for option in ("scope", "exclude"):
-            globs = checked_globs("PruneChannels", option, getattr(self, option))
-            object.__setattr__(self, option, globs)
-        if not self.scope:
-            raise PassError(f"PruneChannels(scope=()): give kinds ({', '.join(_GROUPS)}) or globs")
+        return None
 
     def plan(self, program: Program) -> PrunePlan:
         """Rank the channels in scope and choose those that stay."""
@@ -169,9 +151,8 @@ class PruneChannels(Pass):
             fitted=fitted,
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: PrunePlan) -> Program:
         """Refit the readers where that was asked for, then cut."""
-        assert isinstance(plan, PrunePlan)
         keep, before = plan.kept(), program
         if plan.fitted:
             program = masked(program, channels(program), keep, plan.fitted, norms=False)
@@ -181,9 +162,8 @@ class PruneChannels(Pass):
         program = replace(program, pruned={**sizes, **program.pruned})
         return plan.carried_out(before, program)
 
-    def oracle(self, program: Program, plan: Plan) -> Program:
+    def oracle(self, program: Program, plan: PrunePlan) -> Program:
         """The program whose readers see zeros for the channels that are cut."""
-        assert isinstance(plan, PrunePlan)
         return masked(program, channels(program), plan.kept(), plan.fitted)
 
     def _in_scope(

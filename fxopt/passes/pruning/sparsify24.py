@@ -15,32 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Sqnr
-from fxopt.device import Answer, Device, checked_device
-from fxopt.errors import PassError
+from fxopt.device import Answer, Device
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
 from fxopt.nodes import label
 from fxopt.observation import SecondMoment
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from fxopt.passes.linear_layers.selection import (
-    Selection,
-    checked_selections,
+    Selections,
     has_mark,
     refuse_by_path,
     refuse_weight,
 )
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs
-from fxopt.passes.mixed_precision.half_choice import checked_flags
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.program import Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting.option_annotations import DeviceOption
 from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, prune24
 
 aten = torch.ops.aten
@@ -144,7 +142,7 @@ class Sparse24Plan(Plan):
 
 
 @dataclass(frozen=True, repr=False)
-class Sparsify24(Pass):
+class Sparsify24(Pass[Sparse24Plan]):
     """Linear layers on weights of which every four neighbours along K hold at most two.
 
     `importance` says which two stay: the largest (`"magnitude"`), the largest times the norm of
@@ -167,26 +165,14 @@ class Sparsify24(Pass):
     """
 
     importance: Importance = "magnitude"
-    include: tuple[Selection, ...] = ("*",)
-    exclude: tuple[Selection, ...] = ()
+    include: Selections = ("*",)
+    exclude: Selections = ()
     tied: bool = False
     force: bool = False
-    device: str | None = None
+    device: DeviceOption = None
     claim: Claim = Sqnr(1.0)  # zeros in place of the outputs, or twice the outputs, have 0 dB
     name: ClassVar[str] = "sparsify24"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        if self.importance not in get_args(Importance):
-            raise PassError(
-                f"Sparsify24(importance={self.importance!r}): importance must be one of "
-                f"{get_args(Importance)}"
-            )
-        checked_flags("Sparsify24", (("tied", self.tied), ("force", self.force)))
-        object.__setattr__(self, "device", checked_device("Sparsify24", self.device))
-        for option in ("include", "exclude"):
-            given = checked_selections("Sparsify24", option, getattr(self, option))
-            object.__setattr__(self, option, given)
 
     @property
     def feeds_back(self) -> bool:
@@ -198,7 +184,7 @@ class Sparsify24(Pass):
         described = Device.parse(self.device) if self.device else Device.describe(device)
         return described.sparse24()
 
-    def plan(self, program: Program) -> Plan:
+    def plan(self, program: Program) -> Sparse24Plan:
         """The linears that will be masked, and why the others will not."""
         base = plan_rules(program, (MaskLinear(self, program),), repr(self))
         chosen = {site.node for site in base.sites}
@@ -210,11 +196,9 @@ class Sparsify24(Pass):
             base.spec, base.sites, base.refusals, frozenset(), tuple(warnings), (), learnt
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: Sparse24Plan) -> Program:
         """Mask the plan's linears, sparing its excluded nodes."""
-        planned = plan if isinstance(plan, Sparse24Plan) else self.plan(program)
-        assert isinstance(planned, Sparse24Plan)
-        return rewrite(program, (MaskLinear(self, program, planned.learnt),), plan.excluded)
+        return rewrite(program, (MaskLinear(self, program, plan.learnt),), plan.excluded)
 
     def _learn(
         self, program: Program, linears: Sequence[Linear], warnings: dict[str, None]

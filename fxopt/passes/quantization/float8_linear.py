@@ -25,10 +25,11 @@ from fxopt.device import Device
 from fxopt.kernels.float8 import FLOAT8, quantize_weight_float8
 from fxopt.operators import Linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import ProductRule
-from fxopt.passes.linear_layers.selection import checked_globs, refuse_by_path, refuse_weight
+from fxopt.passes.linear_layers.selection import refuse_by_path, refuse_weight
 from fxopt.program import Program
 from fxopt.recipe import materialize
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, constant, has_dtype, hole, op
+from fxopt.rewriting.option_annotations import Globs
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
@@ -115,18 +116,13 @@ class Float8Linear(RulePass):
     Raises `PassError` for globs that are no strings.
     """
 
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    include: Globs = ("*",)
+    exclude: Globs = ()
     tied: bool = False
     claim: Claim = Sqnr(10.0)  # the table of architectures, with random weights, keeps 13 dB
     force: bool = False
     name: ClassVar[str] = "float8-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        for option in ("include", "exclude"):
-            globs = checked_globs("Float8Linear", option, getattr(self, option))
-            object.__setattr__(self, option, globs)
 
     def rules(self, program: Program) -> Sequence[Rule]:
         """One rule for every spelling of a linear."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +29,7 @@ from fxopt.nodes import label
 from fxopt.observation import SecondMoment
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
-from fxopt.passes.linear_layers.selection import Selection, checked_selections
+from fxopt.passes.linear_layers.selection import Selections
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs
 from fxopt.passes.quantization.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
 from fxopt.program import Program
@@ -47,6 +47,8 @@ from fxopt.rewriting import (
     plan_rules,
     rewrite,
 )
+from fxopt.rewriting.option_annotations import Give
+from fxopt.rewriting.option_types import Bounds
 from fxopt.weights import quantize_rows
 from fxopt.weights.gptq import Rounding
 
@@ -148,7 +150,7 @@ class Int4Plan(Plan):
 
 
 @dataclass(frozen=True, repr=False)
-class Int4Linear(Pass):
+class Int4Linear(Pass[Int4Plan]):
     """Linear layers on symmetric int4 weights, two a byte; activations stay as they are.
 
     Each `group` input channels of an output channel have a scale; left out, it is the largest of
@@ -163,29 +165,20 @@ class Int4Linear(Pass):
     Raises `PassError` for other options and for a weight that holds NaN or infinity.
     """
 
-    group: int | None = None
+    group: Annotated[
+        Annotated[int, Bounds(least=2, multiple_of=2)] | None,
+        Give(
+            "an even number of input channels, such as 128, 64 or 32, or None for the largest of "
+            "these that fits"
+        ),
+    ] = None
     weights: Rounding = "nearest"
-    include: tuple[Selection, ...] = ("*",)
-    exclude: tuple[Selection, ...] = ()
+    include: Selections = ("*",)
+    exclude: Selections = ()
     tied: bool = False
     claim: Claim = Sqnr(5.0)  # the table of architectures, with random weights, keeps 5.9 dB
     name: ClassVar[str] = "int4-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        group: Any = self.group
-        if group is not None and (not isinstance(group, int) or group < 2 or group % 2):
-            raise PassError(
-                f"Int4Linear(group={group!r}): give an even number of input channels, such as "
-                "128, 64 or 32, or None for the largest of these that fits"
-            )
-        if self.weights not in get_args(Rounding):
-            raise PassError(
-                f"Int4Linear(weights={self.weights!r}): weights must be one of {get_args(Rounding)}"
-            )
-        for option in ("include", "exclude"):
-            given = checked_selections("Int4Linear", option, getattr(self, option))
-            object.__setattr__(self, option, given)
 
     @property
     def scheme(self) -> Scheme:
@@ -215,22 +208,21 @@ class Int4Linear(Pass):
             raise PassError(f"{label(linear.node)}: {error}; exclude= takes it out") from error
         return pack_int4(q), scale.unsqueeze(-1)
 
-    def plan(self, program: Program) -> Plan:
+    def plan(self, program: Program) -> Int4Plan:
         """The linears that will be rewritten, and why the others will not."""
         rule = QuantizeInt4Linear(self)
         plan = plan_rules(program, (rule,), repr(self))
         if self.weights == "nearest" or not plan.sites:
-            return plan
+            return Int4Plan(plan.spec, plan.sites, plan.refusals)
         linears = chosen_linears(program, rule, plan.sites)
         weights, warnings = _round_by_inputs(self, program, linears)
         return Int4Plan(
             plan.spec, plan.sites, plan.refusals, warnings=tuple(warnings), weights=weights
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: Int4Plan) -> Program:
         """Rewrite the plan's linears, sparing its excluded nodes."""
-        ahead = plan.weights if isinstance(plan, Int4Plan) else None
-        return rewrite(program, (QuantizeInt4Linear(self, ahead),), plan.excluded)
+        return rewrite(program, (QuantizeInt4Linear(self, plan.weights),), plan.excluded)
 
 
 def _round_by_inputs(

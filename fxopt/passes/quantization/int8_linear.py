@@ -13,16 +13,14 @@ Integer-Arithmetic-Only Inference" (2018); per-token scales: Yao et al., "ZeroQu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from fxopt.analyses.precision import INT8_ACTIVATIONS
 from fxopt.analyses.sensitivity import Sensitivity
 from fxopt.claim import Claim, Sqnr
-from fxopt.errors import PassError
 from fxopt.observation import RangeMethod
-from fxopt.passes.linear_layers.selection import Selection, checked_selections
+from fxopt.passes.linear_layers.selection import Selections
 from fxopt.passes.quantization.int8_planning import Int8Plan, make_plan
 from fxopt.passes.quantization.quantize_linear import (
     Activations,
@@ -32,7 +30,9 @@ from fxopt.passes.quantization.quantize_linear import (
     Scheme,
 )
 from fxopt.program import Program
-from fxopt.rewriting import Pass, Plan, Stage, rewrite
+from fxopt.rewriting import Pass, Stage, rewrite
+from fxopt.rewriting.option_types import Bounds
+from fxopt.rewriting.options import Conflict, follows
 
 _FLOOR = {"dynamic": INT8_ACTIVATIONS, "static": Sqnr(10.0), "weight_only": Sqnr(26.0)}
 """Decibels end to end that every model of the architecture table keeps with random weights, which
@@ -46,7 +46,7 @@ Weights = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True, repr=False)
-class Int8Linear(Pass):
+class Int8Linear(Pass[Int8Plan]):
     """Linear layers on symmetric int8 weights, one scale per output channel.
 
     `mode="dynamic"` also rounds each token of the input to int8 with a scale taken at run time;
@@ -76,47 +76,47 @@ class Int8Linear(Pass):
     """
 
     mode: Int8Mode = "dynamic"
-    include: tuple[Selection, ...] = ("*",)
-    exclude: tuple[Selection, ...] = ()
+    include: Selections = ("*",)
+    exclude: Selections = ()
     tied: bool = False
-    claim: Claim = None  # type: ignore[assignment]
-    activations: Activations = None  # type: ignore[assignment]
+    claim: Claim = follows()
+    activations: Activations = follows()
     observer: RangeMethod = "minmax"
-    group: int | None = None
+    group: Annotated[int, Bounds(least=1)] | None = None
     weights: Weights = "nearest"
     budget: Sqnr | None = None
-    max_layers: int | None = None
+    max_layers: Annotated[int, Bounds(least=0)] | None = None
     where: Where = "faster"
     range: Range = "auto"
     name: ClassVar[str] = "int8-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
-    def __post_init__(self) -> None:
-        self._check_choice("mode", get_args(Int8Mode))
-        unset: tuple[object, object] = (self.activations, self.claim)
-        if unset[0] is None:
-            usual = "affine" if self.mode == "static" else "symmetric"
-            object.__setattr__(self, "activations", usual)
-        self._check_choice("activations", get_args(Activations))
-        self._check_choice("observer", get_args(RangeMethod))
-        self._check_choice("weights", get_args(Weights))
-        self._check_choice("where", get_args(Where))
-        self._check_choice("range", get_args(Range))
-        for option in ("include", "exclude"):
-            given = checked_selections("Int8Linear", option, getattr(self, option))
-            object.__setattr__(self, option, given)
-        self._check_numbers()
-        if unset[1] is None:
-            object.__setattr__(self, "claim", self._usual_claim())
+    def conflict(self) -> Conflict | None:
+        """Groups of input channels have scales of their own where no int8 product is taken."""
+        if self.group is None or self.mode == "weight_only":
+            return None
+        return Conflict(
+            ("group", "mode"),
+            "an int8 product has one scale per output channel; give mode='weight_only' with group",
+        )
 
-    def plan(self, program: Program) -> Plan:
+    def default_activations(self) -> Activations:
+        """Affine where one scale serves all tokens, symmetric otherwise."""
+        return "affine" if self.mode == "static" else "symmetric"
+
+    def default_claim(self) -> Claim:
+        """The floor of the mode, or a little below the budget where one is given."""
+        if self.budget is None:
+            return _FLOOR[self.mode]
+        return Sqnr(max(self.budget.db - _BELOW_BUDGET, 1.0))
+
+    def plan(self, program: Program) -> Int8Plan:
         """The linears that will be rewritten, with their scales, and why the others will not."""
         return make_plan(program, self._scheme(), self._needs(), repr(self))
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: Int8Plan) -> Program:
         """Rewrite the plan's linears, sparing its excluded nodes."""
-        scheme = plan.scheme if isinstance(plan, Int8Plan) else self._scheme()
-        return rewrite(program, (QuantizeLinear(scheme),), plan.excluded)
+        return rewrite(program, (QuantizeLinear(plan.scheme),), plan.excluded)
 
     def advice(self) -> str | None:
         """The same pass with a budget that gives its claim, where it has none."""
@@ -142,27 +142,3 @@ class Int8Linear(Pass):
     def _needs(self) -> dict[str, Any]:
         names = ("observer", "weights", "budget", "max_layers", "where", "range")
         return {name: getattr(self, name) for name in names}
-
-    def _usual_claim(self) -> Claim:
-        if self.budget is None:
-            return _FLOOR[self.mode]
-        return Sqnr(max(self.budget.db - _BELOW_BUDGET, 1.0))
-
-    def _check_choice(self, option: str, choices: Sequence[object]) -> None:
-        given = getattr(self, option)
-        if given not in choices:
-            raise PassError(f"Int8Linear({option}={given!r}): {option} must be one of {choices}.")
-
-    def _check_numbers(self) -> None:
-        for option in ("group", "max_layers"):
-            number = getattr(self, option)
-            least = 1 if option == "group" else 0
-            if number is not None and (not isinstance(number, int) or number < least):
-                raise PassError(f"Int8Linear({option}={number!r}): give a number from {least} on")
-        if self.budget is not None and not isinstance(self.budget, Sqnr):
-            raise PassError(f"Int8Linear(budget={self.budget!r}): give decibels, as Sqnr(30.0)")
-        if self.group is not None and self.mode != "weight_only":
-            raise PassError(
-                f"Int8Linear(group={self.group}, mode={self.mode!r}): an int8 product has one "
-                "scale per output channel; use group with mode='weight_only'"
-            )

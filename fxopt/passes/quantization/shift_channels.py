@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,6 @@ from fxopt.observation import ChannelRange
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
 from fxopt.passes.linear_layers.selection import (
-    checked_globs,
     has_mark,
     refuse_by_path,
     refuse_weight,
@@ -34,6 +33,8 @@ from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
@@ -98,7 +99,7 @@ class ShiftPlan(Plan):
 
 
 @dataclass(frozen=True, repr=False)
-class ShiftChannels(Pass):
+class ShiftChannels(Pass[ShiftPlan]):
     """Each input channel of a linear centred on 0, for `Int8Linear` after it.
 
     Where, by `transform(calibration=)`, the range of all channels together gets narrower by at
@@ -110,19 +111,12 @@ class ShiftChannels(Pass):
     linears.
     """
 
-    gain: float = 0.1
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    gain: Annotated[float, Bounds(above=0, below=1)] = 0.1
+    include: Globs = ("*",)
+    exclude: Globs = ()
     claim: Claim = Close()
     name: ClassVar[str] = "shift-channels"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.gain, float) or not 0.0 < self.gain < 1.0:
-            raise PassError(f"ShiftChannels(gain={self.gain!r}): give a number between 0 and 1")
-        for option in ("include", "exclude"):
-            globs = checked_globs("ShiftChannels", option, getattr(self, option))
-            object.__setattr__(self, option, globs)
 
     def plan(self, program: Program) -> ShiftPlan:
         """The linears whose input gets narrower, with the middles of its channels."""
@@ -153,10 +147,9 @@ class ShiftChannels(Pass):
             reasons=reasons,
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: ShiftPlan) -> Program:
         """Shift the inputs of the plan's linears."""
-        made = plan if isinstance(plan, ShiftPlan) else self.plan(program)
-        rule = ShiftLinear(self, program.mode == "train", made.middles, made.reasons)
+        rule = ShiftLinear(self, program.mode == "train", plan.middles, plan.reasons)
         return rewrite(program, (rule,), plan.excluded)
 
     def _middle(self, seen: ChannelRange) -> tuple[Tensor | None, str]:

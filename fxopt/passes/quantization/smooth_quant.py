@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +26,6 @@ from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
 from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.selection import (
-    checked_globs,
     has_mark,
     refuse_by_path,
     refuse_weight,
@@ -36,6 +35,8 @@ from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, Smooth
 from fxopt.program import Program, Refusal
 from fxopt.recipe import materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 from fxopt.weights.smoothing import choose_alpha, largest_per_channel, smoothing_scale
 
 _SAMPLE_ROWS, _SAMPLE_CHANNELS = 256, 1024
@@ -50,7 +51,7 @@ class SmoothPlan(Plan):
 
 
 @dataclass(frozen=True, repr=False)
-class SmoothQuant(Pass):
+class SmoothQuant(Pass[SmoothPlan]):
     """Outliers of activations moved into the weights of linears, for int8 that comes after.
 
     `alpha` in [0, 1] says how far: 0 leaves the activations' outliers, 1 moves them whole;
@@ -64,37 +65,21 @@ class SmoothQuant(Pass):
     quantized linears.
     """
 
-    alpha: float | Literal["auto"] = 0.5
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    alpha: Annotated[float, Bounds(least=0, most=1)] | Literal["auto"] = 0.5
+    include: Globs = ("*",)
+    exclude: Globs = ()
     mode: Literal["dynamic", "static"] = "dynamic"
     range: Range = "auto"
     name: ClassVar[str] = "smooth-quant"
     stage: ClassVar[Stage] = Stage.NUMERICS
     claim: Claim = Close()
 
-    def __post_init__(self) -> None:
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if self.alpha != "auto" and not (number and 0.0 <= float(self.alpha) <= 1.0):
-            raise PassError(
-                f'SmoothQuant(alpha={self.alpha!r}): alpha must be a number from 0 to 1, or "auto"'
-            )
-        if self.mode not in ("dynamic", "static"):
-            raise PassError(f'SmoothQuant(mode={self.mode!r}): mode must be "dynamic" or "static"')
-        if self.range not in get_args(Range):
-            raise PassError(f'SmoothQuant(range={self.range!r}): range must be "auto", 7 or 8')
-        for option in ("include", "exclude"):
-            globs = checked_globs("SmoothQuant", option, getattr(self, option))
-            object.__setattr__(self, option, globs)
-
     def plan(self, program: Program) -> SmoothPlan:
         """The groups of linears and their scales, learnt from the program's calibration."""
         return _Planning(self, program).plan()
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: SmoothPlan) -> Program:
         """Scale weights and what computes their inputs; a group is spared with its first linear."""
-        if not isinstance(plan, SmoothPlan):
-            raise PassError(f"{self!r} can't apply a {type(plan).__name__}: give what plan() made")
         groups = [group for group in plan.groups if plan.excluded.isdisjoint(group.linears)]
         return rewrite(program, (SmoothLinear(groups, plan.reasons),), plan.excluded)
 

@@ -16,20 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
 from fxopt.observation import ChannelMagnitude
 from fxopt.operators import Linear, as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
-from fxopt.passes.linear_layers.selection import checked_globs, has_mark, refuse_by_path
+from fxopt.passes.linear_layers.selection import has_mark, refuse_by_path
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting.option_annotations import Globs
+from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
@@ -104,7 +105,7 @@ class SplitPlan(Plan):
 
 
 @dataclass(frozen=True, repr=False)
-class SplitOutliers(Pass):
+class SplitOutliers(Pass[SplitPlan]):
     """The `channels` largest input channels of a linear are multiplied apart, in float.
 
     Where, by `transform(calibration=)`, the largest input channel is at least `ratio` times as
@@ -115,22 +116,13 @@ class SplitOutliers(Pass):
     Raises `PassError` for numbers that make no sense.
     """
 
-    channels: int = 16
-    ratio: float = 2.0
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    channels: Annotated[int, Bounds(least=1)] = 16
+    ratio: Annotated[float, Bounds(above=1)] = 2.0
+    include: Globs = ("*",)
+    exclude: Globs = ()
     claim: Claim = Close()
     name: ClassVar[str] = "split-outliers"
     stage: ClassVar[Stage] = Stage.NUMERICS
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.channels, int) or self.channels < 1:
-            raise PassError(f"SplitOutliers(channels={self.channels!r}): give a number from 1 on")
-        if not 1.0 < self.ratio < math.inf:
-            raise PassError(f"SplitOutliers(ratio={self.ratio!r}): give a number above 1")
-        for option in ("include", "exclude"):
-            globs = checked_globs("SplitOutliers", option, getattr(self, option))
-            object.__setattr__(self, option, globs)
 
     def plan(self, program: Program) -> SplitPlan:
         """The linears whose inputs have outliers, with their channels."""
@@ -154,10 +146,9 @@ class SplitOutliers(Pass):
             reasons=reasons,
         )
 
-    def apply(self, program: Program, plan: Plan) -> Program:
+    def apply(self, program: Program, plan: SplitPlan) -> Program:
         """Split the plan's linears."""
-        made = plan if isinstance(plan, SplitPlan) else self.plan(program)
-        rules = (SplitLinear(self, made.channels, made.reasons),)
+        rules = (SplitLinear(self, plan.channels, plan.reasons),)
         return rewrite(program, rules, plan.excluded)
 
 

@@ -99,8 +99,11 @@ class FoldBatchNorm(Rule):
 
 @dataclass(frozen=True, repr=False)
 class FuseConvBatchNorm(RulePass):
-    """A batch norm in eval mode folds into the convolution or linear before it, and zero padding
-    into the convolution behind it. Claim: close."""
+    """A batch norm in eval mode folds into what it follows, zero padding into what follows it.
+
+    A batch norm goes into the convolution or linear before it, padding into the convolution behind
+    it. Claim: close.
+    """
 
     name: ClassVar[str] = "fuse-conv-batch-norm"
     stage: ClassVar[Stage] = Stage.STRUCTURE

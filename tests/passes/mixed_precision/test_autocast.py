@@ -210,12 +210,18 @@ def test_a_policy_that_matches_nothing_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"mode": "mix"}, "mode must be one of ('mixed', 'full', 'half')"),
-        ({"policy": {"*": "lo"}}, "a side, one of ('low', 'high', 'either')"),
-        ({"policy": "classifier"}, "a glob over module paths or operators"),
+        (
+            {"mode": "mix"},
+            "give one of 'mixed', 'full', 'half'; did you mean 'mixed'?",
+        ),
+        (
+            {"policy": {"*": "lo"}},
+            "each one of 'low', 'high', 'either': {'*.classifier': 'high'}",
+        ),
+        ({"policy": "classifier"}, "give globs over module paths or operators"),
         ({"dtype": torch.int8}, "dtype"),
         ({"force": 1}, "give True or False"),
-        ({"budget": 30}, "give decibels, as Sqnr(40.0)"),
+        ({"budget": 30}, "give decibels, as Sqnr(30.0), or None"),
     ],
 )
 def test_wrong_options_are_explained(options: dict[str, Any], text: str) -> None:

@@ -191,7 +191,10 @@ def test_include_and_exclude_choose_by_module_path() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"importance": "loud"}, "importance must be one of ('magnitude', 'wanda', 'sparsegpt')"),
+        (
+            {"importance": "loud"},
+            "give one of 'magnitude', 'wanda', 'sparsegpt'",
+        ),
         ({"force": 1}, "Sparsify24(force=1): give True or False"),
         ({"device": "tpu"}, "Sparsify24(device='tpu'): no device is called 'tpu'"),
         ({"include": (3,)}, "Sparsify24(include=(3,)): give globs over module paths, or"),

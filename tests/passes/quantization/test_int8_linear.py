@@ -114,26 +114,26 @@ CALIBRATION = [(torch.randn(8, 8, generator=torch.Generator().manual_seed(n)),) 
 WRONG: list[tuple[Options, str]] = [
     (
         {"mode": "int4"},
-        "(mode='int4'): mode must be one of ('dynamic', 'static', 'weight_only').",
+        "(mode='int4'): give one of 'dynamic', 'static', 'weight_only'",
     ),
     (
         {"activations": "ternary"},
-        "(activations='ternary'): activations must be one of ('symmetric', 'affine').",
+        "(activations='ternary'): give one of 'symmetric', 'affine'",
     ),
     (
         {"observer": "median"},
-        "(observer='median'): observer must be one of ('minmax', 'percentile', 'mse').",
+        "(observer='median'): give one of 'minmax', 'percentile', 'mse'",
     ),
-    ({"weights": "awq"}, "(weights='awq'): weights must be one of ('nearest', 'gptq')."),
-    ({"where": "never"}, "(where='never'): where must be one of ('faster', 'always')."),
-    ({"group": 0, "mode": "weight_only"}, "(group=0): give a number from 1 on"),
-    ({"max_layers": -1}, "(max_layers=-1): give a number from 0 on"),
-    ({"max_layers": 1.5}, "(max_layers=1.5): give a number from 0 on"),
-    ({"budget": 30}, "(budget=30): give decibels, as Sqnr(30.0)"),
+    ({"weights": "awq"}, "(weights='awq'): give one of 'nearest', 'gptq'"),
+    ({"where": "never"}, "(where='never'): give one of 'faster', 'always'"),
+    ({"group": 0, "mode": "weight_only"}, "(group=0): give a whole number from 1 on, or None"),
+    ({"max_layers": -1}, "(max_layers=-1): give a whole number from 0 on, or None"),
+    ({"max_layers": 1.5}, "(max_layers=1.5): give a whole number from 0 on, or None"),
+    ({"budget": 30}, "(budget=30): give decibels, as Sqnr(30.0), or None"),
     (
         {"group": 8},
-        "(group=8, mode='dynamic'): an int8 product has one scale per output channel; use group "
-        "with mode='weight_only'",
+        "(group=8, mode='dynamic'): an int8 product has one scale per output channel; give "
+        "mode='weight_only' with group",
     ),
     (
         {"include": (3,)},

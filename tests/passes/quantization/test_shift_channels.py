@@ -147,8 +147,8 @@ def test_what_trains_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gain": 0.0}, "ShiftChannels(gain=0.0): give a number between 0 and 1"),
-        ({"gain": 1}, "ShiftChannels(gain=1): give a number between 0 and 1"),
+        ({"gain": 0.0}, "ShiftChannels(gain=0.0): give a number between 0 and 1, both excluded"),
+        ({"gain": 1}, "ShiftChannels(gain=1): give a number between 0 and 1, both excluded"),
         ({"include": (3,)}, "ShiftChannels(include=(3,)): give globs over module paths"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_mask_stays_where_the_weight_is_not_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"channels": 0}, "channels=0): give a number from 1 on"),
+        ({"channels": 0}, "channels=0): give a whole number from 1 on"),
         ({"ratio": 1.0}, "ratio=1.0): give a number above 1"),
         ({"include": (3,)}, "give globs over module paths"),
     ],
