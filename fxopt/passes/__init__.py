@@ -10,6 +10,7 @@ from fxopt.passes.pruning.prune_channels import PruneChannels
 from fxopt.passes.pruning.sparsify24 import Sparsify24
 from fxopt.passes.quantization.float8_linear import Float8Linear
 from fxopt.passes.quantization.int4_linear import Int4Linear
+from fxopt.passes.quantization.int8_embedding import Int8Embedding
 from fxopt.passes.quantization.int8_linear import Int8Linear
 from fxopt.passes.quantization.shift_channels import ShiftChannels
 from fxopt.passes.quantization.smooth_quant import SmoothQuant
@@ -28,6 +29,7 @@ __all__ = [
     "HalfAttention",
     "HalfLinear",
     "Int4Linear",
+    "Int8Embedding",
     "Int8Linear",
     "Prepack",
     "PruneChannels",
