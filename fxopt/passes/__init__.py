@@ -16,6 +16,7 @@ from fxopt.passes.quantization.shift_channels import ShiftChannels
 from fxopt.passes.quantization.smooth_quant import SmoothQuant
 from fxopt.passes.quantization.split_outliers import SplitOutliers
 from fxopt.passes.structure.canonicalize import Canonicalize
+from fxopt.passes.structure.fold_norms import FoldNorms
 from fxopt.passes.structure.fuse_conv_batch_norm import FuseConvBatchNorm
 from fxopt.passes.structure.fuse_linears import FuseLinears
 
@@ -23,6 +24,7 @@ __all__ = [
     "Autocast",
     "Canonicalize",
     "Float8Linear",
+    "FoldNorms",
     "FoldPruned",
     "FuseConvBatchNorm",
     "FuseLinears",

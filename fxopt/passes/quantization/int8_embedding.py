@@ -237,6 +237,7 @@ def _rounded_table(node: fx.Node, table: fx.Node, edit: Edit) -> tuple[fx.Node, 
 
 def _constant(name: str, tensor: Tensor, edit: Edit) -> fx.Node:
     """A constant of these values: the one that the graph has, as of a tied linear, or a new one."""
+    node: fx.Node
     for node in edit.graph.nodes:
         value = node.meta["val"] if node.op == "get_attr" else None
         if isinstance(value, Tensor) and (value.dtype, value.shape) == (tensor.dtype, tensor.shape):
