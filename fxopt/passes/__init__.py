@@ -10,11 +10,13 @@ from fxopt.passes.pruning.prune_channels import PruneChannels
 from fxopt.passes.pruning.sparsify24 import Sparsify24
 from fxopt.passes.quantization.float8_linear import Float8Linear
 from fxopt.passes.quantization.int4_linear import Int4Linear
+from fxopt.passes.quantization.int8_embedding import Int8Embedding
 from fxopt.passes.quantization.int8_linear import Int8Linear
 from fxopt.passes.quantization.shift_channels import ShiftChannels
 from fxopt.passes.quantization.smooth_quant import SmoothQuant
 from fxopt.passes.quantization.split_outliers import SplitOutliers
 from fxopt.passes.structure.canonicalize import Canonicalize
+from fxopt.passes.structure.fold_norms import FoldNorms
 from fxopt.passes.structure.fuse_conv_batch_norm import FuseConvBatchNorm
 from fxopt.passes.structure.fuse_linears import FuseLinears
 
@@ -22,12 +24,14 @@ __all__ = [
     "Autocast",
     "Canonicalize",
     "Float8Linear",
+    "FoldNorms",
     "FoldPruned",
     "FuseConvBatchNorm",
     "FuseLinears",
     "HalfAttention",
     "HalfLinear",
     "Int4Linear",
+    "Int8Embedding",
     "Int8Linear",
     "Prepack",
     "PruneChannels",
