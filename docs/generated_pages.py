@@ -30,6 +30,9 @@ ELSEWHERE = {
 }
 """Files of the repository that the site shows, and where; links in pages are to the files."""
 
+BUILT_IN = {name: kind for name, kind in PASSES.items() if kind.__module__.startswith("fxopt.")}
+"""The passes that come with fxopt."""
+
 GUIDES = {
     "structure": "concepts/overview.md#levels",
     "pruning": "guides/pruning.md",
@@ -52,7 +55,7 @@ LEVELS = {
 def pages() -> dict[str, str]:
     """Every generated page in Markdown, by its path in the site."""
     return {
-        **{pass_page_path(name): _pass_page(kind) for name, kind in PASSES.items()},
+        **{pass_page_path(name): _pass_page(kind) for name, kind in BUILT_IN.items()},
         **_reference(),
         "results.md": _results(),
     }
@@ -70,7 +73,7 @@ def pass_page_path(name: str) -> str:
 
 def pass_titles() -> dict[str, str]:
     """The page of each pass by its title, in the order in which a list could hold them."""
-    ordered = sorted(PASSES.items(), key=lambda item: item[1].stage)
+    ordered = sorted(BUILT_IN.items(), key=lambda item: item[1].stage)
     return {kind.__name__: pass_page_path(name) for name, kind in ordered}
 
 
@@ -127,7 +130,7 @@ def _type_text(kind: Any) -> str:
 def _pass_links() -> str:
     rows = [
         (f"[`{kind.__name__}`](passes/{name}.md)", f"`{name}`", LEVELS[kind.stage])
-        for name, kind in PASSES.items()
+        for name, kind in BUILT_IN.items()
     ]
     return _table(("pass", "in a list of names", "level"), rows)
 
@@ -137,7 +140,7 @@ def _reference() -> dict[str, str]:
     classes = {name: value for name, value in public.items() if inspect.isclass(value)}
     errors = {name for name, kind in classes.items() if issubclass(kind, fxopt.FxoptError)}
     claims = {"Exact", "Close", "Sqnr"}
-    passes = {kind.__name__ for kind in PASSES.values()}
+    passes = {kind.__name__ for kind in BUILT_IN.values()}
     kinds = {
         "functions": ("Functions", public.keys() - classes.keys()),
         "classes": ("Classes", classes.keys() - errors - claims - passes),

@@ -12,7 +12,6 @@ import yaml
 
 import fxopt
 from docs import generated_pages
-from fxopt.pass_list import PASSES
 
 _ROOT = Path(__file__).parent.parent
 _DOCS = _ROOT / "docs"
@@ -73,12 +72,12 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", [_README, _DOCS / "passes.md"], ids=_name)
 def test_every_pass_is_in_the_table(page: Path) -> None:
     rows = re.findall(r"^\| `(\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {kind.__name__ for kind in PASSES.values()} - set(rows) == set()
+    assert {kind.__name__ for kind in generated_pages.BUILT_IN.values()} - set(rows) == set()
 
 
 def test_every_pass_has_a_page_with_its_options() -> None:
     pages = generated_pages.pages()
-    for name, kind in PASSES.items():
+    for name, kind in generated_pages.BUILT_IN.items():
         text = pages[generated_pages.pass_page_path(name)]
         assert text.startswith(f"# {kind.__name__}\n")
         options = {field.name for field in dataclasses.fields(kind)} - {"claim"}
@@ -92,7 +91,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     pages = generated_pages.pages()
     reference = "".join(text for path, text in pages.items() if path.startswith("reference/"))
     shown = set(re.findall(r"heading: fxopt\.(\w+)", reference))
-    passes = {kind.__name__ for kind in PASSES.values()}
+    passes = {kind.__name__ for kind in generated_pages.BUILT_IN.values()}
     assert set(fxopt.__all__) - shown - passes == set()
 
 
