@@ -58,7 +58,9 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("passes", "floor"), [(_FP32, 0.999999), (_INT8, 0.99)], ids=["fp32", "int8"]
+    ("passes", "floor"),
+    [(_FP32, 0.999999), ("canonicalize, fuse-linears, int8-linear{budget=sqnr(27)}", 0.99)],
+    ids=["fp32", "int8"],
 )
 def test_sentence_transformers_takes_it_as_its_model(
     minilm: Path, passes: str, floor: float
@@ -67,12 +69,16 @@ def test_sentence_transformers_takes_it_as_its_model(
     sentences = library.SentenceTransformer(str(minilm), device="cpu")
     expected = sentences.encode(_SENTENCES, convert_to_tensor=True)
     transformer = sentences[0]
-    transformer.auto_model = fxopt.transform(transformer.auto_model, passes)
+    batch = transformer.tokenizer(_SENTENCES, padding=True, return_tensors="pt")
+    example = {**batch, "return_dict": True}  # what the transformer calls its model with
+    opt = fxopt.transform(transformer.model, passes, example_inputs=example)
+    transformer.model = opt  # `auto_model` is a property; setting a module there has no effect
     got = sentences.encode(_SENTENCES, convert_to_tensor=True)
     assert got.shape == expected.shape
     assert _cosine(got, expected) >= floor
     one_by_one = torch.stack([sentences.encode(s, convert_to_tensor=True) for s in _SENTENCES])
     assert _cosine(one_by_one, expected) >= floor
+    assert transformer.auto_model is opt  # what has answered
 
 
 @pytest.mark.parametrize(
