@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fxopt.evaluate import evaluate
 from torch import Tensor, fx, nn
 
 from fxopt.capture import capture
 from fxopt.claim import Close, Exact, Sqnr
+from fxopt.interpreter import evaluate
 from fxopt.passes import Canonicalize, FuseLinears
 from fxopt.program import Program
 from fxopt.verify import Trial, judge_gradients

@@ -215,7 +215,7 @@ def test_moments_are_learnt_in_as_many_passes_as_memory_asks(
     monkeypatch.setattr(weight_inputs, "_MOST_BYTES", 1)
     passes = []
     monkeypatch.setattr(
-        weight_inputs, "observe", lambda *args: passes.append(1) or fxopt.analyses.observe(*args)
+        weight_inputs, "observe", lambda *args: passes.append(1) or fxopt.observation.observe(*args)
     )
     parts = applied(pass_, program)
     assert len(passes) == 2

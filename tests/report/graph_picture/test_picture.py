@@ -6,8 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from fxopt.capture import capture
-from fxopt.report import GraphPicture, PictureNode
-from fxopt.report.graph_picture import picture
+from fxopt.report import GraphPicture, PictureNode, picture
 from fxopt.report.graph_picture.boxes import Box, Op, operations
 from fxopt.report.graph_picture.drawing import draw
 from fxopt.report.graph_picture.layout import lay_out
