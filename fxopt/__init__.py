@@ -7,6 +7,7 @@ print(opt.report)
 from fxopt import train
 from fxopt.analyses.channels import channels
 from fxopt.claim import Close, Exact, Sqnr
+from fxopt.drop_in import optimize_pipeline, optimize_sentence_transformer
 from fxopt.errors import (
     CalibrationError,
     CaptureError,
@@ -122,6 +123,8 @@ __all__ = [
     "load",
     "measure",
     "op",
+    "optimize_pipeline",
+    "optimize_sentence_transformer",
     "recommend",
     "register_pass",
     "rewrite",

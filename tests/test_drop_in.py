@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 import fxopt
+from fxopt import InputError, ModelError
 from tests.architectures import randomize
 
 _SENTENCES = [
@@ -167,3 +168,91 @@ def test_torch_export_takes_it_again(optimized: Any) -> None:
     opt, _, batch = optimized
     exported = torch.export.export(opt, (), batch, strict=False)
     torch.testing.assert_close(exported.module()(**batch).logits, opt(**batch).logits)
+
+
+def test_a_sentence_transformer_is_optimized_in_one_line(minilm: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    sentences = library.SentenceTransformer(str(minilm), device="cpu")
+    expected = sentences.encode(_SENTENCES, convert_to_tensor=True)
+    passes = "canonicalize, fuse-linears, int8-linear{budget=sqnr(27)}"
+    got = fxopt.optimize_sentence_transformer(sentences, _SENTENCES, passes)
+    assert got is sentences
+    opt = sentences[0].auto_model
+    assert isinstance(opt, fxopt.Optimized)
+    assert opt.report.steps[-1].firings
+    answers = sentences.encode(_SENTENCES, convert_to_tensor=True)
+    assert 0.99 <= _cosine(answers, expected) < 0.9999999
+
+
+def test_what_holds_no_transformer_is_refused() -> None:
+    with pytest.raises(ModelError) as caught:
+        fxopt.optimize_sentence_transformer(nn.Sequential(nn.Linear(2, 2)), ["a"])
+    assert str(caught.value).startswith("Sequential holds no transformer model as its first module")
+    for texts in ("one text", [], 3):
+        with pytest.raises(InputError, match="texts must be a list of texts with at least one"):
+            fxopt.optimize_sentence_transformer(nn.Sequential(), texts)  # type: ignore[arg-type]
+
+
+class Wrapper(nn.Module):
+    """Holds a model as `model`, and answers by the one that it was built with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self._first = model, [model]
+
+
+class Stubborn(nn.Sequential):
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return self[0]._first[0](torch.ones(len(texts), 2))
+
+
+class Silent(nn.Sequential):
+    def encode(self, texts: list[str]) -> None:
+        """Calls nothing."""
+
+
+def test_an_object_that_goes_on_with_the_original_is_refused_and_left_as_it_was() -> None:
+    model = nn.Linear(2, 2)
+    held = Stubborn(Wrapper(model))
+    with pytest.raises(ModelError) as caught:
+        fxopt.optimize_sentence_transformer(held, ["a", "b"], "canonicalize")
+    assert "goes on answering by the original Linear after model was set" in str(caught.value)
+    assert held[0].model is model
+    with pytest.raises(ModelError, match="wasn't called by Wrapper: its inputs are unknown"):
+        fxopt.optimize_sentence_transformer(Silent(Wrapper(model)), ["a"], "canonicalize")
+
+
+def test_a_pipeline_is_optimized_in_one_line(classifier: Any) -> None:
+    model, tokenizer = classifier
+    pipe = transformers.pipeline(
+        "text-classification", model=model, tokenizer=tokenizer, device="cpu"
+    )
+    expected = pipe(_SENTENCES[:3])
+    got = fxopt.optimize_pipeline(
+        pipe, _SENTENCES[:2], "int8-linear{mode=static}", calibration=_SENTENCES
+    )
+    assert got is pipe
+    assert isinstance(pipe.model, fxopt.Optimized)
+    (warning,) = pipe.model.report.steps[-1].warnings
+    assert warning.startswith("calibrated on 7 samples")  # and not on the example alone
+    assert "fixed to 1" not in str(pipe.model.report)
+    for one, other in zip(pipe(_SENTENCES[:3]), expected, strict=True):
+        assert one["score"] == pytest.approx(other["score"], abs=0.05)
+
+
+def test_pipelines_that_generate_are_refused() -> None:
+    with pytest.raises(ModelError, match="int is no transformers pipeline with a torch model"):
+        fxopt.optimize_pipeline(3, "text")
+
+    class Generates(nn.Linear):
+        def can_generate(self) -> bool:
+            return True
+
+    class Pipeline:
+        model = Generates(2, 2)
+
+        def __call__(self, inputs: object) -> None: ...
+
+    with pytest.raises(ModelError) as caught:
+        fxopt.optimize_pipeline(Pipeline(), "text")
+    assert str(caught.value).startswith("this pipeline generates with Generates, token by token")

@@ -55,6 +55,7 @@ ROOMS = (
     "optimized",
     "pipeline",
     "transform",
+    "drop_in",
     "train",
     "export",
     "loading",
