@@ -198,6 +198,24 @@ def test_no_file_imports_a_peer(path: Path) -> None:
     assert peers == []
 
 
+BLIND = ("pipeline", "optimized", "verify")
+"""Rooms that take passes as they come and know none by name."""
+
+
+def test_what_runs_passes_knows_none() -> None:
+    named = [
+        f"{name_of(path)}:{line} imports {module}"
+        for path in sources()
+        if room_of(path) in BLIND
+        for line, module in imported_modules(path)
+        if module.startswith("fxopt.passes") or module == "fxopt.lower.lower"
+    ]
+    assert named == []
+    words = [f"{name_of(path)}" for path in sources() if room_of(path) in BLIND
+             if "import Lower\n" in path.read_text(encoding="utf-8")]  # fmt: skip
+    assert words == []
+
+
 def test_no_file_is_a_drawer() -> None:
     drawers = {"utils", "helpers", "common", "core", "misc", "tools"}
     found = [name_of(path) for path in PACKAGE.rglob("*") if path.stem.strip("_") in drawers]

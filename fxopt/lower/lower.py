@@ -54,10 +54,10 @@ class Lower(Lowering):
         prepacks = self.prepack and mode == "eval"
         return (*super().needs(mode), *(("prepack",) if prepacks else ()))
 
-    def compile(self, module: fx.GraphModule, program: Program, progress: Progress) -> Lowered:
+    def lower(self, module: fx.GraphModule, program: Program, progress: Progress) -> Lowered:
         """`module` compiled by Inductor for the shapes of the example: see `compile_program`."""
         return compile_program(module, program, self, progress)
 
-    def runner(self, module: fx.GraphModule) -> Compiled:
+    def compile(self, module: fx.GraphModule) -> Compiled:
         """`module` compiled at its first call, and again when inputs of other shapes come."""
         return Compiled(module, self)

@@ -36,14 +36,14 @@ class Lowering(Pass):
     stage: ClassVar[Stage] = Stage.LOWER
 
     @abstractmethod
-    def compile(self, module: fx.GraphModule, program: Program, progress: Progress) -> Lowered:
+    def lower(self, module: fx.GraphModule, program: Program, progress: Progress) -> Lowered:
         """`module`, the materialised `program`, compiled now, and what was generated looked at.
 
         Raises `LowerError` where that can't be done here.
         """
 
     @abstractmethod
-    def runner(self, module: fx.GraphModule) -> Callable[..., Any]:
+    def compile(self, module: fx.GraphModule) -> Callable[..., Any]:
         """`module` as a callable that is compiled at its first call, nothing of it looked at."""
 
     def apply(self, program: Program, plan: Plan) -> Program:

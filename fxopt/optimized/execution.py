@@ -97,5 +97,5 @@ class Execution:
             module = self.module(mode)
             twin = graph_over(module, module.graph)
             with torch.set_grad_enabled(records):
-                self.compiled[mode, records] = lowering.runner(twin)
+                self.compiled[mode, records] = lowering.compile(twin)
         return self.compiled[mode, records]

@@ -28,7 +28,7 @@ def lowered(run: Run, lowering: Lowering, judging: Judging) -> Run:
     program = run.program.materialized()
     run = replace(run, program=program)
     module = graph_module(program)
-    made = lowering.compile(module, program, judging.progress)
+    made = lowering.lower(module, program, judging.progress)
     claim: Claim = lowering.claim
     verdict, outputs = None, run.outputs
     if judging.verify:

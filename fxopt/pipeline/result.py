@@ -79,7 +79,7 @@ class Result:
         program = evaluation_mode(without_dropout(self.program))
         module = graph_over(self.module, program.graph)
         with torch.no_grad():
-            run = one_by_one(runner(lowering.runner(module), program, module))
+            run = one_by_one(runner(lowering.compile(module), program, module))
         reference = run_program(evaluation_mode(without_dropout(before)))(
             [trial.inputs for trial in trials]
         )
