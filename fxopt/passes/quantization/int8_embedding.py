@@ -170,8 +170,10 @@ class QuantizeEmbedding(Rule):
 
 @dataclass(frozen=True, repr=False)
 class Int8Embedding(RulePass):
-    """Embedding tables on symmetric int8 rows, one float32 scale per row: about a quarter of their
-    memory. The rows that a call looks up come back in the table's dtype, and no others.
+    """Embedding tables in int8, a float32 scale per row: about a quarter of their memory.
+
+    Rows are rounded symmetrically. A call brings back those that it looks up, and no others, in the
+    table's dtype.
 
     Takes `nn.Embedding` and `nn.EmbeddingBag` (sum, mean and max, with weights and padding).
     `include` and `exclude` are globs over module paths (`"*.word_embeddings"`) or functions of the

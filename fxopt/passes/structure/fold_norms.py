@@ -31,15 +31,13 @@ from fxopt.operators import (
     refuse_shared_weight,
     why_no_linear,
 )
+from fxopt.operators.casts import CASTS, UNCHANGED
 from fxopt.program import Mode, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, either, find, hole, op
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
-
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default)
-_COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 
 _SQUARE = either(
     op(aten.pow.Tensor_Scalar, hole("x"), hole("power", where=lambda power: power == 2)),
@@ -167,12 +165,12 @@ class FoldNorm(Rule):
 
 @dataclass(frozen=True, repr=False)
 class FoldNorms(RulePass):
-    """The weight and bias of a layer norm or RMS norm fold into the linears that read it, where
-    nothing else does. Claim: close.
+    """The weight and bias of a norm fold into the linears that read it. Claim: close.
 
-    The norm stays, without weights. Folded weights are new tensors, named after the linear's own
-    with `_folded` behind; a norm with another reader (a residual, an output), or one whose linears
-    share a weight with something else (a tied head), is left alone.
+    Takes layer norms and RMS norms; the norm stays, without weights. Folded weights are new
+    tensors, named after the linear's own with `_folded` behind. A norm with another reader (a
+    residual, an output), or one whose linears share a weight with something else (a tied head), is
+    left alone.
     """
 
     name: ClassVar[str] = "fold-norms"
@@ -237,7 +235,7 @@ def _misfit(user: fx.Node, mode: Mode) -> str:
     why: str | None = "only linears can take its weight"
     if user.target in PRODUCT_TARGETS:
         why = why_no_linear(user, mode) or why
-    elif user.target in _CASTS:
+    elif user.target in CASTS:
         why = f"{user.meta['val'].dtype} shows how its value was rounded"
     return f"{kind} reads it too, at {label(user)}: {why}"
 
@@ -246,7 +244,7 @@ def _keeps_last_axis(user: fx.Node, source: fx.Node) -> bool:
     """Whether `user` shows, copies or casts `source` with the channels where they were."""
     if user.op != "call_function" or not user.args or user.args[0] is not source:
         return False
-    if user.target in (*_CASTS, *_COPIES):
+    if user.target in (*CASTS, *UNCHANGED):
         return _is_no_wider(user.meta["val"].dtype, source.meta["val"].dtype)
     if not is_view(user):
         return False
