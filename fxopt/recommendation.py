@@ -80,6 +80,14 @@ class Recommendation:
             *(f"  expect: {line}" for line in self.expect),
         )
 
+    def notes(self) -> tuple[str, ...]:
+        """What a report says of it: a sentence a pass."""
+        return (
+            *(f"recommended {one.spec}: {one.reason}" for one in self.taken),
+            *(f"not recommended {one.spec}: {one.reason}" for one in self.left_out),
+            *(f"expected: {line}" for line in self.expect),
+        )
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 

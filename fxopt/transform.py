@@ -91,7 +91,7 @@ def transform(
     judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
     notes = [_UNCOMPILED] if was_compiled else []
     if advised is not None:
-        notes += advised.lines()
+        notes += advised.notes()
         for line in advised.lines():
             judging.progress(line)
 

@@ -162,7 +162,7 @@ def test_auto_is_the_recommended_list_and_the_report_says_why(machine: Any) -> N
     opt = fxopt.transform(mlp(), "auto", example_inputs=X, progress=lines.append)
     found = recommend(mlp(), X)
     assert lines[: len(found.lines())] == list(found.lines())
-    assert set(found.lines()) <= set(opt.report.notes)
+    assert set(found.notes()) <= set(opt.report.notes)
     done = [step.record.name for step in opt.steps]
     assert done[:3] == ["capture", "canonicalize", "fuse-linears"]
     assert "int8-linear" in done

@@ -227,7 +227,11 @@ class _Walk:
             value = self._value(base)
             if base in self.places or not self.writes[base] or not _is_tensor(base):
                 continue
-            if not _share(self._read(result), value):
+            if len(chain(value)) > 1:
+                # A view of something written anew; compiled code would compute each view apart.
+                self.at = value
+                self._move(base, self._build(aten.clone.default, value))
+            elif not _share(self._read(result), value):
                 self._move(base, value)
         fx.map_arg(output.args, self._read)
         for place, first in self.places.items():

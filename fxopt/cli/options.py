@@ -14,14 +14,19 @@ Model = Annotated[
     typer.Argument(help="A local transformers folder or GGUF file; left out: the demo model."),
 ]
 Passes = Annotated[
-    str, typer.Option("--passes", "-p", help="Pass list, e.g. 'int8-linear{mode=dynamic}, lower'.")
+    str,
+    typer.Option(
+        "--passes",
+        "-p",
+        help="Pass list, e.g. 'int8-linear{mode=dynamic}, lower'; auto: the recommended one.",
+    ),
 ]
 PassLists = Annotated[
     list[str] | None,
     typer.Option(
         "--passes",
         "-p",
-        help="A pass list, or NAME=LIST; give it several times.",
+        help="A pass list or auto, or NAME=LIST; give it several times.",
         show_default=DEFAULT_PASSES,
     ),
 ]

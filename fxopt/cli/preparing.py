@@ -15,6 +15,7 @@ from fxopt.errors import FxoptError, PassError
 from fxopt.loading import Loaded, TextBatches, load_model
 from fxopt.optimized import Optimized
 from fxopt.pass_list import resolve_passes
+from fxopt.pass_registry import AUTO
 from fxopt.transform import transform
 
 # A name is whatever stands before the first "=", as long as no pass has begun.
@@ -55,7 +56,8 @@ def named_lists(given: Sequence[str] | None, original: str) -> dict[str, str]:
         match = _NAMED.fullmatch(text)
         name, passes = (match["name"], match["passes"]) if match else (text, text)
         name = name.strip()
-        resolve_passes(passes)
+        if passes.strip() != AUTO:
+            resolve_passes(passes)
         if name in lists:
             raise PassError(f"two pass lists are called {name!r}: name them apart, as NAME=LIST")
         if name == original:
