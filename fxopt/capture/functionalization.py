@@ -222,16 +222,18 @@ class _Walk:
     def _finish(self, output: fx.Node) -> None:
         """Each output is in the memory that it was in: a view of what was written is taken anew of
         what that holds, and of an input or of state after the write to it."""
-        for result in output.all_input_nodes:
-            base = self._base(self._named(result))
+        tensors = [self._named(result) for result in output.all_input_nodes]
+        sharers = Counter(map(self._base, dict.fromkeys(tensors)))
+        for tensor in tensors:
+            base = self._base(tensor)
             value = self._value(base)
             if base in self.places or not self.writes[base] or not _is_tensor(base):
                 continue
-            if len(chain(value)) > 1:
+            if sharers[base] > 1 and len(chain(value)) > 1:
                 # A view of something written anew; compiled code would compute each view apart.
                 self.at = value
                 self._move(base, self._build(aten.clone.default, value))
-            elif not _share(self._read(result), value):
+            elif not _share(self._value(tensor), value):
                 self._move(base, value)
         fx.map_arg(output.args, self._read)
         for place, first in self.places.items():
