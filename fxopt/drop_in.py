@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from fxopt.errors import InputError, ModelError
@@ -47,10 +46,11 @@ def optimize_sentence_transformer(
             f"{type(held).__name__} holds no transformer model as its first module: give a "
             "SentenceTransformer of a transformers model, or transform its module yourself"
         )
-    with torch.no_grad():
-        _replace(
-            owner, name, lambda given: held.encode(list(given)), texts, calibration, passes, options
-        )
+
+    def call(given: Any) -> object:
+        return held.encode(list(given))
+
+    _replace(owner, name, call, texts, calibration, passes, options)
     return sentences
 
 
@@ -65,9 +65,9 @@ def optimize_pipeline(
     """`pipeline`, of `transformers.pipeline`, with its model transformed in its place.
 
     `inputs` is a call like those of the service (several of a list in one batch, so that the batch
-    size stays open), `calibration` a list of further ones; `passes` and `options`
-    are those of `fxopt.transform`. A pipeline that generates is refused: its model is called token
-    by token, with a cache that a graph of one call hasn't.
+    size stays open), `calibration` a list of further ones; `passes` and `options` are those of
+    `fxopt.transform`. A pipeline that generates is refused: its model is called token by token,
+    with a cache that a graph of one call hasn't.
 
     Raises `ModelError` for what is no pipeline with a torch model, or generates, and what
     `transform` raises. `pipeline` is as it was then.
