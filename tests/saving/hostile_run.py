@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import transformers
+
 import fxopt
 from fxopt.errors import SaveError
 from tests.saving.hostile_graphs import hostile_folder
@@ -48,6 +50,7 @@ def main(pristine: Path, first: int, count: int, seeds: Path) -> None:
     """Try the seeds `first` to `first + count`."""
     for _ in range(2):
         fxopt.load(pristine)
+    transformers.AutoConfig.for_model("bert")  # imported once, whatever a folder holds
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + _ROOM, resource.RLIM_INFINITY))
     summary: dict[str, object] = {}
     outcomes: dict[str, int] = {}
