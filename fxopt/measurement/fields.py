@@ -27,21 +27,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class MeasurementFields:
-    """What a `Measurement` holds.
-
-    `latency` is in milliseconds, its samples in the rounds that all models measured together share;
-    `first_call_seconds` the first call of this measurement, which compiles where nothing did
-    before; `parameter_bytes` parameters and buffers, tied ones once; `peak_bytes` what a call needs
-    beyond what was held before it, counted by `peak_source`; `resident_bytes` the resident memory
-    of the whole process, its libraries and other models included, `device_bytes` what torch holds
-    on the CUDA device, both after the calls.
-
-    `flops` and `bytes_moved` are counted on the graph, operator by operator, as if nothing were
-    fused; `layers` sets them against the measured `ceilings` by module.
-
-    None stands where something can't be measured, and `reasons` says why, by field name. Energy is
-    an `Energy` or an `Unmeasured` with its reason.
-    """
+    """The fields of a `Measurement`, which says what they are: all that writing it down needs."""
 
     name: str
     device: str

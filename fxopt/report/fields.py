@@ -65,13 +65,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class ReportFields:
-    """What a `Report` holds.
-
-    `end_to_end` is the claim of the whole list against what was measured, as text; latency is per
-    call in milliseconds, memory the extra bytes of one call at its peak; None was not measured.
-    `domains` says for which calls each of its programs answers, and `most_programs` how many there
-    may be, since one is captured when a call needs it; None where that isn't known.
-    """
+    """The fields of a `Report`, which says what they are: all that writing it down needs."""
 
     model: str
     capture_ms: float
