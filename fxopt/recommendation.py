@@ -191,6 +191,7 @@ class _Rules:
         m, kernel = self.rows or _GUESSED_ROWS, _KERNELS[mode]
         bits = 8 if mode == "weight_only" or takes_full_range() else 7
         table = {name: LINEAR_KERNELS[name] for name in ("float", kernel)}
+        faster: list[str] = []
         slower: list[str] = []
         for (k, n), count in self._costliest():
             timing = linear_speeds(
@@ -199,12 +200,10 @@ class _Rules:
             ratio = timing.ratios.get(kernel)
             took = f"takes {ratio} the time" if ratio else "can't run"
             line = f"{took} at M={m}, K={k}, N={n} (layers: {count})"
-            if not timing.pays(kernel):
-                slower.append(line)
-            else:
-                self.expect.append(f"an int8 product {line}")
-        if not self.expect:
+            (faster if timing.pays(kernel) else slower).append(line)
+        if not faster:
             return f"no faster here than float32: it {'; it '.join(slower)}"
+        self.expect += [f"an int8 product {line}" for line in faster]
         weights = sum(count * k * n for (k, n), count in self.linears.items()) * 4
         self.expect.append(
             f"{weights / self.bytes:.0%} of the parameters are weights of linear layers, which "
@@ -225,14 +224,13 @@ class _Rules:
             self._take("autocast", half.reason)
 
     def _lowering(self) -> None:
-        if self.place.type == "cpu" and not has_cpp_compiler():
-            self._leave("lower", "Inductor needs a C++ compiler, and there is none")
-            if self.mode == "eval":
-                self._take("prepack", "linears and attention run on oneDNN, weights laid out once")
-            return
-        if self.place.type == "cpu" and self.mode == "eval":
+        on_cpu = self.place.type == "cpu"
+        if on_cpu and self.mode == "eval":
             self._take("prepack", "linears and attention run on oneDNN, weights laid out once")
-        self._take("lower", "Inductor compiles what is between the products, in a minute or so")
+        if on_cpu and not has_cpp_compiler():
+            self._leave("lower", "Inductor needs a C++ compiler, and there is none")
+        else:
+            self._take("lower", "Inductor compiles what is between the products, in a minute or so")
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:

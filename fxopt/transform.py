@@ -83,10 +83,9 @@ def transform(
         raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
     if calibration is not None:
         check_is_iterable(calibration)
+    most = _most_programs(recapture)
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)
-
-    most = _most_programs(recapture)
     schedule = scheduled(resolved, mode)
     judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
     notes = [_UNCOMPILED] if was_compiled else []

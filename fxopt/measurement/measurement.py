@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from fxopt.measurement import text
 from fxopt.measurement.fields import MeasurementFields
-from fxopt.rendering import json_document
+from fxopt.rendering.saved import Document
 
 
 @dataclass(frozen=True)
-class Measurement(MeasurementFields):
+class Measurement(MeasurementFields, Document):
     """The cost of one call of a model on one machine. `str(measurement)` is a table.
 
     `latency` is in milliseconds, its samples in the rounds that all models measured together share;
@@ -32,12 +32,3 @@ class Measurement(MeasurementFields):
 
     def __str__(self) -> str:
         return text.render(self)
-
-    def to_json(self) -> str:
-        """The measurement as JSON with a schema version; `Measurement.from_json` reads it back."""
-        return json_document.dump(self, self.SCHEMA)
-
-    @staticmethod
-    def from_json(content: str) -> Measurement:
-        """The measurement that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
-        return json_document.load(content, Measurement, Measurement.SCHEMA)

@@ -17,9 +17,10 @@ from fxopt.claim import Claim, Close
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, InputError, OutsideError
 from fxopt.optimized import Optimized
+from fxopt.pipeline.evaluation import Inputs
 from fxopt.pipeline.recording import StepTaken, since, violation_text
 from fxopt.pipeline.reference import Reference
-from fxopt.pipeline.run import Inputs, Judging, Run
+from fxopt.pipeline.run import Judging, Run
 from fxopt.program import Changes, Mode, Program
 from fxopt.verify import (
     Verdict,
@@ -77,9 +78,7 @@ def captured(
     if judging.verify:
         run, claim, verdict = _judged(run, own)
     fired = {"operations": program.node_count()}
-    step = StepTaken(
-        "capture", "capture", program, program, claim, verdict, start, fired=fired
-    )  # fmt: skip
+    step = StepTaken("capture", "capture", program, program, claim, verdict, start, fired=fired)
     return run.recording(step, judging)
 
 

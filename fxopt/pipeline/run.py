@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxopt.claim import Claim
 from fxopt.errors import OutsideError
 from fxopt.lower import Lowering
 from fxopt.optimized import OptimizedStep
-from fxopt.pipeline.evaluation import Rows
+from fxopt.pipeline.evaluation import Inputs, Rows
 from fxopt.pipeline.pass_result import Outputs
 from fxopt.pipeline.recording import StepTaken
 from fxopt.pipeline.reference import Reference
@@ -22,7 +22,6 @@ from fxopt.verify import Trial
 
 OnViolation = Literal["raise", "revert"]
 Progress = Callable[[str], None]
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def _silent(line: str) -> None:

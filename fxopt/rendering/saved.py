@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,12 +12,11 @@ from fxopt.errors import SaveError
 from fxopt.rendering import json_document
 
 
-class Saved:
-    """What a dataclass needs to be written and read back: `str` gives its text, `SCHEMA` names its
-    JSON (the last part is what messages call it), `PAGE` says what its page shows."""
+class Document:
+    """A dataclass that is written as JSON and read back. `SCHEMA` names it; its last part is what
+    messages call it."""
 
     SCHEMA: ClassVar[str]
-    PAGE: ClassVar[str] = "page"
 
     def to_json(self) -> str:
         """The value as JSON with a schema version; `from_json` reads it back."""
@@ -27,9 +27,16 @@ class Saved:
         """The value that `to_json` wrote; raises `SaveError` where it is damaged or newer."""
         return json_document.load(content, cls, cls.SCHEMA)
 
+
+class Saved(Document, ABC):
+    """A document that is written to a file: `str` gives its text, `PAGE` says what its page
+    shows."""
+
+    PAGE: ClassVar[str]
+
+    @abstractmethod
     def to_html(self) -> str:
         """The value as one self-contained page without scripts."""
-        raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
         """Write the value; the suffix says how: .html, .json or .txt. Raises `SaveError`."""
