@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from fxopt.calibration import check_is_iterable
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
-from fxopt.errors import NotCapturedError, PassError
+from fxopt.errors import ModelError, NotCapturedError, PassError
 from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
@@ -20,6 +20,9 @@ from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured
 from fxopt.program import Mode
 from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
+
+if TYPE_CHECKING:
+    from fxopt.generation import GenerationPlan
 
 _UNCOMPILED = (
     "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "
@@ -41,6 +44,7 @@ def transform(
     measure_cost: bool | None = None,
     progress: Progress | None = None,
     recapture: Literal["auto", "error"] | int = "auto",
+    generation: bool | None = None,
 ) -> Optimized:
     """A cheaper module in place of `model`, every step of its making shown to be equivalent.
 
@@ -71,6 +75,12 @@ def transform(
     at that call, with the same passes and judged alike: as many as `recapture` says, 8 with "auto".
     With "error" such a call raises an `InputError` that names the relation and the line.
 
+    A causal language model of transformers becomes a `Generating`: `opt.generate(...)` and pipelines
+    go on with it, over one program that reads many tokens and one that reads one, both rewritten by
+    `passes`. `example_inputs`, `verify_inputs` and `calibration` are texts then, `input_ids` and
+    `attention_mask`; left out, the model writes some. `generation` left out does so where no
+    `example_inputs` are given; True demands it, False captures a single call without a cache.
+
     Raises `ModelError`, `InputError`, `CalibrationError`, `CaptureError`, `PassError`,
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.
     """
@@ -84,11 +94,16 @@ def transform(
     if calibration is not None:
         check_is_iterable(calibration)
     most = _most_programs(recapture)
+    plan, missing = _generation(model, example_inputs, generation, mode)
+    if plan is not None:
+        model, example_inputs = plan.step(), plan.many()
+        verify_inputs = [plan.one(), *(use(one) for one in verify_inputs for use in (plan.many, plan.one))]
+        calibration = plan.batches(calibration)
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)
     schedule = scheduled(resolved, mode)
     judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
-    notes = [_UNCOMPILED] if was_compiled else []
+    notes = [*([_UNCOMPILED] if was_compiled else []), *missing]
     if advised is not None:
         notes += advised.notes()
         for line in advised.lines():
@@ -112,6 +127,8 @@ def transform(
         result = completed(run, schedule, judging, cost)
         report = replace(result.report, most_programs=most)
         source = Source.of(run.model, result.program, further, most)
+        if plan is not None:
+            source = replace(source, model=plan.step)
         return replace(result, report=report, source=source)
 
     def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
@@ -132,13 +149,36 @@ def transform(
             return build(args)
         return build(bind(forward_signature(model), args, kwargs))
 
-    optimized = make_optimized(model, build_at_first_call)
+    optimized = make_optimized(model, build_at_first_call, generates=plan is not None)
     try:
         optimized.install(build(example_inputs))
     except NotCapturedError:
         if example_inputs is not None:
             raise
     return optimized
+
+
+def _generation(
+    model: nn.Module, prompts: Inputs | None, wanted: bool | None, mode: Mode
+) -> tuple[GenerationPlan | None, tuple[str, ...]]:
+    """How `model` is read step by step, if it is; else why not, where nobody asked."""
+    can_generate = getattr(model, "can_generate", None)
+    generates = bool(callable(can_generate) and can_generate()) and not isinstance(model, Optimized)
+    if wanted is True and (mode == "train" or not generates):
+        what = "mode='train' captures a loss" if generates else f"{type(model).__name__} can't"
+        raise PassError(f"generation=True: {what}, and no model of transformers that generates")
+    if wanted is False or not generates or mode == "train":
+        return None, ()
+    if wanted is None and prompts is not None:
+        return None, ()
+    from fxopt.generation import generation_plan  # it needs transformers
+
+    try:
+        return generation_plan(model, prompts), ()
+    except ModelError as error:
+        if wanted:
+            raise
+        return None, (f"this module doesn't generate: {error}",)
 
 
 def _advised(

@@ -41,6 +41,18 @@ def read_config(saved: Mapping[str, Any], origin: str | Path) -> Any:
         ) from error
 
 
+def read_generation_config(saved: Mapping[str, Any], origin: str | Path) -> Any:
+    """The `GenerationConfig` whose JSON was saved at `origin`; `SaveError` where it is none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_dict(dict(saved))
+    except Exception as error:  # the file may be hostile: any value may stand anywhere
+        raise SaveError(
+            f"{origin} holds a generation config that transformers can't read: {error!s:.200}"
+        ) from error
+
+
 def _check_counts(value: Any, key: str) -> None:
     if isinstance(value, dict):
         for name, inner in value.items():

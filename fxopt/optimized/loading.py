@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fxopt.errors import FxoptError, SaveError
 from fxopt.lower import Lowering
-from fxopt.optimized.configs import read_config
-from fxopt.optimized.optimized import Optimized, optimized_like
+from fxopt.optimized.configs import read_config, read_generation_config
+from fxopt.optimized.optimized import Optimized, generating, optimized_like
 from fxopt.optimized.pipeline_result import Evaluation, PipelineResult
 from fxopt.pass_list import parse_passes
 from fxopt.report import Report
@@ -33,7 +33,11 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
         lowering = pass_
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
-    twin = optimized_like(program.name, program.signature.forward, carried)
+    base = None
+    if saved.generation is not None:
+        carried["generation_config"] = read_generation_config(saved.generation, folder)
+        base = generating()
+    twin = optimized_like(program.name, program.signature.forward, carried, base=base)
     report = Report.from_json(saved.report_json)
     known = replace(report, domains=())  # those of all programs are in the one report
     further = tuple(PipelineResult(one, known, (), lowering) for one in saved.further)

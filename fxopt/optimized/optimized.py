@@ -233,6 +233,7 @@ class Optimized(nn.Module):
             config=config,
             further=[one.in_mode(self._mode) for one in self._saved_members()],
             evaluation=self._apart() if self.training else None,
+            generation=self._generation(),
         )
 
     def train(self, mode: bool = True) -> Optimized:
@@ -290,7 +291,8 @@ class Optimized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         programs = [self._present(), *(one.program for one in self._saved_members())]
         outcome = replace(self._done(), report=self.report)
-        made = pickled(programs, self._apart(), outcome, self._carried, self.training)
+        generates = self._generation() is not None
+        made = pickled(programs, self._apart(), outcome, self._carried, self.training, generates)
         return _unpickled, (made,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
@@ -373,6 +375,10 @@ class Optimized(nn.Module):
         state = {name: attribute(module, name) for name in program.state}
         return replace(program, state=state)
 
+    def _generation(self) -> dict[str, Any] | None:
+        """How this module generates, as JSON; None where it answers single calls."""
+        return None
+
     def _saved_members(self) -> list[Member]:
         """The further programs that are whole in what is saved of them."""
         return [one for one in self._programs.valid() if one.follows or not self.training]
@@ -412,9 +418,14 @@ def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
 
 
 def make_optimized(
-    model: nn.Module, build: Callable[..., PipelineResult] | None = None
+    model: nn.Module,
+    build: Callable[..., PipelineResult] | None = None,
+    generates: bool = False,
 ) -> Optimized:
-    """An empty `Optimized` with the attributes and the forward signature of `model`."""
+    """An empty `Optimized` with the attributes and the forward signature of `model`.
+
+    It `generates` where `model` is a step.
+    """
     carried = {
         name: value
         for name, value in vars(model).items()
@@ -427,13 +438,16 @@ def make_optimized(
             carried.setdefault(name, getattr(type(model), name))
     if isinstance(model, Optimized):
         carried = dict(model._carried)
-    return optimized_like(type(model).__name__, forward_signature(model), carried, build)
+    base = generating() if generates else Optimized
+    return optimized_like(type(model).__name__, forward_signature(model), carried, build, base)
 
 
 def _unpickled(made: Pickled) -> Optimized:
     outcome = made.outcome()
     program = outcome.program
-    twin = optimized_like(program.name, program.signature.forward, dict(made.carried))
+    base = generating() if made.generates else Optimized
+    carried = dict(made.carried)
+    twin = optimized_like(program.name, program.signature.forward, carried, base=base)
     twin.install(outcome)
     return twin.train(made.training)
 
@@ -443,18 +457,29 @@ def optimized_like(
     signature: inspect.Signature,
     carried: dict[str, Any],
     build: Callable[..., PipelineResult] | None = None,
+    base: type[Optimized] | None = None,
 ) -> Optimized:
-    """An empty `Optimized` named after `name` whose `forward` shows `signature`."""
+    """An empty `Optimized` named after `name` whose `forward` shows `signature`.
+
+    It is of the class `base` where that is given; one with a forward of its own keeps it.
+    """
+    base = base or Optimized
 
     def forward(self: Optimized, *args: Any, **kwargs: Any) -> Any:
         return Optimized.forward(self, *args, **kwargs)
 
     forward.__signature__ = _with_self(signature)  # type: ignore[attr-defined]
     forward.__doc__ = Optimized.forward.__doc__
-    kind: type[Optimized] = type(
-        f"Optimized{name.removeprefix('Optimized')}", (Optimized,), {"forward": forward}
-    )
+    members = {"forward": forward} if base.forward is Optimized.forward else {}
+    kind: type[Optimized] = type(f"Optimized{name.removeprefix('Optimized')}", (base,), members)
     return kind(carried, build)
+
+
+def generating() -> type[Optimized]:
+    """The class of modules that generate; transformers is imported for it."""
+    from fxopt.optimized.generating import Generating
+
+    return Generating
 
 
 def _with_self(signature: inspect.Signature) -> inspect.Signature:

@@ -28,7 +28,8 @@ class Saved:
 
     `config` is the JSON of the model's transformers config, where it had one; `further` are the
     programs for other branches of the model; `evaluation` is what a program that trains computes in
-    evaluation, where that doesn't follow from it, or why that isn't known.
+    evaluation, where that doesn't follow from it, or why that isn't known; `generation` is the JSON
+    of the generation config of a model that is read step by step.
     """
 
     program: Program
@@ -37,6 +38,7 @@ class Saved:
     config: Mapping[str, Any] | None = None
     further: tuple[Program, ...] = ()
     evaluation: Program | str | None = None
+    generation: Mapping[str, Any] | None = None
 
 
 def save(
@@ -48,6 +50,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     further: Sequence[Program] = (),
     evaluation: Program | str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `program` to `folder`, which is made, or replaced if it holds a saved program.
 
@@ -72,7 +75,13 @@ def save(
         entries = write_tensors(partial / folders.TENSORS, state, program.example)
         folders.write_json(
             partial / folders.GRAPH,
-            {**graph, "lowering": lowering, "config": config, "tensors": entries},
+            {
+                **graph,
+                "lowering": lowering,
+                "config": config,
+                "generation": generation,
+                "tensors": entries,
+            },
         )
         if report_json is not None:
             (partial / folders.REPORT).write_text(report_json, encoding="utf-8")
@@ -130,7 +139,11 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Saved:
         config = data["config"]
         if not isinstance(config, dict | None):
             raise SaveError("the saved model config is no object")
-        return Saved(program, lowering, _report(path), config, tuple(further), beside)
+        generation = data.get("generation")  # earlier versions wrote none
+        if not isinstance(generation, dict | None):
+            raise SaveError("the saved generation config is no object")
+        report = _report(path)
+        return Saved(program, lowering, report, config, tuple(further), beside, generation)
     except SaveError as error:
         raise SaveError(
             f"{path} (saved by fxopt {manifest['fxopt']}, torch {manifest['torch']}) can't be "

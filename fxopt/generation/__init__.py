@@ -1,0 +1,17 @@
+"""Text generation: a language model as steps behind a cache. Needs transformers."""
+
+from fxopt.generation.cache import PrefixCache, append, prefix_of
+from fxopt.generation.examples import LayerShape, Reader, blank_prefix, text_of
+from fxopt.generation.plan import GenerationPlan, generation_plan
+
+__all__ = [
+    "GenerationPlan",
+    "LayerShape",
+    "PrefixCache",
+    "Reader",
+    "append",
+    "blank_prefix",
+    "generation_plan",
+    "prefix_of",
+    "text_of",
+]

@@ -1,0 +1,202 @@
+"""What the steps of a model are captured and judged on: text that it has written itself.
+
+Random tokens behind an empty prefix are nothing that a language model meets, and its activations on
+them are nothing that a quantized one has to keep. A model's own samples are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import InputError, ModelError
+from fxopt.generation.cache import PrefixCache, append, prefix_of
+
+_ROWS, _PREFIX, _NEW = 2, 6, 18
+"""Rows of the example that reads many tokens, the slots before it, and its tokens."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads, size of a key, size of a value and dtype of what one layer keeps of a slot."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+
+def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
+    """What each layer of `model` keeps of a slot, found by a call with one token.
+
+    Raises `ModelError` where it keeps something else than keys and values.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    kind = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # a model's own code raises whatever it stumbles over
+        raise ModelError(f"{kind} doesn't take a cache of keys and values: {error}") from error
+    held = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
+    if not held or any(k is None or v is None or k.dim() != 4 for k, v in held):
+        raise ModelError(f"{kind} keeps other state than keys and values of its layers")
+    return tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype) for k, v in held)
+
+
+def blank_prefix(
+    shapes: tuple[LayerShape, ...], rows: int, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values of one slot that nothing attends to: what stands for an empty prefix."""
+    zeros: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
+        key = (heads, size, dtype)
+        if key not in zeros:
+            zeros[key] = torch.zeros(rows, heads, 1, size, dtype=dtype, device=device)
+        return zeros[key]
+
+    return (
+        tuple(of(one.heads, one.key_size, one.dtype) for one in shapes),
+        tuple(of(one.heads, one.value_size, one.dtype) for one in shapes),
+    )
+
+
+def step_inputs(
+    shapes: tuple[LayerShape, ...],
+    ids: Tensor,
+    seen: Tensor | None = None,
+    cache: PrefixCache | None = None,
+    keep: int = 2,
+) -> dict[str, Any]:
+    """The arguments with which a step reads `ids` [B, S] behind what `cache` holds.
+
+    `seen` [B, P + S] is false at padding; positions count what is seen, as `generate` does. The
+    logits asked for are those of the first `keep` slots.
+    """
+    rows, length = ids.shape
+    held = 0 if cache is None else cache.get_seq_length()
+    if seen is None:
+        seen = torch.ones(rows, held + length, dtype=torch.bool, device=ids.device)
+    positions = positions_of(seen)[:, held:]
+    past_seen = seen[:, :held] if held else seen.new_zeros(rows, 1)
+    keys, values = (
+        prefix_of(cache, len(shapes)) if held else blank_prefix(shapes, rows, ids.device)
+    )
+    return {
+        "input_ids": ids.contiguous(),
+        "position_ids": positions.contiguous(),
+        "keep": torch.arange(min(keep, length), device=ids.device),
+        "seen": seen[:, held:].contiguous(),
+        "past_seen": past_seen.contiguous(),
+        "keys": tuple(key.clone(memory_format=torch.contiguous_format) for key in keys),
+        "values": tuple(value.clone(memory_format=torch.contiguous_format) for value in values),
+    }
+
+
+def positions_of(seen: Tensor) -> Tensor:
+    """Positions int64 [B, T] that count what is seen, as `generate` has them."""
+    return (seen.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class Reader:
+    """Reads text with a step, any number of tokens at a time, and remembers it."""
+
+    def __init__(self, step: Any, shapes: tuple[LayerShape, ...]) -> None:
+        self.step, self.shapes = step, shapes
+        self.cache = PrefixCache()
+        self.seen: Tensor | None = None
+
+    def read(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The logits [B, S, V] of all of `ids` [B, S]; `seen` [B, S] is false at padding."""
+        new = torch.ones_like(ids, dtype=torch.bool) if seen is None else seen
+        self.seen = new if self.seen is None else torch.cat([self.seen, new], 1)
+        inputs = step_inputs(self.shapes, ids, self.seen, self.cache, keep=ids.shape[1])
+        with torch.no_grad():
+            logits, keys, values = self.step(**inputs)
+        append(self.cache, keys, values)
+        return logits  # type: ignore[no-any-return]
+
+
+def own_text(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> Tensor:
+    """What `model` writes after its own first token, int64 [2, 24], the same each time."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.full((_ROWS, 1), _first_token(model), device=device)
+    reader, text = Reader(step, shapes), [ids]
+    for _ in range(_PREFIX + _NEW - 1):
+        chances = reader.read(text[-1])[:, -1].float().softmax(-1).cpu()
+        text.append(torch.multinomial(chances, 1, generator=generator).to(device))
+    return torch.cat(text, 1)
+
+
+def _first_token(model: nn.Module) -> int:
+    config: Any = model.config
+    for holder in (getattr(model, "generation_config", None), config):
+        for name in ("bos_token_id", "decoder_start_token_id"):
+            found = getattr(holder, name, None)
+            if isinstance(found, int) and 0 <= found < config.get_text_config().vocab_size:
+                return found
+    return 0
+
+
+def reading_many(
+    step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
+) -> dict[str, Any]:
+    """A step that reads the later part of `text` [B, T] behind the rest; `seen` is its padding."""
+    split = max(1, min(_PREFIX, text.shape[1] - 2))
+    reader = Reader(step, shapes)
+    reader.read(text[:, :split], seen[:, :split])
+    return step_inputs(shapes, text[:, split:], seen, reader.cache)
+
+
+def reading_one(
+    step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
+) -> dict[str, Any]:
+    """A step that reads the last token of the first row of `text` [B, T] behind the others."""
+    reader = Reader(step, shapes)
+    reader.read(text[:1, :-1], seen[:1, :-1])
+    return step_inputs(shapes, text[:1, -1:], seen[:1], reader.cache)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """Calibration texts, {"input_ids": ..., "attention_mask": ...} each, as what steps are given."""
+
+    shapes: tuple[LayerShape, ...]
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.batches:
+            ids, seen = text_of(batch)
+            yield step_inputs(self.shapes, ids, seen)
+
+
+def text_of(given: Any) -> tuple[Tensor, Tensor]:
+    """Ids int64 [B, T] and what of them is seen bool [B, T], of inputs that hold text.
+
+    Raises `InputError` for anything else than ids and an attention mask.
+    """
+    named = given if isinstance(given, Mapping) else {"input_ids": given}
+    ids = named.get("input_ids")
+    if isinstance(ids, (tuple, list)) and len(ids) == 1:
+        ids = ids[0]
+    others = [name for name in named if name not in ("input_ids", "attention_mask")]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or others:
+        raise InputError(
+            "a model that generates is given text: input_ids [batch, length] and, where rows are "
+            f"padded, attention_mask; not {', '.join(map(str, named)) or 'nothing'}"
+            + (f" ({', '.join(others)} has no place)" if others else "")
+            + ". With generation=False the graph answers single calls, with any arguments."
+        )
+    mask = named.get("attention_mask")
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return ids, seen

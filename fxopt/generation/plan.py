@@ -1,0 +1,115 @@
+"""How a model that generates is transformed: as a step, on text, into what `generate` takes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import InputError, ModelError
+from fxopt.generation.examples import (
+    LayerShape,
+    Reader,
+    StepBatches,
+    layer_shapes,
+    own_text,
+    positions_of,
+    reading_many,
+    reading_one,
+    text_of,
+)
+from fxopt.generation.seam import step_of
+
+_CLOSE = 1e-3
+"""How far a step's logits may be from the model's own, relative to the largest of these."""
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A model that is read step by step, and the text [B, T] on which it is tried.
+
+    `seen` [B, T] is false where the text is padding; `shapes` says what the layers keep of a slot.
+    The plan doesn't keep the model: its step is there for as long as somebody holds it.
+    """
+
+    model: weakref.ref[nn.Module]
+    shapes: tuple[LayerShape, ...]
+    text: Tensor
+    seen: Tensor
+
+    def step(self) -> nn.Module | None:
+        """The model as a step, while it is there: where further programs come from."""
+        model = self.model()
+        return None if model is None else step_of(model)
+
+    def many(self, prompts: Any = None) -> dict[str, Any]:
+        """The inputs of a step that reads many tokens of `prompts`, or of the plan's text."""
+        return reading_many(self.step(), self.shapes, *self._text(prompts))
+
+    def one(self, prompts: Any = None) -> dict[str, Any]:
+        """The inputs of a step that reads one token, the last of the first row."""
+        return reading_one(self.step(), self.shapes, *self._text(prompts))
+
+    def batches(self, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
+        """Calibration texts as what steps are given."""
+        return None if calibration is None else StepBatches(self.shapes, calibration)
+
+    def _text(self, prompts: Any) -> tuple[Tensor, Tensor]:
+        return (self.text, self.seen) if prompts is None else text_of(prompts)
+
+
+def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
+    """How `model` is stepped; tried on `prompts`, or on text of its own.
+
+    Raises `ModelError` where no step computes what it computes.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} has an encoder and a decoder, and steps are of decoders alone")
+    with torch.no_grad():
+        shapes = layer_shapes(model)
+        step = step_of(model)
+        if prompts is None:
+            text = own_text(model, step, shapes)
+            seen = torch.ones_like(text, dtype=torch.bool)
+        else:
+            text, seen = text_of(prompts)
+            if text.shape[1] < 3:
+                raise InputError(
+                    f"the text has {text.shape[1]} tokens: give one of 3 or more, so that some are "
+                    "read behind others"
+                )
+        _check_steps(model, step, shapes, text, seen)
+    return GenerationPlan(weakref.ref(model), shapes, text, seen)
+
+
+def _check_steps(
+    model: nn.Module,
+    step: nn.Module,
+    shapes: tuple[LayerShape, ...],
+    text: Tensor,
+    seen: Tensor,
+) -> None:
+    """Raise `ModelError` where steps, of many tokens and of one, aren't the model itself."""
+    own = model(
+        input_ids=text,
+        attention_mask=seen.long(),
+        position_ids=positions_of(seen),
+        use_cache=False,
+    ).logits
+    middle = text.shape[1] // 2
+    reader = Reader(step, shapes)
+    logits = [reader.read(text[:, :middle], seen[:, :middle])]
+    for at in range(middle, text.shape[1]):
+        logits.append(reader.read(text[:, at : at + 1], seen[:, at : at + 1]))
+    off = (torch.cat(logits, 1) - own)[seen].abs().max()
+    if not off <= _CLOSE * own[seen].abs().max():
+        raise ModelError(
+            f"{type(model).__name__} computes something else step by step ({float(off):.3g} off): "
+            "its attention does more than attend to keys and values"
+        )

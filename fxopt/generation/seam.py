@@ -1,0 +1,183 @@
+"""The seam: a language model of transformers, seen as one step on what it has read so far.
+
+    step(ids, positions, keep, seen, past_seen, keys, values)  =  logits, new keys, new values
+
+A step is a function without state. It reads `ids` [B, S] behind a prefix of P slots, whose keys and
+values it is given layer by layer, and returns those of the S new slots: whoever calls it appends
+them. A causal graph of it holds for any prefix, whether that was read at once or token by token, in
+rows of a batch that were reordered, cropped or padded.
+
+It is the model's own forward. Two seams make it so: a `Cache` that hands new keys and values
+through and notes them, and an attention implementation that reads prefix and new slots in one
+operator, `fxopt.cached_attention`. With an attention that it doesn't know transformers makes no
+masks of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fxopt.errors import ModelError
+
+ATTENTION = "fxopt"
+"""The name under which transformers knows the attention of a step."""
+
+_KNOWN = frozenset({"sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache"})
+"""Keywords of an attention that are taken into account, or that say nothing about its values."""
+
+_active: list[StepCache] = []
+
+
+class StepCache(Cache):
+    """What one step knows of earlier slots; it hands new keys and values through and notes them."""
+
+    def __init__(
+        self, past_seen: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        super().__init__(layers=[])
+        self.past_seen, self.seen = past_seen, seen
+        self.past_keys, self.past_values = keys, values
+        self.new_keys: dict[int, Tensor] = {}
+        self.new_values: dict[int, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values [B, G, S, D] themselves; the attention adds the prefix."""
+        self.new_keys[layer_idx], self.new_values[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many slots the prefix has."""
+        return self.past_seen.shape[1]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the S new slots [B, H, S, D] to prefix and new slots, as [B, S, H, D].
+
+    Raises `ModelError` for what a step can't hold: a mask of the model's own, attention that isn't
+    causal, a keyword that changes it in a way not known here.
+    """
+    cache = _active[-1]
+    layer: Any = getattr(module, "layer_idx", None)
+    kind = type(module).__name__
+    if layer not in cache.new_keys or cache.new_keys[layer] is not key:
+        raise ModelError(f"{kind} attends to other keys than those it gives to the cache")
+    if attention_mask is not None:
+        raise ModelError(f"{kind} makes an attention mask of its own")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ModelError(f"{kind} attends to later tokens too")
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in _KNOWN:
+            raise ModelError(f"{kind} gives its attention {name}, which no step takes")
+    attended = torch.ops.fxopt.cached_attention(
+        query,
+        key,
+        value,
+        cache.past_keys[layer],
+        cache.past_values[layer],
+        cache.past_seen,
+        cache.seen,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return attended, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+
+
+class Step:
+    """The forward of a step, in front of a model's own class."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        seen: Tensor,
+        past_seen: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits [B, K, V] at the K new slots `keep`, and the new keys and values [B, G, S, D].
+
+        `input_ids` and `position_ids` are int64 [B, S], `keep` int64 [K] in 0 to S - 1; `seen`
+        [B, S] and `past_seen` [B, P] are false where a slot is padding, which nothing attends to.
+        `keys` and `values` hold the prefix of each layer, [B, G, P, D], in any strides.
+        """
+        cache = StepCache(past_seen, seen, keys, values)
+        forward: Any = super().forward  # type: ignore[misc]
+        keeps = "logits_to_keep" in inspect.signature(forward).parameters
+        given = {"logits_to_keep": keep} if keeps else {}
+        with _stepping(self, cache):  # type: ignore[arg-type]
+            output = forward(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **given,
+            )
+        layers = range(len(keys))
+        if cache.new_keys.keys() != set(layers):
+            raise ModelError(f"{type(self).__name__} keeps no keys and values of some layers")
+        logits = output.logits if keeps else output.logits[:, keep]
+        return (
+            logits,
+            tuple(cache.new_keys[layer] for layer in layers),
+            tuple(cache.new_values[layer] for layer in layers),
+        )
+
+
+@contextmanager
+def _stepping(model: nn.Module, cache: StepCache) -> Iterator[None]:
+    """Attention of `model` reads `cache`; its configs are put back in the end."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    _active.append(cache)
+    try:
+        for config in configs.values():
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        _active.pop()
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+_steps: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+def step_of(model: nn.Module) -> nn.Module:
+    """`model` with the forward of a `Step`: the same modules and tensors, under the same names.
+
+    It is kept for as long as somebody holds `model`.
+    """
+    step = _steps.get(model)
+    if step is None:
+        step = copy.copy(model)
+        step.__class__ = type(type(model).__name__, (Step, type(model)), {})
+        _steps[model] = step
+    return step

@@ -1,0 +1,185 @@
+"""Generating: an `Optimized` that transformers' `generate` takes as one of its own models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fxopt.errors import InputError
+from fxopt.generation import LayerShape, PrefixCache, append, blank_prefix, prefix_of
+from fxopt.optimized.optimized import Optimized
+
+_WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
+_BEFORE_PREFIX = 5
+"""Tensors that a step is given ahead of keys and values."""
+_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
+
+
+class Generating(Optimized, GenerationMixin):  # type: ignore[misc]
+    """A causal language model whose steps are fxopt programs.
+
+    `opt.generate(...)`, a transformers pipeline and a call with or without `past_key_values` do
+    what they do with the original: all of them are steps (`fxopt.generation.seam`) behind a cache,
+    which only grows. `opt.programs` holds the program that reads many tokens and the one that
+    reads one.
+    """
+
+    _is_stateful = False
+    hf_quantizer = None
+    _no_split_modules = None
+    _supports_cache_class = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, K, V] for ids [B, S] behind the slots that `past_key_values` holds.
+
+        `attention_mask` [B, P + S] covers these too and is 0 where a slot is padding;
+        `position_ids` [B, S] left out count on from P. `logits_to_keep` is the number of last
+        slots, 0 for all, or their indices. Raises `InputError` for what no step computes.
+        """
+        ids = _checked_ids(input_ids, inputs_embeds, labels, kwargs)
+        rows, length = ids.shape
+        cache = past_key_values
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if cache is None and use_cache:
+            cache = PrefixCache()
+        held = 0 if cache is None else int(cache.get_seq_length())
+        seen = _seen(attention_mask, rows, held, length, ids.device)
+        logits, keys, values = super().forward(
+            ids,
+            _positions(position_ids, rows, held, length, ids.device),
+            _kept(logits_to_keep, length, ids.device),
+            seen[:, held:],
+            *self._prefix(cache, held, seen),
+        )
+        if cache is not None:
+            append(cache, keys, values)
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        whole = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if whole else output.to_tuple()
+
+    def _prefix(
+        self, cache: Cache | None, held: int, seen: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What a step is told of the prefix: which slots are seen, keys, values.
+
+        An empty prefix is one slot that nothing attends to, so that one program reads both.
+        """
+        if not held:
+            blank = blank_prefix(self._shapes(), seen.shape[0], seen.device)
+            return seen.new_zeros(seen.shape[0], 1), *blank
+        keys, values = prefix_of(cache, len(self._shapes()))
+        return seen[:, :held], keys, values
+
+    def _shapes(self) -> tuple[LayerShape, ...]:
+        """What each layer keeps of a slot."""
+        found: tuple[LayerShape, ...] | None = self.__dict__.get("_layer_shapes")
+        if found is None:
+            prefix = self._done().program.signature.tensors[_BEFORE_PREFIX:]
+            pairs = zip(prefix[: len(prefix) // 2], prefix[len(prefix) // 2 :], strict=True)
+            found = tuple(
+                LayerShape(int(k.sizes[1]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
+                for k, v in pairs
+            )
+            object.__setattr__(self, "_layer_shapes", found)
+        return found
+
+    def _generation(self) -> dict[str, Any]:
+        config: Any = self._carried.get("generation_config")
+        text = "{}" if config is None else config.to_json_string()
+        return json.loads(text)  # type: ignore[no-any-return]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Put the cache for one `generate` into `model_kwargs`, unless the user gave one."""
+        kind = generation_config.cache_implementation
+        if kind in _OTHER_CACHES:
+            raise InputError(
+                f"cache_implementation={kind!r}: an optimised model keeps keys and values in a "
+                "cache of its own, which grows as it is filled. Leave cache_implementation out."
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = PrefixCache()
+
+    def can_generate(self) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """False: the code that runs is fxopt's."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """None to switch: which experts run is in the graph."""
+        return {}
+
+    def set_experts_implementation(self, implementation: Any) -> None:
+        """Nothing: which experts run is in the graph."""
+
+
+def _checked_ids(
+    ids: Tensor | None, embeds: Tensor | None, labels: Tensor | None, others: dict[str, Any]
+) -> Tensor:
+    if embeds is not None or ids is None:
+        raise InputError(f"a step reads input_ids, not inputs_embeds: {_WAY_OUT}")
+    if labels is not None:
+        raise InputError(f"a step computes no loss from labels: {_WAY_OUT}, or take it of logits")
+    wanted = [name for name, value in others.items() if value is not None and value is not False]
+    if wanted:
+        raise InputError(
+            f"this call gives {', '.join(wanted)}, which a step doesn't take: leave it out, or "
+            f"{_WAY_OUT}"
+        )
+    if ids.dim() != 2 or not ids.numel():
+        raise InputError(f"input_ids must be [batch, length] with an entry, not {tuple(ids.shape)}")
+    return ids
+
+
+def _seen(
+    mask: Tensor | None, rows: int, held: int, length: int, device: torch.device
+) -> Tensor:
+    """Which of all slots [B, P + S] aren't padding."""
+    if mask is None:
+        return torch.ones(rows, held + length, dtype=torch.bool, device=device)
+    if mask.shape != (rows, held + length):
+        raise InputError(
+            f"attention_mask must be [batch, tokens so far], ({rows}, {held + length}) in this "
+            f"call, not {tuple(mask.shape)}: masks of every pair of tokens aren't taken"
+        )
+    return mask.to(device=device, dtype=torch.bool)
+
+
+def _positions(
+    given: Tensor | None, rows: int, held: int, length: int, device: torch.device
+) -> Tensor:
+    if given is None:
+        given = torch.arange(held, held + length, device=device)[None]
+    return given.expand(rows, length).contiguous()
+
+
+def _kept(given: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """The slots whose logits are wanted, int64 [K]."""
+    if isinstance(given, Tensor):
+        return given.to(device) % length
+    return torch.arange(max(0, length - given) if given else 0, length, device=device)
