@@ -74,6 +74,7 @@ def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
     with torch.no_grad():
         shapes = layer_shapes(model)
         step = step_of(model)
+        _check_call(model, step, shapes)
         if prompts is None:
             text = own_text(model, step, shapes)
             seen = torch.ones_like(text, dtype=torch.bool)
@@ -86,6 +87,20 @@ def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
                 )
         _check_steps(model, step, shapes, text, seen)
     return GenerationPlan(weakref.ref(model), shapes, text, seen)
+
+
+def _check_call(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> None:
+    """Raise `ModelError` where `model` can't be called as a step at all."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        Reader(step, shapes).read(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    except ModelError:
+        raise
+    except Exception as error:  # a model's own code raises whatever it stumbles over
+        raise ModelError(
+            f"{type(model).__name__} doesn't attend through the attention interface of "
+            f"transformers: {type(error).__name__}: {error!s:.200}"
+        ) from error
 
 
 def _check_steps(

@@ -20,12 +20,12 @@ def keep_sharing(before: fx.Graph, after: fx.Graph, who: str) -> None:
     Raises `RewriteError` where no copy can do that: an output was a view of an input or of state,
     and isn't any more.
     """
-    wanted = memory(before)
+    wanted, found = memory(before), memory(after)
     for _ in range(2):
         for label in dict.fromkeys(wanted):
-            if label.startswith("output ") and _differs(wanted, memory(after), label):
+            if label.startswith("output ") and _differs(wanted, found, label):
                 _copy_apart(after, [i for i, other in enumerate(wanted) if other == label])
-    found = memory(after)
+                found = memory(after)
     if found == wanted:
         return
     index = next(i for i, label in enumerate(found) if label != wanted[i])
