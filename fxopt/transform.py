@@ -10,7 +10,7 @@ from torch import nn
 
 from fxopt.calibration import check_is_iterable
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
-from fxopt.claim import Claim
+from fxopt.claim import Claim, Close
 from fxopt.errors import ModelError, NotCapturedError, PassError
 from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
@@ -20,6 +20,7 @@ from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured
 from fxopt.program import Mode
 from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
+from fxopt.verify import compose
 
 if TYPE_CHECKING:
     from fxopt.generation import GenerationPlan
@@ -155,7 +156,18 @@ def transform(
     except NotCapturedError:
         if example_inputs is not None:
             raise
+    if plan is not None and verify:
+        _prove_generation(plan, optimized, judging)
     return optimized
+
+
+def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) -> None:
+    """Judge the steps one after the other against the original, and say so in the report."""
+    from fxopt.generation import teacher_forced
+
+    judging.progress("reading text token by token")
+    claim = optimized.claim if judging.budget is not None else compose((Close(), optimized.claim))
+    optimized.note(str(teacher_forced(plan, optimized, claim)))
 
 
 def _generation(
@@ -163,7 +175,7 @@ def _generation(
 ) -> tuple[GenerationPlan | None, tuple[str, ...]]:
     """How `model` is read step by step, if it is; else why not, where nobody asked."""
     can_generate = getattr(model, "can_generate", None)
-    generates = bool(callable(can_generate) and can_generate()) and not isinstance(model, Optimized)
+    generates = bool(callable(can_generate) and can_generate())
     if wanted is True and (mode == "train" or not generates):
         what = "mode='train' captures a loss" if generates else f"{type(model).__name__} can't"
         raise PassError(f"generation=True: {what}, and no model of transformers that generates")

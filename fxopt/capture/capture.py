@@ -357,13 +357,17 @@ def _fixed_size_notes(program: Program) -> list[str]:
         if size == 1
     ]
     widths = {0, 1, *(size for tensor in program.state.values() for size in tensor.shape)}
+    alike: dict[str, list[str]] = {}
     for tensor in program.signature.tensors:
         sizes = enumerate(tensor.sizes)
         fixed = [(axis, size) for axis, size in sizes if isinstance(size, int)]
         axes = [f"{size} on axis {axis}" for axis, size in fixed if size not in widths]
         if axes:
-            notes.append(
-                f"the model fixes the size of {tensor.path} to {', '.join(axes)}: a call with "
-                "another needs a program of its own"
-            )
+            alike.setdefault(", ".join(axes), []).append(tensor.path)
+    for axes_text, paths in alike.items():
+        others = f" and {len(paths) - 1} inputs more" if len(paths) > 1 else ""
+        notes.append(
+            f"the model fixes the size of {paths[0]}{others} to {axes_text}: a call with another "
+            "needs a program of its own"
+        )
     return notes

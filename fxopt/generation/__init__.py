@@ -3,15 +3,18 @@
 from fxopt.generation.cache import PrefixCache, append, prefix_of
 from fxopt.generation.examples import LayerShape, Reader, blank_prefix, text_of
 from fxopt.generation.plan import GenerationPlan, generation_plan
+from fxopt.generation.proof import TeacherForcing, teacher_forced
 
 __all__ = [
     "GenerationPlan",
     "LayerShape",
     "PrefixCache",
     "Reader",
+    "TeacherForcing",
     "append",
     "blank_prefix",
     "generation_plan",
     "prefix_of",
+    "teacher_forced",
     "text_of",
 ]

@@ -173,9 +173,11 @@ _steps: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDiction
 def step_of(model: nn.Module) -> nn.Module:
     """`model` with the forward of a `Step`: the same modules and tensors, under the same names.
 
-    It is kept for as long as somebody holds `model`.
+    It is kept for as long as somebody holds `model`. One that was transformed is its own steps.
     """
     step = _steps.get(model)
+    if step is None and hasattr(model, "as_step"):
+        step = _steps[model] = model.as_step()
     if step is None:
         step = copy.copy(model)
         step.__class__ = type(type(model).__name__, (Step, type(model)), {})

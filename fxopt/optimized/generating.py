@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fxopt.claim import Claim
 from fxopt.errors import InputError
 from fxopt.generation import LayerShape, PrefixCache, append, blank_prefix, prefix_of
-from fxopt.optimized.optimized import Optimized
+from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
 _BEFORE_PREFIX = 5
@@ -29,6 +31,9 @@ class Generating(Optimized, GenerationMixin):  # type: ignore[misc]
     reads one.
     """
 
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    base_model_prefix = "model"
     _is_stateful = False
     hf_quantizer = None
     _no_split_modules = None
@@ -104,6 +109,25 @@ class Generating(Optimized, GenerationMixin):  # type: ignore[misc]
         config: Any = self._carried.get("generation_config")
         text = "{}" if config is None else config.to_json_string()
         return json.loads(text)  # type: ignore[no-any-return]
+
+    def as_step(self) -> Optimized:
+        """This module's programs, called as a step (`fxopt.generation.seam.Step`) is."""
+        outcome = self._done()
+        twin = optimized_like(type(self).__name__, outcome.program.signature.forward, self._carried)
+        further = tuple(one.outcome for one in self._programs.valid())
+        twin.install(replace(outcome, further=further))
+        return twin
+
+    @property
+    def claim(self) -> Claim | None:
+        """What the programs were held to; None where that isn't known, as in what was loaded."""
+        return self._done().claim
+
+    def note(self, *notes: str) -> None:
+        """Add `notes` to the report."""
+        outcome = self._done()
+        report = replace(outcome.report, notes=(*outcome.report.notes, *notes))
+        object.__setattr__(self, "_outcome", replace(outcome, report=report))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -214,6 +214,17 @@ class Optimized(nn.Module):
         further = [one.in_mode(self._mode) for one in self._programs.valid()]
         return (self.program, *further)
 
+    def program_for(self, inputs: Any) -> Program:
+        """The one of `programs` that answers a call with `inputs`, or the first.
+
+        They are a tensor, a tuple of positionals or a dict of keywords.
+        """
+        args = (inputs,) if isinstance(inputs, Tensor) else inputs
+        call = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
+        members = self._programs.valid()
+        found = next((one for one in members if one.answers(*call)), None)
+        return self.program if found is None else found.in_mode(self._mode)
+
     def save(self, folder: str | Path) -> None:
         """Write programs, tensors and report to `folder`; `fxopt.load(folder)` reads them back.
 

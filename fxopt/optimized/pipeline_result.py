@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fxopt.claim import Claim
 from fxopt.graph_text import GraphText
 from fxopt.lower import Lowering
 from fxopt.optimized.origins import Origins
@@ -52,7 +53,7 @@ class PipelineResult:
     `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
     model of a program that trains computes in evaluation; `source` makes further programs of the
     same model, where it can; `further` are those that exist already; `origins` are the tensors of
-    the original from which passes derived others.
+    the original from which passes derived others; `claim` is what the whole list was held to.
     """
 
     program: Program
@@ -66,3 +67,4 @@ class PipelineResult:
     source: Source[PipelineResult] | None = None
     further: tuple[PipelineResult, ...] = ()
     origins: Origins | None = None
+    claim: Claim | None = None

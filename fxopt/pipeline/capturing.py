@@ -85,7 +85,8 @@ def captured(
 def _program_of(model: nn.Module, inputs: Inputs | None, mode: Mode, further: bool) -> Program:
     config = getattr(model, "config", None)
     if isinstance(model, Optimized) and model.is_captured:
-        program = replace(model.program, changes=Changes(), taken=frozenset(), config=config)
+        program = model.program_for(inputs) if further else model.program
+        program = replace(program, changes=Changes(), taken=frozenset(), config=config)
         observe_sizes(program)
         return program
     return replace(capture(model, inputs, mode, empty=further), config=config)

@@ -53,6 +53,7 @@ def finished(run: Run, judging: Judging, measure_cost: bool | None) -> PipelineR
         None if config is getattr(run.model, "config", None) else config,
         evaluation=evaluation,
         origins=origins,
+        claim=judging.budget or run.reference.budget,
     )
 
 

@@ -1,0 +1,103 @@
+"""Teacher forcing: the optimised model, token by token, against the original on the whole text.
+
+Each step is given the tokens that the original would have written, whatever it would say itself, so
+that every position can be compared; but keys and values are its own, and their errors add up as
+they do in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.claim import Claim, sqnr
+from fxopt.errors import EquivalenceError
+from fxopt.generation.examples import Reader, positions_of
+from fxopt.generation.plan import GenerationPlan
+
+_STEPS = 12
+"""Tokens that the original writes on, which are read one by one."""
+
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """How far `positions` logits were from the original's, and in how many the first choice agreed.
+
+    A choice that differs is a `tie` where the original's two best logits are closer to each other
+    than the largest error.
+    """
+
+    positions: int
+    one_by_one: int
+    decibels: float
+    agreed: int
+    ties: int
+
+    def __str__(self) -> str:
+        ties = f" ({self.ties} ties among the others)" if self.ties else ""
+        return (
+            f"generation: {self.positions} positions of text that the original wrote, "
+            f"{self.one_by_one} of them read one by one: logits {self.decibels:.1f} dB from the "
+            f"original's, first choices agree in {self.agreed}{ties}"
+        )
+
+
+def teacher_forced(plan: GenerationPlan, generating: nn.Module, claim: Claim) -> TeacherForcing:
+    """The optimised model `generating` against the original that `plan` was made for.
+
+    Raises `EquivalenceError` where its logits are outside of `claim`.
+    """
+    original = plan.model()
+    assert original is not None
+    text, seen = _continued(plan)
+    read = plan.text.shape[1]
+    with torch.no_grad():
+        wanted = _logits(original, text, seen, 0, use_cache=False).logits
+        output = _logits(generating, text[:, :read], seen[:, :read], 0, use_cache=True)
+        found = [output.logits]
+        for at in range(read, text.shape[1]):
+            cache = output.past_key_values
+            ids = text[:, at : at + 1]
+            output = _logits(generating, ids, seen[:, : at + 1], at, past_key_values=cache)
+            found.append(output.logits)
+    wanted, got = wanted[seen], torch.cat(found, 1)[seen]
+    measured = claim.measure(wanted, got)
+    if not measured.holds:
+        raise EquivalenceError(
+            f"read token by token, the result broke its claim: claimed {claim}, measured "
+            f"{measured.text} against the original's logits. Each program keeps its claim; errors "
+            "in keys and values have added up. Quantize fewer layers, or allow more with budget=."
+        )
+    return _compared(wanted, got, text.shape[0] * (text.shape[1] - read))
+
+
+def _compared(wanted: Tensor, got: Tensor, one_by_one: int) -> TeacherForcing:
+    same = wanted.argmax(-1) == got.argmax(-1)
+    best = wanted.float().topk(2, -1).values
+    error = (wanted - got).abs().amax(-1)
+    ties = int(((best[:, 0] - best[:, 1] <= 2 * error) & ~same).sum())
+    return TeacherForcing(len(same), one_by_one, sqnr(wanted, got), int(same.sum()), ties)
+
+
+def _logits(model: Any, ids: Tensor, seen: Tensor, start: int, **options: Any) -> Any:
+    return model(
+        input_ids=ids,
+        attention_mask=seen.long(),
+        position_ids=positions_of(seen)[:, start:],
+        **options,
+    )
+
+
+def _continued(plan: GenerationPlan) -> tuple[Tensor, Tensor]:
+    """The plan's text and what the original writes after it, and what of it is seen."""
+    reader, text, seen = Reader(plan.step(), plan.shapes), plan.text, plan.seen
+    logits = reader.read(text, seen)
+    for index in range(_STEPS):
+        new = logits[:, -1].argmax(-1, keepdim=True)
+        text, seen = torch.cat([text, new], 1), torch.cat([seen, torch.ones_like(new).bool()], 1)
+        if index < _STEPS - 1:
+            logits = reader.read(new)
+    return text, seen
