@@ -39,6 +39,17 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """That a pass, by its textual name, made a tensor of the state, and as what.
+
+    So passes recognise what one of them made, whatever the tensor is called.
+    """
+
+    pass_name: str
+    role: str
+
+
+@dataclass(frozen=True)
 class Changes:
     """What the rewriting driver did to make a program from its predecessor; only it writes this.
 
@@ -112,6 +123,15 @@ class Program:
             if isinstance(value, FakeTensor):
                 return value.fake_mode
         raise FxoptError("the program holds no tensor at all; there is nothing to optimise")
+
+    @property
+    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+        """Which passes made a tensor of the state what it is, the first one first, by its name.
+
+        Names of tensors that no pass looks for later are left out.
+        """
+        constants = (node for node in self.graph.nodes if node.op == "get_attr")
+        return {str(n.target): n.meta["origins"] for n in constants if n.meta.get("origins")}
 
     @functools.cached_property
     def written(self) -> frozenset[str]:

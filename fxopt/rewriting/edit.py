@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import as_recipe
-from fxopt.program import Program
+from fxopt.nodes import origins
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
 
@@ -75,7 +76,7 @@ class Edit:
         with self.graph.inserting_before(self._root):
             node = self.graph.call_function(target, args, kwargs)
         value = self._types.of_call(target, args, kwargs, self._root)
-        node.meta = {**origin(self._root), "val": value}
+        node.meta = {**inherited(self._root), "val": value}
         self._new.append(node)
         return node
 
@@ -87,13 +88,27 @@ class Edit:
         """`value[index]` of an operator with several results."""
         return self.call(operator.getitem, value, index)
 
-    def constant(self, name: str, tensor: Tensor | Recipe) -> fx.Node:
-        """A new state tensor under `name` (made unique), as a node at the head of the graph."""
+    def constant(
+        self,
+        name: str,
+        tensor: Tensor | Recipe,
+        *,
+        origin: Origin | None = None,
+        of: fx.Node | None = None,
+    ) -> fx.Node:
+        """A new state tensor under `name` (made unique), as a node at the head of the graph.
+
+        `origin` tells the passes after this one what it is. One that is another form of the state
+        behind the node `of`, such as a scaled or a rounded one, keeps the origins of that.
+        """
         unique = self._unique(name)
         self.added[unique] = tensor
         with self.graph.inserting_before(self._head()):
             node = self.graph.get_attr(unique)
         node.meta = {"val": self._types.of_tensor(tensor), "module_path": "", "source": ""}
+        known = () if of is None else origins(of)
+        if origin is not None or known:
+            node.meta["origins"] = known if origin is None else (*known, origin)
         self._new.append(node)
         return node
 
@@ -135,7 +150,7 @@ class Edit:
         self._paths.update((name, *_parents(name)))
 
 
-def origin(node: fx.Node) -> dict[str, Any]:
+def inherited(node: fx.Node) -> dict[str, Any]:
     """Where a node comes from, as the metadata of a node that takes its place."""
     keys = ("module_path", "source", "nn_module_stack", "stack_trace")
     return {key: node.meta[key] for key in keys if key in node.meta}

@@ -104,17 +104,7 @@ def costly_linears(
         table = Int8Linear(mode="static").sensitivity(program)
     except FxoptError:
         return ()
-    return tuple("|".join(paths(row.name)) for row in table.rows)
-
-
-def paths(name: str) -> list[str]:
-    """The module paths in a name such as `a.{query,key} + b.dense (linear_3)`."""
-    found = []
-    for part in name.partition(" (")[0].split(" + "):
-        head, brace, rest = part.partition("{")
-        tails = rest.partition("}")[0].split(",") if brace else [""]
-        found += [head + tail for tail in tails]
-    return found
+    return tuple("|".join(row.paths) for row in table.rows)
 
 
 def _prunings(calibrated: bool) -> Iterable[str]:

@@ -7,8 +7,8 @@ from torch import fx
 
 from fxopt.device import Device
 from fxopt.kernels.sparse24 import compress24, is_sparse24, refuse_sparse24
+from fxopt.nodes import origins
 from fxopt.operators import Linear, as_linear
-from fxopt.passes.linear_layers.selection import has_mark
 from fxopt.passes.pruning.sparsify24 import SPARSE24
 from fxopt.program import Program
 from fxopt.recipe import materialize
@@ -57,7 +57,7 @@ class SelectSparse24Linear(Rule):
         """Looks at the values only where a product could gain by them."""
         name = str(weight.target)
         if not Device.describe(weight.meta["val"].device).sparse24():
-            return has_mark(name, SPARSE24)
+            return SPARSE24 in origins(weight)
         if name not in self.sparse:
             state = self.program.state.get(name)
             sparse = state is not None and self.program.is_constant(weight)

@@ -1,8 +1,7 @@
-"""Which linears a pass takes: by module path, by their weight, by what a pass left there."""
+"""Which linears a pass takes: by module path, by their weight."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -65,14 +64,6 @@ def refuse_weight(linear: Linear) -> str | None:
     if not linear.in_features or not linear.out_features:
         return "its weight is empty"
     return None
-
-
-def has_mark(name: str, mark: str) -> bool:
-    """Whether a pass made the weight called `name`, as `mark` at its end tells.
-
-    `Edit.constant` numbers a name that is taken: a weight met twice is marked `_mark_1` there.
-    """
-    return re.search(rf"{re.escape(mark)}(_\d+)?$", name) is not None
 
 
 def _selects(choice: Selection, path: str) -> bool:

@@ -112,6 +112,7 @@ class HalfValues:
             self.constants[name] = edit.constant(
                 f"{name}_{str(self.dtype).removeprefix('torch.')}",
                 rounded(edit.state(x), self.dtype),
+                of=x,
             )
         return self.constants[name]
 

@@ -23,19 +23,18 @@ from torch import Tensor, fx
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Answer, Device
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
-from fxopt.nodes import label
+from fxopt.nodes import label, origins
 from fxopt.observation import SecondMoment
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from fxopt.passes.linear_layers.selection import (
     Selections,
-    has_mark,
     refuse_by_path,
     refuse_weight,
 )
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
-from fxopt.program import Program
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import DeviceOption
@@ -43,8 +42,8 @@ from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, 
 
 aten = torch.ops.aten
 
-SPARSE24 = "_sparse24"
-"""How the state name of a weight that was masked ends."""
+SPARSE24 = Origin("sparsify24", "sparse24")
+"""A weight that was masked."""
 
 Learnt = Mapping[WeightKey, Tensor]
 """By weight: Wanda's norms of the channels [K], or SparseGPT's pruned weights [N, K]."""
@@ -69,7 +68,7 @@ class MaskLinear(LinearRule):
         unfit = unfit or refuse_weight(linear)
         if unfit is not None:
             return unfit
-        if has_mark(str(linear.weight.target), SPARSE24):
+        if SPARSE24 in origins(linear.weight):
             return "its weight is 2:4 sparse already"
         if linear.in_features % GROUP:
             return f"its K = {linear.in_features} is no multiple of {GROUP}"
@@ -106,11 +105,14 @@ class MaskLinear(LinearRule):
 
     def _masked(self, linear: Linear, edit: Edit) -> fx.Node:
         """W * m, computed when it is needed: until then the model's own W is the only copy."""
-        name, pruned = f"{linear.weight.target}{SPARSE24}", self._pruned(linear)
-        if pruned is None:
-            return edit.constant(name, self._recipe(linear, edit, masked24, linear.dtype))
+        name, pruned = f"{linear.weight.target}_sparse24", self._pruned(linear)
         trains = edit.state(linear.weight).requires_grad
-        return edit.constant(name, torch.nn.Parameter(pruned) if trains else pruned)
+        masked: Tensor | Recipe
+        if pruned is None:
+            masked = self._recipe(linear, edit, masked24, linear.dtype)
+        else:
+            masked = torch.nn.Parameter(pruned) if trains else pruned
+        return edit.constant(name, masked, origin=SPARSE24, of=linear.weight)
 
     def _masked_parameter(self, linear: Linear, edit: Edit) -> fx.Node:
         """W * m with a constant m: W stays the parameter that trains, its zeros stay zeros."""

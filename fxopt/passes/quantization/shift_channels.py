@@ -21,16 +21,16 @@ from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
+from fxopt.nodes import origins
 from fxopt.observation import ChannelRange
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
 from fxopt.passes.linear_layers.selection import (
-    has_mark,
     refuse_by_path,
     refuse_weight,
 )
 from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
-from fxopt.program import Program
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import Globs
@@ -38,8 +38,8 @@ from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
-SHIFT = "_shift"
-"""How the name of what is subtracted from an input ends."""
+SHIFT = Origin("shift-channels", "shift")
+"""What is subtracted from an input."""
 
 
 class ShiftLinear(LinearRule):
@@ -78,9 +78,8 @@ class ShiftLinear(LinearRule):
         bias = edit.constant(f"{linear.weight.target}_shifted_bias", _bias(linear, middle, edit))
         if linear.x not in self.shifted:
             value = linear.x.meta["val"]
-            shift = edit.constant(
-                f"{linear.x.name}{SHIFT}", middle.to(value.dtype).to(value.device)
-            )
+            middle = middle.to(value.dtype).to(value.device)
+            shift = edit.constant(f"{linear.x.name}_shift", middle, origin=SHIFT)
             self.shifted[linear.x] = edit.call(aten.sub.Tensor, linear.x, shift)
         x = self.shifted[linear.x]
         if linear.bias is not None:
@@ -172,7 +171,7 @@ def _is_shifted(x: fx.Node) -> bool:
     if x.target is not aten.sub.Tensor:
         return False
     shift = x.args[1]
-    return isinstance(shift, fx.Node) and has_mark(str(shift.target), SHIFT)
+    return isinstance(shift, fx.Node) and SHIFT in origins(shift)
 
 
 @dataclass(frozen=True)

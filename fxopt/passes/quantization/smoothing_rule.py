@@ -20,16 +20,17 @@ from fxopt.analyses.channel_scaling import (
     find_absorption,
     view_source,
 )
+from fxopt.nodes import origins
 from fxopt.operators.linears import Linear, as_linear
 from fxopt.passes.linear_layers.linear_rule import LinearRule
-from fxopt.passes.linear_layers.selection import has_mark
+from fxopt.program import Origin
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match
 
 aten = torch.ops.aten
 
-SMOOTHED = "_smoothed"
-"""How the state name of a weight with smoothed columns ends."""
+SMOOTHED = Origin("smooth-quant", "smoothed")
+"""A weight with smoothed columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,9 @@ class SmoothLinear(LinearRule):
             scale = _widened(group.inverse).reciprocal()
             factor = scale[:, None] if linear.transposed else scale[None, :]
             scaled = _scaled(edit, weight, factor)
-            self.weights[weight] = edit.constant(f"{weight.target}{SMOOTHED}", scaled)
+            self.weights[weight] = edit.constant(
+                f"{weight.target}_smoothed", scaled, origin=SMOOTHED, of=weight
+            )
         if operand is weight:
             return self.weights[weight]
         return rebuilt(edit, operand, {weight: self.weights[weight]})
@@ -192,9 +195,9 @@ def _scaled_constant(edit: Edit, constant: fx.Node, factor: Tensor) -> fx.Node:
         factor = factor.to(value.dtype).to(value.device)
         return edit.call(aten.mul.Tensor, constant, edit.constant(f"{constant.name}_scale", factor))
     name = str(constant.target)
-    if not has_mark(name, SMOOTHED):
+    if SMOOTHED not in origins(constant):
         name += "_scaled"
-    return edit.constant(name, _scaled(edit, constant, factor))
+    return edit.constant(name, _scaled(edit, constant, factor), of=constant)
 
 
 def _scaled(edit: Edit, constant: fx.Node, factor: Tensor) -> Recipe:

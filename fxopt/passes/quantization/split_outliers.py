@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
+from fxopt.nodes import origins
 from fxopt.observation import ChannelMagnitude
 from fxopt.operators import Linear, as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
-from fxopt.passes.linear_layers.selection import has_mark, refuse_by_path
-from fxopt.program import Program
+from fxopt.passes.linear_layers.selection import refuse_by_path
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import Globs
@@ -34,8 +35,8 @@ from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
-OUTLIERS, MAIN = "_outliers", "_main"
-"""How the names of split weights end: float columns, and what int8 may round."""
+OUTLIERS, MAIN = Origin("split-outliers", "outliers"), Origin("split-outliers", "main")
+"""Parts of split weights: float columns, and what int8 may round."""
 
 _ELEMENTWISE: frozenset[Any] = frozenset(
     {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default}
@@ -76,11 +77,12 @@ class SplitLinear(LinearRule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         channels = torch.tensor(self.channels[linear.node.name])
-        name = str(linear.weight.target)
-        rows = linear.rows_first(edit.state(linear.weight))
-        main = edit.constant(f"{name}{MAIN}", _recipe(_Without(channels), rows, rows.shape))
-        shape = torch.Size((linear.out_features, len(channels)))
-        own = edit.constant(f"{name}{OUTLIERS}", _recipe(_Columns(channels), rows, shape))
+        name, weight = str(linear.weight.target), linear.weight
+        rows = linear.rows_first(edit.state(weight))
+        without = _recipe(_Without(channels), rows, rows.shape)
+        main = edit.constant(f"{name}_main", without, origin=MAIN, of=weight)
+        columns = _recipe(_Columns(channels), rows, (linear.out_features, len(channels)))
+        own = edit.constant(f"{name}_outliers", columns, origin=OUTLIERS, of=weight)
         if linear.x not in self.masked:
             self.masked[linear.x] = self._mask(linear, channels, edit)
             self.apart[linear.x] = _outlying(linear.x, channels, edit)
@@ -154,12 +156,12 @@ class SplitOutliers(Pass[SplitPlan]):
 
 def is_split(linear: Linear) -> bool:
     """Whether this linear is one of the two halves that `SplitOutliers` makes."""
-    return is_outlying(linear) or has_mark(str(linear.weight.target), MAIN)
+    return is_outlying(linear) or MAIN in origins(linear.weight)
 
 
 def is_outlying(linear: Linear) -> bool:
     """Whether this linear belongs to the outliers, which stay in float."""
-    return has_mark(str(linear.weight.target), OUTLIERS)
+    return OUTLIERS in origins(linear.weight)
 
 
 def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...], str]:
@@ -184,13 +186,14 @@ def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
         return edit.call(aten.index_select.default, x, x.meta["val"].ndim - 1, index)
     rows = linear.rows_first(edit.state(linear.weight))
     count = len(channels)
-    shape = torch.Size((count, linear.in_features))
-    name = str(linear.weight.target)
-    weight = edit.constant(f"{name}{OUTLIERS}", _recipe(_Rows(channels), rows, shape))
+    few = _recipe(_Rows(channels), rows, (count, linear.in_features))
+    weight = edit.constant(
+        f"{linear.weight.target}_outliers", few, origin=OUTLIERS, of=linear.weight
+    )
     bias = None
     if linear.bias is not None:
-        recipe = _recipe(_Rows(channels), edit.state(linear.bias), torch.Size((count,)))
-        bias = edit.constant(f"{linear.bias.target}{OUTLIERS}", recipe)
+        recipe = _recipe(_Rows(channels), edit.state(linear.bias), (count,))
+        bias = edit.constant(f"{linear.bias.target}_outliers", recipe)
     before = edit.call(aten.linear.default, linear.x, weight, bias)
     return edit.call(x.target, before, *x.args[1:], **x.kwargs)
 

@@ -20,7 +20,7 @@ from fxopt.errors import PassError
 from fxopt.interpreter import evaluate
 from fxopt.pass_list import parse_passes
 from fxopt.passes.quantization import smooth_quant, smoothing_rule
-from fxopt.program import Changes, Program
+from fxopt.program import Changes, Origin, Program
 from fxopt.rewriting import Plan
 from fxopt.weights.smoothing import ALPHAS, smoothing_scale
 from tests.architectures import ARCHITECTURES, randomize
@@ -434,7 +434,7 @@ def test_without_its_mark_a_smoothed_model_is_level_already(
 ) -> None:
     """Scales that rows absorb are known before the columns of those rows are levelled."""
     result = check(SmoothQuant(), randomize(PreNorm(nn.ReLU())), (x(40, 8),), 2)
-    monkeypatch.setattr(smooth_quant, "SMOOTHED", "nothing is called this")
+    monkeypatch.setattr(smooth_quant, "SMOOTHED", Origin("no pass", "nothing"))
     groups = SmoothQuant().plan(replace(result, changes=Changes())).groups
     assert len(groups) == 2
     for group in groups:
