@@ -7,8 +7,8 @@ also checks the call), and inherits module path and source line from the node it
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,8 @@ from fxopt.nodes import origins
 from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
+
+Made = TypeVar("Made", fx.Node, tuple[fx.Node, ...])
 
 
 class Edit:
@@ -32,6 +34,7 @@ class Edit:
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
         self._stand_ins: list[tuple[fx.Node, fx.Node]] = []
+        self._made: dict[Hashable, Any] = {}
         self._names: set[str] = set()
         self._paths: set[str] = set()
         for name in (*program.state, *program.aliases):
@@ -111,6 +114,22 @@ class Edit:
             node.meta["origins"] = known if origin is None else (*known, origin)
         self._new.append(node)
         return node
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` builds, built once for all roots that ask for it under the same `key`.
+
+        It is built anew where a node of it was erased since, or comes after the present root. Rules
+        share the keys of one graph; one that holds the rule is its own.
+        """
+        made: Made | None = self._made.get(key)
+        if made is None or not self._is_at_hand(made):
+            made = self._made[key] = make()
+        return made
+
+    def _is_at_hand(self, made: fx.Node | tuple[fx.Node, ...]) -> bool:
+        assert self._root is not None
+        nodes = (made,) if isinstance(made, fx.Node) else made
+        return all(not node._erased and node < self._root for node in nodes)
 
     def state(self, node: fx.Node) -> Tensor | Recipe:
         """The tensor or recipe behind a `get_attr` node, or the recipe of a computed constant."""

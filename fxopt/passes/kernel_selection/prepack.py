@@ -44,9 +44,6 @@ _MOST_WRITTEN_SCORES = 1 << 20
 class PackLinear(ProductRule):
     """linear(x, W, b) = packed_linear(x, W, b, "none")"""
 
-    def __init__(self) -> None:
-        self.weights: dict[fx.Node, fx.Node] = {}
-
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
         weight = linear.weight.meta["val"]
@@ -74,10 +71,13 @@ class PackLinear(ProductRule):
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         if not linear.transposed and linear.weight.op == "get_attr":
             return linear.weight
-        if linear.weight not in self.weights:
-            rows = linear.rows_first(edit.state(linear.weight))
-            self.weights[linear.weight] = edit.constant(f"{linear.name}_rows", rows)
-        return self.weights[linear.weight]
+
+        def make() -> fx.Node:
+            return edit.constant(
+                f"{linear.name}_rows", linear.rows_first(edit.state(linear.weight))
+            )
+
+        return edit.once((self, linear.weight), make)
 
 
 class PackActivation(Rule):
@@ -178,7 +178,6 @@ class PackAttention(_Attention):
 
     def __init__(self, native: bool) -> None:
         self.native = native
-        self.biases: dict[fx.Node, fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
@@ -205,9 +204,7 @@ class PackAttention(_Attention):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         mask = _before_expanding(match["attn_mask"])
         if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
-            if mask not in self.biases:
-                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
-            mask = self.biases[mask]
+            mask = _bias_of(mask, edit)
         inputs = (match[name] for name in ("query", "key", "value"))
         scale = self.scale(match)
         return edit.call(ops.attention.default, *inputs, mask, match["is_causal"], scale)
@@ -244,9 +241,6 @@ class QuantizeAttention(Rule):
 class WriteOutAttention(_Attention):
     """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
 
-    def __init__(self) -> None:
-        self.biases: dict[fx.Node, fx.Node] = {}
-
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
         assert match is not None
@@ -260,11 +254,8 @@ class WriteOutAttention(_Attention):
         return super().refuse(match)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        bias, mask = None, _before_expanding(match["attn_mask"])
-        if mask is not None:
-            if mask not in self.biases:
-                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
-            bias = self.biases[mask]
+        mask = _before_expanding(match["attn_mask"])
+        bias = None if mask is None else _bias_of(mask, edit)
         inputs = (match[name] for name in ("query", "key", "value"))
         scale = self.scale(match)
         return edit.call(ops.written_attention.default, *inputs, bias, match["is_causal"], scale)
@@ -344,6 +335,11 @@ def _before_expanding(mask: fx.Node | None) -> fx.Node | None:
             break
         mask = source
     return mask
+
+
+def _bias_of(mask: fx.Node, edit: Edit) -> fx.Node:
+    """What is added to the scores, float32, made once for all layers of one mask."""
+    return edit.once(("bias", mask), lambda: edit.call(ops.attention_bias.default, mask))
 
 
 def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:

@@ -136,7 +136,6 @@ class FuseInt8Linear(Rule):
     """
 
     def __init__(self, compiled: bool) -> None:
-        self.tokens: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.dtypes: dict[str, tuple[torch.dtype, ...]] = {
             "cuda": (torch.float32, torch.float16, torch.bfloat16)
         }
@@ -171,25 +170,12 @@ class FuseInt8Linear(Rule):
         value = x.meta["val"]
         if value.device.type != "cpu" or value.dtype not in self.dtypes["cpu"]:
             return None
-        affine = quantize.target is ops.quantize_per_token_affine.default
-        if quantize not in self.tokens:
-            x, shift = _of_columns(aten.sub.Tensor, x)
-            x, factor = _of_columns(aten.mul.Tensor, x)
-            if shift is None and factor is None:
-                x = _before_widening(x)
-            made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
-            results = range(3 if affine else 2)
-            self.tokens[quantize] = tuple(edit.item(made, i) for i in results)
-            for old in quantize.users:
-                edit.stand_for(self.tokens[quantize][old.args[1]], old)  # type: ignore[index]
-        return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
+        tokens = edit.once((self, quantize), lambda: _quantized_tokens(quantize, edit))
+        return tokens if len(tokens) == 3 else (*tokens, None)
 
 
 class UnsignedActivations(Rule):
     """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
-
-    def __init__(self) -> None:
-        self.shifted: dict[fx.Node, fx.Node] = {}
 
     def targets(self) -> tuple[Target, ...]:
         return (ops.packed_int8_linear.default,)
@@ -207,11 +193,8 @@ class UnsignedActivations(Rule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         q, zero = match["q"], match["zero_point"]
-        if q not in self.shifted:
-            self.shifted[q] = edit.call(ops.shift_to_unsigned.default, q)
-        if zero not in self.shifted:
-            self.shifted[zero] = _unsigned(zero, edit)
-        unsigned = {"q": self.shifted[q], "zero_point": self.shifted[zero]}
+        shifted = edit.once((self, q), lambda: edit.call(ops.shift_to_unsigned.default, q))
+        unsigned = {"q": shifted, "zero_point": _unsigned(zero, edit)}
         return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
 
 
@@ -304,9 +287,27 @@ def _before_widening(x: fx.Node) -> fx.Node:
     return source if source.meta["val"].dtype == torch.bfloat16 else x
 
 
+def _quantized_tokens(quantize: fx.Node, edit: Edit) -> tuple[fx.Node, ...]:
+    """Codes, scales and (affine) zero points in place of the results of `quantize`."""
+    affine = quantize.target is ops.quantize_per_token_affine.default
+    source: Any = quantize.args[0]
+    x, shift = _of_columns(aten.sub.Tensor, source)
+    x, factor = _of_columns(aten.mul.Tensor, x)
+    if shift is None and factor is None:
+        x = _before_widening(x)
+    made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
+    tokens = tuple(edit.item(made, index) for index in range(3 if affine else 2))
+    for old in quantize.users:
+        edit.stand_for(tokens[old.args[1]], old)  # type: ignore[index]
+    return tokens
+
+
 def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:
-    shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
-    return edit.constant(f"{zero_point.target}_unsigned", shifted)
+    def make() -> fx.Node:
+        shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
+        return edit.constant(f"{zero_point.target}_unsigned", shifted)
+
+    return edit.once(("unsigned", zero_point), make)
 
 
 def _row_sums(weight: fx.Node, edit: Edit) -> fx.Node:

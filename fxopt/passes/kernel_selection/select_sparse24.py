@@ -26,7 +26,6 @@ class SelectSparse24Linear(Rule):
     def __init__(self, program: Program) -> None:
         self.program = program
         self.sparse: dict[str, bool] = {}
-        self.compressed: dict[str, tuple[fx.Node, fx.Node]] = {}
 
     def targets(self) -> tuple[Target, ...]:
         return (aten.linear.default,)
@@ -45,13 +44,13 @@ class SelectSparse24Linear(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         name = str(linear.weight.target)
-        if name not in self.compressed:
+
+        def make() -> tuple[fx.Node, ...]:
             values, places = compress24(edit.tensor(linear.weight))
-            self.compressed[name] = (
-                edit.constant(f"{name}_values", values),
-                edit.constant(f"{name}_places", places),
-            )
-        return edit.call(ops.linear_sparse24.default, linear.x, *self.compressed[name], linear.bias)
+            return edit.constant(f"{name}_values", values), edit.constant(f"{name}_places", places)
+
+        compressed = edit.once((self, name), make)
+        return edit.call(ops.linear_sparse24.default, linear.x, *compressed, linear.bias)
 
     def _is_sparse(self, weight: fx.Node) -> bool:
         """Looks at the values only where a product could gain by them."""

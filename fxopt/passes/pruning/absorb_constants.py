@@ -74,7 +74,6 @@ class AbsorbConstants(Rule):
     ) -> None:
         facts = constant_channels(program) if facts is None else facts
         self.decisions: dict[str, _Absorption | str] = {}
-        self.made: dict[tuple[Any, ...], fx.Node] = {}
         self.former: dict[str, str] = {}
         for node in program.graph.nodes:
             if node.target in READERS and (only is None or node.name in only):
@@ -114,38 +113,35 @@ class AbsorbConstants(Rule):
         return result
 
     def _weight(self, reader: Reader, absorption: _Absorption, edit: Edit) -> fx.Node:
-        key = (reader.name, reader.columns, reader.groups, _bits(absorption.mask))
-        if not self._is_made(key, edit):
+        def make() -> fx.Node:
             weight = edit.state(reader.weight)
             sources = weight, reader.aligned(~absorption.mask)
             recipe = _recipe(keep_columns, sources, weight.shape, weight)
-            self.made[key] = self._constant(reader.name, recipe, reader.weight, edit)
-        return self.made[key]
+            return self._constant(reader.name, recipe, reader.weight, edit)
+
+        key = (reader.name, reader.columns, reader.groups, _bits(absorption.mask))
+        return edit.once((self, "weight", *key), make)
 
     def _bias(self, reader: Reader, absorption: _Absorption, edit: Edit) -> fx.Node:
         constants = torch.where(absorption.mask, absorption.constants, 0.0)
         old = None if reader.bias is None else str(reader.bias.target)
-        key = (reader.name, old, reader.columns, reader.groups, _bits(constants))
-        if not self._is_made(key, edit):
+
+        def make() -> fx.Node:
             weight = edit.state(reader.weight)
             bias = () if reader.bias is None else (edit.state(reader.bias),)
-            make = raised_by_columns if reader.columns else raised_by_rows
+            raised = raised_by_columns if reader.columns else raised_by_rows
             sources = weight, reader.aligned(constants), *bias
             shape = torch.Size((reader.outputs,))
-            recipe = _recipe(make, sources, shape, bias[0] if bias else weight)
-            name = old or _bias_name(reader.name)
-            self.made[key] = self._constant(name, recipe, reader.bias, edit)
-        return self.made[key]
+            recipe = _recipe(raised, sources, shape, bias[0] if bias else weight)
+            return self._constant(old or _bias_name(reader.name), recipe, reader.bias, edit)
+
+        key = (reader.name, old, reader.columns, reader.groups, _bits(constants))
+        return edit.once((self, "bias", *key), make)
 
     def _constant(self, name: str, recipe: Recipe, of: fx.Node | None, edit: Edit) -> fx.Node:
         made = edit.constant(f"{name}_absorbed", recipe, of=of)
         self.former[str(made.target)] = name
         return made
-
-    def _is_made(self, key: tuple[Any, ...], edit: Edit) -> bool:
-        """Whether this was made of a weight for another of its readers, and is still there."""
-        made = self.made.get(key)
-        return made is not None and made.graph is edit.graph and not made._erased
 
 
 def keep_columns(weight: Tensor, keep: Tensor) -> Tensor:

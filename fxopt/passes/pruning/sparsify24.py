@@ -55,12 +55,12 @@ class MaskLinear(LinearRule):
     def __init__(self, options: Sparsify24, program: Program, learnt: Learnt | None = None) -> None:
         self.options, self.program, self.learnt = options, program, learnt or {}
         self.reasons: dict[WeightKey, str | None] = {}
-        self.weights: dict[WeightKey, fx.Node] = {}
+        self.made: set[fx.Node] = set()
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
         # What this rule made is a linear too, and nothing was refused there.
-        return match if match and match["linear"].weight not in self.weights.values() else None
+        return match if match and match["linear"].weight not in self.made else None
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -79,11 +79,10 @@ class MaskLinear(LinearRule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        key = weight_key(linear)
-        if key not in self.weights:
-            make = self._masked_parameter if self.program.mode == "train" else self._masked
-            self.weights[key] = make(linear, edit)
-        return edit.call(aten.linear.default, linear.x, self.weights[key], linear.bias)
+        make = self._masked_parameter if self.program.mode == "train" else self._masked
+        weight = edit.once((self, weight_key(linear)), lambda: make(linear, edit))
+        self.made.add(weight)
+        return edit.call(aten.linear.default, linear.x, weight, linear.bias)
 
     def _refuse_tied(self, linear: Linear) -> str | None:
         """In train mode the weight stays one parameter, whoever reads it."""

@@ -70,7 +70,6 @@ class QuantizeInt4Linear(QuantizeLinear):
         super().__init__(options.scheme)
         self.options = options
         self.ahead = ahead or {}
-        self.constants: dict[WeightKey, tuple[fx.Node, fx.Node]] = {}
 
     def refuse(self, match: Match) -> str | None:
         reason = super().refuse(match)
@@ -82,7 +81,7 @@ class QuantizeInt4Linear(QuantizeLinear):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        packed, scale = self._constants(linear, edit)
+        packed, scale = edit.once((self, weight_key(linear)), lambda: self._constants(linear, edit))
         rows, groups, _ = scale.meta["val"].shape
         q = edit.call(ops.unpack_int4.default, packed)
         q = edit.call(aten.view.default, q, [rows, groups, linear.in_features // groups])
@@ -90,20 +89,17 @@ class QuantizeInt4Linear(QuantizeLinear):
         dense = edit.call(aten.view.default, dense, [rows, linear.in_features])
         return edit.call(aten.linear.default, linear.x, dense, linear.bias)
 
-    def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, fx.Node]:
-        """The packed weight and its scales, made once for linears that share it."""
-        key = weight_key(linear)
-        if key not in self.constants:
-            values = self.ahead.get(key)
-            if values is None:
-                rows = materialize(linear.rows_first(edit.state(linear.weight)))
-                values = self.options.round(linear, rows, None)
-            packed, scale = values
-            self.constants[key] = (
-                edit.constant(f"{linear.name}_int4", packed),
-                edit.constant(f"{linear.name}_scale", scale),
-            )
-        return self.constants[key]
+    def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, ...]:
+        """The packed weight and its scales."""
+        values = self.ahead.get(weight_key(linear))
+        if values is None:
+            rows = materialize(linear.rows_first(edit.state(linear.weight)))
+            values = self.options.round(linear, rows, None)
+        packed, scale = values
+        return (
+            edit.constant(f"{linear.name}_int4", packed),
+            edit.constant(f"{linear.name}_scale", scale),
+        )
 
 
 class SelectInt4Linear(Rule):

@@ -54,7 +54,6 @@ class ShiftLinear(LinearRule):
     ) -> None:
         self.options, self.trains = options, trains
         self.middles, self.reasons = middles, reasons
-        self.shifted: dict[fx.Node, fx.Node] = {}
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
@@ -76,12 +75,7 @@ class ShiftLinear(LinearRule):
         linear: Linear = match["linear"]
         middle = self.middles[linear.node.name]
         bias = edit.constant(f"{linear.weight.target}_shifted_bias", _bias(linear, middle, edit))
-        if linear.x not in self.shifted:
-            value = linear.x.meta["val"]
-            middle = middle.to(value.dtype).to(value.device)
-            shift = edit.constant(f"{linear.x.name}_shift", middle, origin=SHIFT)
-            self.shifted[linear.x] = edit.call(aten.sub.Tensor, linear.x, shift)
-        x = self.shifted[linear.x]
+        x = edit.once((self, linear.x), lambda: _centred(linear.x, middle, edit))
         if linear.bias is not None:
             return rebuilt(edit, linear.node, {linear.x: x, linear.bias: bias})
         if linear.node.target is aten.linear.default:
@@ -172,6 +166,13 @@ def _is_shifted(x: fx.Node) -> bool:
         return False
     shift = x.args[1]
     return isinstance(shift, fx.Node) and SHIFT in origins(shift)
+
+
+def _centred(x: fx.Node, middle: Tensor, edit: Edit) -> fx.Node:
+    value = x.meta["val"]
+    rounded = middle.to(value.dtype).to(value.device)
+    shift = edit.constant(f"{x.name}_shift", rounded, origin=SHIFT)
+    return edit.call(aten.sub.Tensor, x, shift)
 
 
 @dataclass(frozen=True)

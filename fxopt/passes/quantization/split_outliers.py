@@ -53,8 +53,6 @@ class SplitLinear(LinearRule):
         reasons: Mapping[str, str],
     ) -> None:
         self.options, self.channels, self.reasons = options, channels, reasons
-        self.masked: dict[fx.Node, fx.Node] = {}
-        self.apart: dict[fx.Node, fx.Node] = {}
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
@@ -83,19 +81,12 @@ class SplitLinear(LinearRule):
         main = edit.constant(f"{name}_main", without, origin=MAIN, of=weight)
         columns = _recipe(_Columns(channels), rows, (linear.out_features, len(channels)))
         own = edit.constant(f"{name}_outliers", columns, origin=OUTLIERS, of=weight)
-        if linear.x not in self.masked:
-            self.masked[linear.x] = self._mask(linear, channels, edit)
-            self.apart[linear.x] = _outlying(linear.x, channels, edit)
-        product = edit.call(aten.linear.default, self.masked[linear.x], main, linear.bias)
-        rest = edit.call(aten.linear.default, self.apart[linear.x], own)
-        return edit.call(aten.add.Tensor, product, rest)
-
-    def _mask(self, linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
-        value = linear.x.meta["val"]
-        mask = torch.ones(linear.in_features, dtype=value.dtype, device=value.device)
-        mask[channels.to(value.device)] = 0.0
-        constant = edit.constant(f"{linear.x.name}_mask", mask)
-        return edit.call(aten.mul.Tensor, linear.x, constant)
+        masked, apart = edit.once(
+            (self, linear.x),
+            lambda: (_masked(linear, channels, edit), _outlying(linear.x, channels, edit)),
+        )
+        product = edit.call(aten.linear.default, masked, main, linear.bias)
+        return edit.call(aten.add.Tensor, product, edit.call(aten.linear.default, apart, own))
 
 
 @dataclass(frozen=True)
@@ -175,6 +166,15 @@ def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...
         return (), f"its largest input channel is {excess:.1f} times the rest, below {ratio:g}"
     chosen = sorted(order[:count].tolist())
     return tuple(chosen), f"{count} channels of up to {first:.3g} apart, {rest:.3g} remains"
+
+
+def _masked(linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
+    """x · m."""
+    value = linear.x.meta["val"]
+    mask = torch.ones(linear.in_features, dtype=value.dtype, device=value.device)
+    mask[channels.to(value.device)] = 0.0
+    constant = edit.constant(f"{linear.x.name}_mask", mask)
+    return edit.call(aten.mul.Tensor, linear.x, constant)
 
 
 def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
