@@ -31,7 +31,7 @@ from fxopt.passes.kernel_selection.activations import ACTIVATIONS, activation_na
 from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.program import Program
-from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
+from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, find, hole, op
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -39,6 +39,16 @@ aten, ops = torch.ops.aten, torch.ops.fxopt
 _MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
 # Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
 _MOST_WRITTEN_SCORES = 1 << 20
+
+_PACKED = op(
+    ops.packed_linear.default,
+    hole("x"),
+    hole("weight"),
+    hole("bias"),
+    "none",
+    None,
+    name="packed",
+)
 
 
 class PackLinear(ProductRule):
@@ -83,28 +93,17 @@ class PackLinear(ProductRule):
 class PackActivation(Rule):
     """f(packed_linear(x, W, b, "none")) = packed_linear(x, W, b, f)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(ACTIVATIONS)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return _match_packed(node, node.args[0])
+    pattern = op(tuple(ACTIVATIONS), _PACKED, rest=True)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        x, weight, bias = match["packed"].args[:3]
-        post_op = activation_name(match.root)
-        return edit.call(ops.packed_linear.default, x, weight, bias, post_op, None)
+        inputs = (match[name] for name in ("x", "weight", "bias"))
+        return edit.call(ops.packed_linear.default, *inputs, activation_name(match.root), None)
 
 
 class RationalGelu(Rule):
     """gelu(x) = x/2 (1 + p(x)/q(x)), where no product takes it in"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.gelu.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        if arguments(node)["approximate"] != "none" or _match_packed(node, node.args[0]):
-            return None
-        return Match((node,), {"x": node.args[0]})
+    pattern = op(aten.gelu.default, hole("x", lambda x: find((_PACKED,), x) is None))
 
     def refuse(self, match: Match) -> str | None:
         x = match["x"].meta["val"]
@@ -119,17 +118,12 @@ class RationalGelu(Rule):
 class PackResidual(Rule):
     """packed_linear(x, W, b, "none") + r = packed_linear(x, W, b, "add", r)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.add.Tensor,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        if arguments(node)["alpha"] != 1:
-            return None
-        for packed, other in (node.args[:2], node.args[1::-1]):
-            match = _match_packed(node, packed, other)
-            if match is not None:
-                return match
-        return None
+    pattern = op(
+        aten.add.Tensor,
+        _PACKED,
+        hole("other", lambda other: isinstance(other, fx.Node)),
+        commutes=True,
+    )
 
     def refuse(self, match: Match) -> str | None:
         other, packed = match["other"].meta["val"], match["packed"].meta["val"]
@@ -140,18 +134,14 @@ class PackResidual(Rule):
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        x, weight, bias = match["packed"].args[:3]
-        return edit.call(ops.packed_linear.default, x, weight, bias, "add", match["other"])
+        inputs = (match[name] for name in ("x", "weight", "bias"))
+        return edit.call(ops.packed_linear.default, *inputs, "add", match["other"])
 
 
 class _Attention(Rule):
     """scaled_dot_product_attention as one of ours."""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.scaled_dot_product_attention.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return Match((node,), arguments(node))
+    pattern = op(aten.scaled_dot_product_attention.default, rest=True)
 
     def refuse(self, match: Match) -> str | None:
         q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
@@ -242,10 +232,9 @@ class WriteOutAttention(_Attention):
     """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
 
     def match(self, node: fx.Node) -> Match | None:
-        match = super().match(node)
-        assert match is not None
-        q = match["query"].meta["val"]
-        return match if q.dtype == torch.bfloat16 and q.device.type == "cpu" else None
+        q = node.meta["val"]
+        wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        return super().match(node) if wanted else None
 
     def refuse(self, match: Match) -> str | None:
         q, k = (match[name].meta["val"] for name in ("query", "key"))
@@ -264,11 +253,7 @@ class WriteOutAttention(_Attention):
 class TwoPassNorm(Rule):
     """layer_norm(x, [K], w, b, eps) = c / sqrt(mean(c²) + eps) · w + b, c = x - mean(x)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.layer_norm.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return Match((node,), arguments(node))
+    pattern = op(aten.layer_norm.default, rest=True)
 
     def refuse(self, match: Match) -> str | None:
         tensors = [match[name] for name in ("input", "weight", "bias") if match[name] is not None]
@@ -354,11 +339,3 @@ def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
 
 def _fills_lanes(size: Any) -> bool:
     return isinstance(size, int) and size > 0 and size % LANES == 0
-
-
-def _match_packed(node: fx.Node, packed: Any, other: Any = None) -> Match | None:
-    if not isinstance(packed, fx.Node) or packed.target is not ops.packed_linear.default:
-        return None
-    if packed.args[3] != "none" or not (other is None or isinstance(other, fx.Node)):
-        return None
-    return Match((node,), {"packed": packed, "other": other}, (packed,))

@@ -45,14 +45,13 @@ from fxopt.rewriting import (
     Rule,
     RulePass,
     Stage,
-    arguments,
     constant,
     has_dtype,
     has_rank,
     hole,
     op,
 )
-from fxopt.rewriting.pattern import Target
+from fxopt.rewriting.pattern import Op, Predicate
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
@@ -82,28 +81,23 @@ class SelectInt8Linear(Rule):
         return edit.call(ops.int8_linear.default, *(match[name] for name in names))
 
 
-class _AffineLinear(Rule):
-    exclusive = False
-    pattern = op(
-        aten.linear.default,
-        op(ops.dequantize.default, hole("q"), hole("scale"), hole("dtype"), hole("zero_point")),
-        _WEIGHT,
-        hole("bias"),
+def _affine(scale: Predicate) -> Op:
+    """linear(dq(q, s, z), dq(Wq, Ws), b) with a zero point and such a scale."""
+    x = op(
+        ops.dequantize.default,
+        hole("q"),
+        hole("scale", scale),
+        hole("dtype"),
+        hole("zero_point", lambda zero_point: zero_point is not None),
     )
-    given: ClassVar[bool]
-    """Whether scale and zero point are one number each, known ahead."""
-
-    def match(self, node: fx.Node) -> Match | None:
-        match = super().match(node)
-        if match is None or match["zero_point"] is None:
-            return None
-        return match if self.given == (match["scale"].meta["val"].ndim == 0) else None
+    return op(aten.linear.default, x, _WEIGHT, hole("bias"))
 
 
-class SelectAffineInt8Linear(_AffineLinear):
-    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq)"""
+class SelectAffineInt8Linear(Rule):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq), s by token"""
 
-    given = False
+    exclusive = False
+    pattern = _affine(lambda scale: not has_rank(0)(scale))
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("q", "scale", "weight", "weight_scale", "bias", "dtype", "zero_point")
@@ -111,10 +105,11 @@ class SelectAffineInt8Linear(_AffineLinear):
         return edit.call(ops.int8_linear.default, *(match[name] for name in names), sums)
 
 
-class SelectPackedInt8Linear(_AffineLinear):
-    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b)"""
+class SelectPackedInt8Linear(Rule):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b), s one number"""
 
-    given = True
+    exclusive = False
+    pattern = _affine(has_rank(0))
 
     def refuse(self, match: Match) -> str | None:
         if match["dtype"] not in (torch.float32, torch.bfloat16):
@@ -135,6 +130,8 @@ class FuseInt8Linear(Rule):
     On CUDA, and on a CPU that the kernels are compiled for, where they quantize the tokens as well.
     """
 
+    pattern = op(ops.int8_linear.default, rest=True)
+
     def __init__(self, compiled: bool) -> None:
         self.dtypes: dict[str, tuple[torch.dtype, ...]] = {
             "cuda": (torch.float32, torch.float16, torch.bfloat16)
@@ -142,13 +139,8 @@ class FuseInt8Linear(Rule):
         if compiled:
             self.dtypes["cpu"] = (torch.float32, torch.bfloat16)
 
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.int8_linear.default,)
-
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        known = given["q"].meta["val"].device.type in self.dtypes
-        return Match((node,), given) if known else None
+        return super().match(node) if node.meta["val"].device.type in self.dtypes else None
 
     def refuse(self, match: Match) -> str | None:
         if match["dtype"] not in self.dtypes[match["q"].meta["val"].device.type]:
@@ -177,14 +169,10 @@ class FuseInt8Linear(Rule):
 class UnsignedActivations(Rule):
     """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.packed_int8_linear.default,)
+    pattern = op(ops.packed_int8_linear.default, hole("q", has_dtype(torch.int8)), rest=True)
 
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        value = given["q"].meta["val"]
-        signed = value.dtype == torch.int8 and value.device.type == "cpu"
-        return Match((node,), given) if signed else None
+        return super().match(node) if node.meta["val"].device.type == "cpu" else None
 
     def refuse(self, match: Match) -> str | None:
         if match["zero_point"].op != "get_attr":
@@ -201,14 +189,7 @@ class UnsignedActivations(Rule):
 class UnsignedOutput(Rule):
     """packed_int8_linear(..., s, z) + 128 = packed_int8_linear(..., s, z + 128)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.shift_to_unsigned.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        product = node.args[0]
-        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
-            return None
-        return Match((node,), arguments(product), (product,))
+    pattern = op(ops.shift_to_unsigned.default, op(ops.packed_int8_linear.default, rest=True))
 
     def refuse(self, match: Match) -> str | None:
         zero = match["out_zero_point"]
