@@ -268,7 +268,7 @@ def _names_of_rest(pattern: Pattern) -> set[str]:
         return set()
     schemas = [target._schema.arguments for target in pattern.targets]
     names = {one.name for schema in schemas for one in schema[len(pattern.args) :]}
-    return {*(names - set(pattern.kwargs))}
+    return names - set(pattern.kwargs)
 
 
 def _rest_below(pattern: Pattern) -> set[str]:

@@ -132,6 +132,8 @@ def test_the_rest_is_bound_by_name_whatever_it_is(values: list[Any], positional:
     assert match is not None
     assert match.bound == {"input": g.x, **given_values}
     assert match.bound == arguments(node)
+    same = find((op(aten.conv2d.default, hole("input"), groups=hole("groups"), rest=True),), node)
+    assert same == match
     named = op(aten.conv2d.default, hole("x"), groups=hole("parts"), rest=True)
     match = find((named,), node)
     assert match is not None
