@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from fxopt.kernels import native
 from fxopt.timing import Latency, summarize, timings_in
 
-pytest_plugins = ["pytester", "tests.sweeps"]
+pytest_plugins = ["pytester", "tests.seeds", "tests.sweeps"]
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers share the cores: threads that outnumber them wait for each other. The variable is for
