@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.claim import Exact
-from fxopt.interpreter import evaluate, evaluate_variants
+from fxopt.interpreter import evaluate, evaluate_variants, same_draws
 from tests.architectures import ARCHITECTURES, Mlp, Stateful, randomize
 from tests.check import assert_close_to_model, assert_state_equal
 from tests.models import Drawn, models
@@ -190,3 +190,19 @@ def test_what_variants_have_in_common_is_computed_once() -> None:
 
 def _scaled(target: Any) -> Any:
     return lambda *args, **kwargs: target(*args, **kwargs) * 2
+
+
+def test_runs_that_draw_the_same_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> Tensor:
+        with same_draws():
+            return torch.rand(3)
+
+    first = drawn()
+    torch.rand(5)
+    before = torch.get_rng_state()
+    # A seed kept for a device that sleeps would be that of the caller's draws on it.
+    monkeypatch.setattr(
+        torch.cuda.random, "_lazy_call", lambda *_, **__: pytest.fail("kept for later")
+    )
+    assert torch.equal(drawn(), first)
+    assert torch.equal(torch.get_rng_state(), before)
