@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import pytest
 import torch
+import torch._dynamo.config
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.kernels import native
@@ -50,6 +51,14 @@ def int8_halves(key: Hashable, systems: Mapping[str, Callable[[], object]]) -> d
 def _steady_timings() -> Iterator[None]:
     # What a plan holds must not depend on how busy the machine is that runs the tests.
     with timings_in(None, int8_halves):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fakes_computed_anew() -> Iterator[None]:
+    # A graph of few layers pays more for torch's cache of fake results than it gets back.
+    # tests/capture has it, and so have the processes that tests start.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
 
 
