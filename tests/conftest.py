@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
@@ -82,6 +83,14 @@ def _quick_collections() -> None:
     # outlives a file of tests stays for good, and out of the collections of the next.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_models() -> Iterator[None]:
+    yield
+    captured = sys.modules.get("tests.captured")
+    if captured is not None:
+        captured.assert_untouched()
 
 
 @pytest.fixture(autouse=True, scope="session")

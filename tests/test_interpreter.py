@@ -16,6 +16,7 @@ from fxopt.capture import capture
 from fxopt.claim import Exact
 from fxopt.interpreter import evaluate, evaluate_variants, same_draws
 from tests.architectures import ARCHITECTURES, Mlp, Stateful, randomize
+from tests.captured import captured, case
 from tests.check import assert_close_to_model, assert_state_equal
 from tests.models import Drawn, models
 from tests.sweeps import in_parts
@@ -24,10 +25,9 @@ from tests.sweeps import in_parts
 @pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_evaluates_to_the_models_own_outputs(name: str) -> None:
-    case = ARCHITECTURES[name]()
-    program = capture(case.model, case.example)
-    for call in (case.example, *case.others):
-        assert_close_to_model(Exact(), case.model, program, call)
+    shared = case(name)
+    for call in (shared.example, *shared.others):
+        assert_close_to_model(Exact(), shared.model, captured(name), call)
 
 
 @in_parts(15)
