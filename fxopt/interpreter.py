@@ -85,7 +85,11 @@ def draws_undone() -> Iterator[None]:
 def same_draws() -> Iterator[None]:
     """Random operators draw the same numbers in every run; the caller's generators stay put."""
     with draws_undone():
-        torch.manual_seed(0)
+        # What torch.manual_seed does, but for devices that this process hasn't woken: for each of
+        # those it formats the whole stack, and its seed would outlast the block.
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
         yield
 
 
