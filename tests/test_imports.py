@@ -71,8 +71,8 @@ ROOMS = (
 ROOFS = ("__init__", "__main__")
 """The files above all rooms."""
 
-LATE = ("transformers", "optuna", "matplotlib", "rich", "typer", "triton")
-"""What takes seconds to import, and only some calls need."""
+LATE = ("transformers", "optuna", "matplotlib", "rich", "typer", "triton", "networkx")
+"""What takes tenths of a second or more to import, and only some calls need."""
 
 PEERS = ("torchao", "openvino", "nncf", "onnxruntime", "torch_pruning", "onnx", "optimum")
 
