@@ -160,9 +160,7 @@ def front(trials: Iterable[TrialRecord], objectives: Sequence[str]) -> tuple[Can
     measured = {
         one.number: one for one in trials if one.state == "measured" and one.same_as is None
     }
-    costs = {
-        number: [one.ratios[name] for name in objectives] for number, one in measured.items()
-    }
+    costs = {number: [one.ratios[name] for name in objectives] for number, one in measured.items()}
     return tuple(_candidate(measured[number]) for number in pareto_front(costs))
 
 
