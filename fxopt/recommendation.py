@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import Inputs
 from fxopt.capture import check_is_module, uncompiled
 from fxopt.device import Device
 from fxopt.errors import PassError
@@ -94,7 +94,7 @@ class Recommendation:
 
 def recommend(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
     *,
     calibrated: bool = False,
     mode: Mode = "eval",

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxopt.calibration import check_is_iterable
+from fxopt.calls import Inputs, check_batches
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
-from fxopt.errors import NotCapturedError, PassError
+from fxopt.errors import CalibrationError, NotCapturedError, PassError
 from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
-from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
+from fxopt.pipeline import Judging, OnViolation, Progress, Run, captured, completed
 from fxopt.program import Mode
 from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
@@ -82,7 +82,7 @@ def transform(
     if mode not in ("eval", "train"):
         raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
     if calibration is not None:
-        check_is_iterable(calibration)
+        check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)

@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxopt.calls import Inputs
 from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import DERIVATIVE_ADVICE, to_program
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
@@ -62,7 +63,7 @@ _DEFAULT_ADVICE = (
 
 def capture(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
     mode: Mode = "eval",
     empty: bool = False,
     learns: bool = False,
@@ -86,7 +87,7 @@ def capture(
 
 def _captured(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    example_inputs: Inputs | None,
     mode: Mode,
     empty: bool,
     learns: bool,

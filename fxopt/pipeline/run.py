@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from fxopt.calls import Inputs
 from fxopt.claim import Claim
 from fxopt.errors import OutsideError
 from fxopt.lower import Lowering
 from fxopt.optimized import OptimizedStep
-from fxopt.pipeline.evaluation import Inputs, Rows
+from fxopt.pipeline.evaluation import Rows
 from fxopt.pipeline.pass_result import Outputs
 from fxopt.pipeline.recording import StepTaken
 from fxopt.pipeline.reference import Reference

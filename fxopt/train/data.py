@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -17,8 +16,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from fxopt.calls import check_batches, check_inputs
 from fxopt.errors import TrainError
-from fxopt.train.calling import check_batch
 from fxopt.train.distributed import World
 
 
@@ -36,7 +35,7 @@ class Batches:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(index)
         for batch in self.source:
-            check_batch(batch)
+            check_inputs(batch, "a batch of data=", TrainError)
             yield batch
 
 
@@ -62,16 +61,8 @@ def make_batches(data: Any, batch_size: int | None, seed: int, world: World) -> 
 
 
 def _check_is_iterable(data: Any) -> None:
-    if isinstance(data, (Tensor, Mapping)):
-        raise TrainError(
-            f"data= is one batch (a {type(data).__name__}), not an iterable of batches. Give a "
-            "list of them: [batch]"
-        )
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise TrainError(
-            "data= must be a DataLoader, a Dataset with batch_size=, or another iterable of "
-            f"batches, not {type(data).__name__}"
-        )
+    kinds = "a list, a DataLoader, or a Dataset with batch_size="
+    check_batches(data, "data=", TrainError, kinds)
     if isinstance(data, Iterator):  # iter() of a DataLoader would start its workers
         raise TrainError(
             "data= is a generator or iterator, which gives its batches once: no epoch could be "

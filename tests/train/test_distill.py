@@ -451,16 +451,16 @@ DATA_ERRORS: list[tuple[Any, str]] = [
     (vectors(), "data= is a Dataset: give batch_size= as well, or a DataLoader"),
     (
         torch.zeros(2, 4),
-        "data= is one batch (a Tensor), not an iterable of batches. Give a list of them: [batch]",
+        "data= is one input (a Tensor), not an iterable of inputs. Give a list of them: [inputs]",
     ),
     (
         {"x": torch.zeros(2, 4)},
-        "data= is one batch (a dict), not an iterable of batches. Give a list of them: [batch]",
+        "data= is one input (a dict), not an iterable of inputs. Give a list of them: [inputs]",
     ),
     (
         "data.csv",
-        "data= must be a DataLoader, a Dataset with batch_size=, or another iterable of batches, "
-        "not str",
+        "data= must be an iterable of inputs (a list, a DataLoader, or a Dataset with "
+        "batch_size=), not str",
     ),
     (
         iter([torch.zeros(2, 4)]),
@@ -470,8 +470,8 @@ DATA_ERRORS: list[tuple[Any, str]] = [
     ([], "data= is empty: it gave no batch"),
     (
         ["text"],
-        "data gave a batch of type str; it must be a tensor, a tuple of positional arguments or a "
-        "dict of keyword arguments",
+        "a batch of data= must be a tensor, a tuple of positional arguments or a dict of keyword "
+        "arguments, not str",
     ),
     (
         [torch.full((2, 4), torch.nan)],
