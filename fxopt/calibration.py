@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fxopt.calls import FORMS, check_batches, check_inputs, spread
 from fxopt.errors import CalibrationError, InputError, OutsideError
+from fxopt.progress import Progress
 from fxopt.signature import Signature
-
-Progress = Callable[[str], None]
 
 
 class Calibration:

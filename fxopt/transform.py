@@ -16,8 +16,9 @@ from fxopt.interpreter import draws_undone
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
-from fxopt.pipeline import Judging, OnViolation, Progress, Run, captured, completed
+from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
 from fxopt.program import Mode
+from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
 
@@ -87,7 +88,7 @@ def transform(
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)
     schedule = scheduled(resolved, mode)
-    judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
+    judging = Judging(verify, on_violation, budget, progress or silent)
     notes = [_UNCOMPILED] if was_compiled else []
     if advised is not None:
         notes += advised.notes()

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "fxopt"
 
 ROOMS = (
     "errors",
+    "progress",
     "calls",
     "parts",
     "claim",

@@ -2,6 +2,6 @@
 
 from fxopt.pipeline.capturing import captured
 from fxopt.pipeline.pipeline import completed
-from fxopt.pipeline.run import Judging, OnViolation, Progress, Run
+from fxopt.pipeline.run import Judging, OnViolation, Run
 
-__all__ = ["Judging", "OnViolation", "Progress", "Run", "captured", "completed"]
+__all__ = ["Judging", "OnViolation", "Run", "captured", "completed"]

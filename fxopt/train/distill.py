@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from fxopt.errors import TrainError
 from fxopt.optimized import Optimized
+from fxopt.progress import Progress
 from fxopt.train.calling import device_of, put_back
 from fxopt.train.checkpoint import check_is_plain
 from fxopt.train.data import Batches, make_batches
@@ -30,7 +31,7 @@ from fxopt.train.optimization import (
 )
 from fxopt.train.precision import PrecisionName, choose_precision
 from fxopt.train.run import Run
-from fxopt.train.settings import Evaluate, Progress, Settings
+from fxopt.train.settings import Evaluate, Settings
 from fxopt.train.terms import Term
 
 _LEARNING_RATE, _WEIGHT_DECAY = 5e-5, 0.01
