@@ -20,11 +20,11 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channel_scaling import Absorption, find_absorption, view_source
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
 from fxopt.nodes import label
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
 from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
+from fxopt.passes.linear_layers.linear_rule import check_unquantized
 from fxopt.passes.linear_layers.selection import (
     has_mark,
     refuse_by_path,
@@ -114,11 +114,7 @@ class _Planning:
 
     def plan(self) -> SmoothPlan:
         nodes = self.program.graph.nodes
-        if any(node.target is torch.ops.fxopt.dequantize.default for node in nodes):
-            raise PassError(
-                f"{self.options!r} comes after a pass that quantized linears, which it can't "
-                "smooth any more: move it before Int8Linear"
-            )
+        check_unquantized(self.program, repr(self.options), "smooth")
         groups = self._groups()
         warnings = self._observe(groups) if groups else ()
         # From the end, since a scale that a linear's rows absorb changes its own columns' largest.
