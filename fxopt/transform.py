@@ -17,7 +17,7 @@ from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, ma
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
 from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
-from fxopt.program import Mode
+from fxopt.program import Mode, check_mode
 from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
 from fxopt.signature import bind, forward_signature
@@ -80,8 +80,7 @@ def transform(
     was_compiled = given is not model
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
-    if mode not in ("eval", "train"):
-        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
+    check_mode(mode)
     if calibration is not None:
         check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
