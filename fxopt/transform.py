@@ -12,7 +12,7 @@ from fxopt.calls import Inputs, check_batches
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import CalibrationError, NotCapturedError, PassError
-from fxopt.interpreter import draws_undone
+from fxopt.interpreter import fork_rng
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
@@ -115,11 +115,11 @@ def transform(
         return replace(result, report=report, source=source)
 
     def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             return result_of(run_of(model, inputs, _again(calibration), True), False)
 
     def build(inputs: Inputs | None) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             run = run_of(model, inputs, calibration, False)
             if run.elsewhere and most == 1:
                 raise run.elsewhere[0][1]

@@ -223,7 +223,7 @@ def test_modes_are_put_back_and_the_teacher_does_not_draw() -> None:
     assert [module.training for module in student] == [True, False, False, False]
 
 
-def test_the_rehearsal_leaves_running_statistics() -> None:
+def test_the_dry_run_leaves_running_statistics() -> None:
     def cnn() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
@@ -293,7 +293,7 @@ def test_a_dataset_is_shuffled_by_the_seed() -> None:
         distill(small(1), small(0), Seen(), batch_size=4, terms=[Logits()], epochs=2)
         orders.append(list(Seen.order))
     assert orders[0] == orders[1]
-    epochs = orders[0][4:16], orders[0][16:]  # after the rehearsal's batch
+    epochs = orders[0][4:16], orders[0][16:]  # after the dry run's batch
     assert epochs[0] != epochs[1]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
 
