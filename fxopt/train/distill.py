@@ -122,7 +122,7 @@ def distill(
     batches = make_batches(data, batch_size, seed, world)
     step_module = DistillationStep(student, objective, choose_precision(precision, student, where))
     with _trained_alone(student), seeded(seed + world.rank), torch.enable_grad():
-        has_unused = dry_run(step_module, batches, where)
+        batches, has_unused = dry_run(step_module, batches, where)
         extra = list(objective.projections.parameters())
         used = make_optimizer(
             optimizer, student, extra, settings.learning_rate, settings.weight_decay

@@ -12,7 +12,7 @@ from fxopt.train.calling import call, moved
 from fxopt.train.data import Batches
 from fxopt.train.distillation_loss import DistillationLoss
 from fxopt.train.history import not_finite
-from fxopt.train.labels import check_labels
+from fxopt.train.labels import class_count
 from fxopt.train.precision import Precision
 from fxopt.train.rng_state import rng_state_kept
 
@@ -45,10 +45,13 @@ class DistillationStep(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-def dry_run(step_module: DistillationStep, batches: Batches, device: torch.device) -> bool:
+def dry_run(
+    step_module: DistillationStep, batches: Batches, device: torch.device
+) -> tuple[Batches, bool]:
     """Run the first batch without a step: terms are settled, projections made, errors found.
 
-    Returns whether some parameter to be trained has no part in the loss. Generators, buffers and
+    Returns the batches, which from now on check their labels, and whether some parameter to be
+    trained has no part in the loss. Generators, buffers and
     gradients are left as they were. Raises `TrainError` for data without a batch, a loss that
     reaches no parameter, and one that isn't finite; `InputError` for labels without a class.
     """
@@ -64,7 +67,7 @@ def dry_run(step_module: DistillationStep, batches: Batches, device: torch.devic
         with rng_state_kept():
             taught = step_module.teach(batch)
             outputs = step_module.outputs(batch)
-        check_labels(batches.source, batch, outputs)
+        batches = batches.with_classes(class_count(batch, outputs))
         with rng_state_kept():  # projections follow from the seed, not from what data drew
             objective.fit(outputs, taught)
         with rng_state_kept():
@@ -81,7 +84,7 @@ def dry_run(step_module: DistillationStep, batches: Batches, device: torch.devic
             f"the first batch gives {', '.join(wrong)} that aren't finite; look for NaN in its "
             "values, in the student's weights and in the teacher's outputs"
         )
-    return not all(used)
+    return batches, not all(used)
 
 
 def _reached(total: Tensor, parameters: list[nn.Parameter]) -> list[bool]:

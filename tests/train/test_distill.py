@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -537,6 +540,35 @@ def test_labels_without_a_class_are_said_before_anything_is_trained(
         assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Stream:
+    """Batches that are read one after the other, as those of a DataLoader are."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches
+
+
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@given(st.integers(1, 3), st.sampled_from([3, 9, -1]))
+def test_labels_without_a_class_are_said_where_their_batch_comes(at: int, wrong: int) -> None:
+    good = [labelled(0, 1, 2, -100) for _ in range(4)]
+    data = [*good[:at], labelled(0, wrong, 2, 1), *good[at:]]
+    low, high = min(0, wrong), max(2, wrong)
+    with pytest.raises(InputError) as caught:
+        distill(bert(1, seed=1), bert(2), Stream(data), terms=[Task(), Logits()], epochs=1)
+    assert str(caught.value) == (
+        f"batch {at} of data= has labels from {low} to {high}, and the student's logits have 3 "
+        "classes: labels must be in 0 to 2, or -100 where they don't count"
+    )
+    found = distill(bert(1, seed=1), bert(2), Stream(good), terms=[Task(), Logits()], epochs=1)
+    assert len(found.history.losses["total"]) == len(good)
 
 
 MODEL_ERRORS: list[tuple[Any, str]] = [
