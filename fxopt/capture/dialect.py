@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -209,6 +210,8 @@ class _Translation:
                 self._drop_assertion(node)
             elif node.target in _DROPOUT and not draws_random(node):
                 self.nodes[node] = self._value(node.args[0])
+            elif node.target is aten.sym_numel.default:
+                self.nodes[node] = self._numel(node)
             elif (norm := brought_back(node)) is not None:
                 self._bring_back(node, *norm)
             else:
@@ -219,6 +222,25 @@ class _Translation:
         token = arguments(node).get("dep_token")
         if token is not None:
             self.nodes[node] = self._value(token)
+
+    def _numel(self, node: fx.Node) -> fx.Node | int:
+        """numel(x) as the product of the sizes of x; compilers take no other operator for it."""
+        x, meta = self._value(node.args[0]), self._meta(node)
+        sizes = x.meta["val"].shape
+        value: Any = math.prod(size for size in sizes if isinstance(size, int))
+        total: fx.Node | int = value
+        for axis, size in enumerate(sizes):
+            if isinstance(size, int):
+                continue
+            value = value * size
+            factor = self.graph.call_function(aten.sym_size.int, (x, axis))
+            factor.meta = {**meta, "val": size}
+            if total == 1:
+                total = factor
+                continue
+            total = self.graph.call_function(operator.mul, (total, factor))
+            total.meta = {**meta, "val": value}
+        return total
 
     def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
         """One operator for `node`, of which the first result is read."""
