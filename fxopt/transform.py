@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxopt.calls import Inputs, check_batches
+from fxopt.calls import Inputs, bind, check_batches, forward_signature
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
 from fxopt.errors import CalibrationError, NotCapturedError, PassError
@@ -20,7 +20,6 @@ from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
 from fxopt.program import Mode, check_mode
 from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
-from fxopt.signature import bind, forward_signature
 
 _UNCOMPILED = (
     "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "

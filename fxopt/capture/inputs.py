@@ -15,9 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.calls import Inputs, check_inputs, spread
+from fxopt.calls import Inputs, bind, check_inputs, describe_leaves, spread
 from fxopt.errors import InputError, NotCapturedError
-from fxopt.signature import bind, describe_leaves
 
 _TOKEN_TYPES = "token_type_ids"
 _BATCH, _LENGTH, _DECODER_LENGTH, _SAMPLES = 2, 16, 12, 4000

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
-from fxopt.calls import spread
+from fxopt.calls import bind, forward_signature, spread
 from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold, share_tables
@@ -33,7 +33,6 @@ from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
 from fxopt.saving import save
-from fxopt.signature import bind, forward_signature
 
 _CARRIED_FROM_CLASS = (
     "main_input_name",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt.calls import Inputs
+from fxopt.calls import Inputs, bind, forward_signature
 from fxopt.capture import capture
 from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, FxoptError, ModelError
@@ -26,7 +26,6 @@ from fxopt.pipeline.recording import violation_text
 from fxopt.program import Program
 from fxopt.recipe import Recipe, concatenate
 from fxopt.rewriting import Pass, Plan
-from fxopt.signature import bind, forward_signature
 from fxopt.verify import Trial, judge, output_names, run_model, run_program, trials
 from fxopt.wellformed import check
 

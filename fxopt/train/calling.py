@@ -11,10 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.calls import spread
+from fxopt.calls import bind, forward_signature, spread
 from fxopt.errors import InputError
 from fxopt.optimized import Optimized
-from fxopt.signature import bind, forward_signature
 from fxopt.train.labels import labels_of, range_text
 
 
