@@ -75,7 +75,7 @@ class PackLinear(ProductRule):
         if not linear.transposed and linear.weight.op == "get_attr":
             return linear.weight
         if linear.weight not in self.weights:
-            rows = linear.rows_first(edit.state(linear.weight))
+            rows = linear.weight_nk(edit.state(linear.weight))
             self.weights[linear.weight] = edit.constant(f"{linear.name}_rows", rows)
         return self.weights[linear.weight]
 

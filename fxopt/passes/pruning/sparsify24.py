@@ -125,7 +125,7 @@ class MaskLinear(LinearRule):
         return self.learnt.get(weight_key(linear)) if self.options.feeds_back else None
 
     def _recipe(self, linear: Linear, edit: Edit, make: Any, dtype: torch.dtype) -> Recipe:
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         norm = None if self.options.feeds_back else self.learnt.get(weight_key(linear))
         sources = (rows,) if norm is None else (rows, norm)
         grad = rows.requires_grad and dtype.is_floating_point
@@ -220,7 +220,7 @@ class Sparsify24(Pass[Sparse24Plan]):
 
 def _rows(program: Program, linear: Linear) -> Tensor:
     state = program.state[str(linear.weight.target)]
-    return materialize(linear.rows_first(state)).detach()
+    return materialize(linear.weight_nk(state)).detach()
 
 
 def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:

@@ -72,7 +72,7 @@ class QuantizeFloat8Linear(ProductRule):
         """The float8 weight [N, K] and its scale [N, 1], made once for linears that share it."""
         key = (linear.weight, linear.transposed)
         if key not in self.weights:
-            rows = linear.rows_first(edit.state(linear.weight))
+            rows = linear.weight_nk(edit.state(linear.weight))
             values, scale = quantize_weight_float8(materialize(rows).detach())
             name = linear.name
             self.weights[key] = (

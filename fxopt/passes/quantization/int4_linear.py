@@ -95,7 +95,7 @@ class QuantizeInt4Linear(QuantizeLinear):
         if key not in self.constants:
             values = self.ahead.get(key)
             if values is None:
-                rows = materialize(linear.rows_first(edit.state(linear.weight)))
+                rows = materialize(linear.weight_nk(edit.state(linear.weight)))
                 values = self.options.round(linear, rows, None)
             packed, scale = values
             self.constants[key] = (
@@ -233,7 +233,7 @@ def _round_by_inputs(
     without = "weights='nearest'"
     for layers, moment in watch_moments(program, linears, warnings, "the nearest", without):
         for linear in layers:
-            rows = materialize(linear.rows_first(stored(program, linear.weight)))
+            rows = materialize(linear.weight_nk(stored(program, linear.weight)))
             matrix = moment.matrix if moment.rows else None
             rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings

@@ -166,7 +166,7 @@ class _ShiftedBias:
 
 
 def _bias(linear: Linear, middle: Tensor, edit: Edit) -> Recipe:
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     sources = (rows,) if linear.bias is None else (rows, edit.state(linear.bias))
     shape = torch.Size((linear.out_features,))
     return Recipe(_ShiftedBias(middle), sources, shape, rows.dtype, rows.device)

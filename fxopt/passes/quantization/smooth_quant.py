@@ -232,7 +232,7 @@ class _Planning:
         samples = []
         for linear in group.linears:
             weight = self.program.state[str(linear.weight.target)]
-            rows = materialize(linear.rows_first(weight)).detach().cpu()
+            rows = materialize(linear.weight_nk(weight)).detach().cpu()
             if linear.node in self.row_factors:
                 rows = rows * self.row_factors[linear.node].to(rows)[:, None]
             found = largest_per_channel(rows)

@@ -78,7 +78,7 @@ class SplitLinear(LinearRule):
         linear: Linear = match["linear"]
         channels = torch.tensor(self.channels[linear.node.name])
         name = str(linear.weight.target)
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         main = edit.constant(f"{name}{MAIN}", _recipe(_Without(channels), rows, rows.shape))
         shape = torch.Size((linear.out_features, len(channels)))
         own = edit.constant(f"{name}{OUTLIERS}", _recipe(_Columns(channels), rows, shape))
@@ -162,7 +162,7 @@ def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
     if linear is None:
         index = edit.constant(f"{x.name}_channels", channels.to(x.meta["val"].device))
         return edit.call(aten.index_select.default, x, x.meta["val"].ndim - 1, index)
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     count = len(channels)
     shape = torch.Size((count, linear.in_features))
     name = str(linear.weight.target)
