@@ -20,11 +20,17 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.calibration import Calibration
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, PassError
 from fxopt.recipe import Recipe, materialize
 from fxopt.signature import Signature
 
 Mode = Literal["eval", "train"]
+
+
+def check_mode(mode: object) -> None:
+    """Raise `PassError` for what is no `Mode`."""
+    if mode not in ("eval", "train"):
+        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
 
 
 @dataclass(frozen=True)

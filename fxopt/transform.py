@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxopt.calibration import check_is_iterable
+from fxopt.calls import Inputs, bind, check_batches, forward_signature
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim
-from fxopt.errors import NotCapturedError, PassError
-from fxopt.interpreter import draws_undone
+from fxopt.errors import CalibrationError, NotCapturedError, PassError
+from fxopt.interpreter import fork_rng
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
-from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
-from fxopt.program import Mode
+from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
+from fxopt.program import Mode, check_mode
+from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
-from fxopt.signature import bind, forward_signature
 
 _UNCOMPILED = (
     "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "
@@ -79,15 +79,14 @@ def transform(
     was_compiled = given is not model
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
-    if mode not in ("eval", "train"):
-        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
+    check_mode(mode)
     if calibration is not None:
-        check_is_iterable(calibration)
+        check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)
     schedule = scheduled(resolved, mode)
-    judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
+    judging = Judging(verify, on_violation, budget, progress or silent)
     notes = [_UNCOMPILED] if was_compiled else []
     if advised is not None:
         notes += advised.notes()
@@ -115,11 +114,11 @@ def transform(
         return replace(result, report=report, source=source)
 
     def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             return result_of(run_of(model, inputs, _again(calibration), True), False)
 
     def build(inputs: Inputs | None) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             run = run_of(model, inputs, calibration, False)
             if run.elsewhere and most == 1:
                 raise run.elsewhere[0][1]

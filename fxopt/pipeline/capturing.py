@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fxopt import wellformed
 from fxopt.analyses.precision import rounding_claim
 from fxopt.calibration import Calibration
+from fxopt.calls import Inputs
 from fxopt.capture import normalize_inputs
 from fxopt.claim import Claim, Close
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, InputError, OutsideError
 from fxopt.optimized import Optimized
-from fxopt.pipeline.evaluation import Inputs
 from fxopt.pipeline.nested import capture_whole
 from fxopt.pipeline.recording import StepTaken, since, violation_text
 from fxopt.pipeline.reference import Reference

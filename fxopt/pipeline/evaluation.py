@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxopt.calls import Inputs, bind, forward_signature
 from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, FxoptError, ModelError
 from fxopt.eval_graph import evaluation_mode
@@ -25,11 +26,8 @@ from fxopt.pipeline.recording import violation_text
 from fxopt.program import Program
 from fxopt.recipe import Recipe, concatenate
 from fxopt.rewriting import Pass, Plan
-from fxopt.signature import bind, forward_signature
 from fxopt.verify import Trial, judge, output_names, run_model, run_program, trials
 from fxopt.wellformed import check
-
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,10 +31,10 @@ from fxopt.interpreter import Override, evaluate, evaluate_variants, same_draws
 from fxopt.kernels.onednn import dense_linear
 from fxopt.nodes import label, module_path
 from fxopt.program import Program
+from fxopt.progress import Progress, silent
 
 aten = torch.ops.aten
 
-Progress = Callable[[str], None]
 Batch = Sequence[Tensor]
 
 # Measuring runs the model 2 L times on each.
@@ -156,7 +156,7 @@ class _Measurement:
         self.batches = [tuple(batch) for batch in batches]
         if not self.batches:
             raise PassError("sensitivity got no batch of inputs to measure on; give at least one")
-        self.say = progress or (lambda line: None)
+        self.say = progress or silent
         self.references: list[list[Tensor]] = []
         self.runs = 0
 

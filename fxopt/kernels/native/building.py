@@ -16,7 +16,7 @@ from torch import Tensor
 from fxopt.cpp_library import build
 from fxopt.device import Answer, Device
 from fxopt.kernels.native.benchmark import trial
-from fxopt.kernels.native.registration import give_way, take_over
+from fxopt.kernels.native.registration import register_libraries, unregister_libraries
 from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 # Compiled as one text, in this order.
@@ -57,13 +57,13 @@ def load() -> Answer:
     kernels, answer = _kernels(Device.describe("cpu"))
     if kernels is None:
         return answer
-    give_way()
+    unregister_libraries()
     kernels.register_kernels()
     slower = _slower()
     if slower is None:
         return answer
     kernels.unregister_kernels()
-    take_over()
+    register_libraries()
     return Answer(False, slower)
 
 
@@ -79,7 +79,7 @@ def without() -> Iterator[None]:
     kernels, _ = _kernels(Device.describe("cpu")) if loaded() else (None, None)
     if kernels is not None:
         kernels.unregister_kernels()
-        take_over()
+        register_libraries()
     try:
         yield
     finally:

@@ -83,9 +83,7 @@ class PackLinear(ProductRule):
             return linear.weight
 
         def make() -> fx.Node:
-            return edit.constant(
-                f"{linear.name}_rows", linear.rows_first(edit.state(linear.weight))
-            )
+            return edit.constant(f"{linear.name}_rows", linear.weight_nk(edit.state(linear.weight)))
 
         return edit.once((self, linear.weight), make)
 

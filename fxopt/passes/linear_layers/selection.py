@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 from fxopt.nodes import module_path
 from fxopt.operators import Linear
-from fxopt.rewriting.option_types import OptionType, Several
+from fxopt.rewriting.option_types import OptionType, Paths
 
 Selection = str | Callable[[str], bool]
 """A glob over module paths, or a function of a module path."""
@@ -34,7 +34,7 @@ class Select(OptionType):
 
 
 Selections: TypeAlias = Annotated[
-    tuple[Selection, ...], Several(Select(), Select().expected, "globs over module paths")
+    tuple[Selection, ...], Paths(Select(), Select().expected, "globs over module paths")
 ]
 """One selection, or several."""
 

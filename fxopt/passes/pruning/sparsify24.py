@@ -23,8 +23,7 @@ from torch import Tensor, fx
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Answer, Device
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
-from fxopt.nodes import label, origins
-from fxopt.observation import SecondMoment
+from fxopt.nodes import origins
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from fxopt.passes.linear_layers.selection import (
@@ -32,7 +31,7 @@ from fxopt.passes.linear_layers.selection import (
     refuse_by_path,
     refuse_weight,
 )
-from fxopt.passes.linear_layers.weight_inputs import watch_inputs
+from fxopt.passes.linear_layers.weight_inputs import watch_inputs, watch_moments
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
@@ -128,7 +127,7 @@ class MaskLinear(LinearRule):
         return self.learnt.get(weight_key(linear)) if self.options.feeds_back else None
 
     def _recipe(self, linear: Linear, edit: Edit, make: Any, dtype: torch.dtype) -> Recipe:
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         norm = None if self.options.feeds_back else self.learnt.get(weight_key(linear))
         sources = (rows,) if norm is None else (rows, norm)
         grad = rows.requires_grad and dtype.is_floating_point
@@ -214,8 +213,8 @@ class Sparsify24(Pass[Sparse24Plan]):
                 norm = power.power.sqrt()
                 learnt.update({weight_key(linear): norm for linear in layers if power.rows})
             return learnt
-        for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
-            warnings.update(dict.fromkeys(_few(layers, moment)))
+        without = "importance='wanda'"
+        for layers, moment in watch_moments(program, linears, warnings, "masked", without):
             for linear in layers if moment.rows else ():
                 learnt[weight_key(linear)] = prune24(_rows(program, linear), moment.matrix)
         return learnt
@@ -223,7 +222,7 @@ class Sparsify24(Pass[Sparse24Plan]):
 
 def _rows(program: Program, linear: Linear) -> Tensor:
     state = program.state[str(linear.weight.target)]
-    return materialize(linear.rows_first(state)).detach()
+    return materialize(linear.weight_nk(state)).detach()
 
 
 def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:
@@ -242,21 +241,5 @@ def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:
     return told
 
 
-def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
-    """Warns that feedback was fitted to fewer inputs than there are channels to fit."""
-    inner = layers[0].in_features
-    if moment.rows >= inner:
-        return []
-    names = ", ".join(label(linear.node) for linear in layers)
-    return [
-        f"the weights of {names} were fitted to {moment.rows} rows of {inner} channels, and can be "
-        "worse than masked ones on others: give calibration= more inputs, or importance='wanda'"
-    ]
-
-
 def _power_bytes(channels: int) -> int:
     return 8 * channels
-
-
-def _moment_bytes(channels: int) -> int:
-    return 4 * channels**2

@@ -69,7 +69,7 @@ def _rounded_input(x: fx.Node, edit: Edit) -> fx.Node:
 
 def _rounded_weight(linear: Linear, edit: Edit) -> tuple[fx.Node, ...]:
     """The float8 weight [N, K] and its scale [N, 1]."""
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     values, scale = quantize_weight_float8(materialize(rows).detach())
     return (
         edit.constant(f"{linear.name}_float8", values),

@@ -26,11 +26,10 @@ from fxopt.constant_expressions import stored
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
 from fxopt.nodes import label
-from fxopt.observation import SecondMoment
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selections
-from fxopt.passes.linear_layers.weight_inputs import watch_inputs
+from fxopt.passes.linear_layers.weight_inputs import watch_moments
 from fxopt.passes.quantization.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
 from fxopt.program import Program
 from fxopt.recipe import materialize
@@ -93,7 +92,7 @@ class QuantizeInt4Linear(QuantizeLinear):
         """The packed weight and its scales."""
         values = self.ahead.get(weight_key(linear))
         if values is None:
-            rows = materialize(linear.rows_first(edit.state(linear.weight)))
+            rows = materialize(linear.weight_nk(edit.state(linear.weight)))
             values = self.options.round(linear, rows, None)
         packed, scale = values
         return (
@@ -227,26 +226,10 @@ def _round_by_inputs(
     """The weights of `linears` rounded with feedback, and what calibration warns of."""
     rounded: dict[WeightKey, Packed] = {}
     warnings: dict[str, None] = {}
-    for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
-        warnings.update(dict.fromkeys(_few(layers, moment)))
+    without = "weights='nearest'"
+    for layers, moment in watch_moments(program, linears, warnings, "the nearest", without):
         for linear in layers:
-            rows = materialize(linear.rows_first(stored(program, linear.weight)))
+            rows = materialize(linear.weight_nk(stored(program, linear.weight)))
             matrix = moment.matrix if moment.rows else None
             rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings
-
-
-def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
-    """Warns that feedback was fitted to fewer inputs than there are channels to fit."""
-    inner = layers[0].in_features
-    if moment.rows >= inner:
-        return []
-    names = ", ".join(label(linear.node) for linear in layers)
-    return [
-        f"the rounding of {names} was fitted to {moment.rows} rows of {inner} channels, and can be "
-        "worse than the nearest on others: give calibration= more inputs, or weights='nearest'"
-    ]
-
-
-def _moment_bytes(channels: int) -> int:
-    return 4 * channels**2

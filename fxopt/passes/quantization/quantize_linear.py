@@ -187,7 +187,7 @@ class QuantizeLinear(ProductRule):
         if not isinstance(mask, fx.Node) or mask.op != "get_attr" or mask.meta["val"].ndim != 1:
             return False
         values = edit.tensor(mask)
-        weight = materialize(linear.rows_first(edit.state(linear.weight))).detach()
+        weight = materialize(linear.weight_nk(edit.state(linear.weight))).detach()
         binary = bool(((values == 0) | (values == 1)).all())
         return binary and not bool(weight[:, values == 0].any())
 
@@ -207,7 +207,7 @@ class QuantizeLinear(ProductRule):
         ahead = self.scheme.weights.get(weight_key(linear))
         if ahead is not None:
             return ahead
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         return self.scheme.round_weight(materialize(rows))
 
 

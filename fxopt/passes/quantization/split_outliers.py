@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -25,11 +26,11 @@ from fxopt.claim import Claim, Close
 from fxopt.nodes import origins
 from fxopt.observation import ChannelMagnitude
 from fxopt.operators import Linear, as_linear, refuse_shared_weight
-from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
+from fxopt.passes.linear_layers.linear_rule import JudgedPlan, LinearRule, judged_plan
 from fxopt.passes.linear_layers.selection import refuse_by_path
 from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe
-from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting import Edit, Match, Pass, Stage, rewrite
 from fxopt.rewriting.option_annotations import Globs
 from fxopt.rewriting.option_types import Bounds
 
@@ -76,7 +77,7 @@ class SplitLinear(LinearRule):
         linear: Linear = match["linear"]
         channels = torch.tensor(self.channels[linear.node.name])
         name, weight = str(linear.weight.target), linear.weight
-        rows = linear.rows_first(edit.state(weight))
+        rows = linear.weight_nk(edit.state(weight))
         without = _recipe(_Without(channels), rows, rows.shape)
         main = edit.constant(f"{name}_main", without, origin=MAIN, of=weight)
         columns = _recipe(_Columns(channels), rows, (linear.out_features, len(channels)))
@@ -89,12 +90,8 @@ class SplitLinear(LinearRule):
         return edit.call(aten.add.Tensor, product, edit.call(aten.linear.default, apart, own))
 
 
-@dataclass(frozen=True)
-class SplitPlan(Plan):
-    """A plan with the channels to split off and the reasons not to, by the linear's node name."""
-
-    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+class SplitPlan(JudgedPlan):
+    """A plan that has found the channels to split off."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,30 +116,26 @@ class SplitOutliers(Pass[SplitPlan]):
 
     def plan(self, program: Program) -> SplitPlan:
         """The linears whose inputs have outliers, with their channels."""
-        seen, warnings = observe_inputs(program, SplitLinear(self, {}, {}), ChannelMagnitude)
-        channels, reasons, details = {}, {}, []
-        for linear, magnitude in seen:
-            largest, reason = _outliers(magnitude.largest, self.channels, self.ratio)
-            if not largest:
-                reasons[linear.node.name] = reason
-                continue
-            channels[linear.node.name] = largest
-            details.append(f"{path_of(linear)}: {reason}")
-        base = plan_rules(program, (SplitLinear(self, channels, reasons),), repr(self))
-        return SplitPlan(
-            base.spec,
-            base.sites,
-            base.refusals,
-            warnings=warnings,
-            details=tuple(details),
-            channels=channels,
-            reasons=reasons,
-        )
+        make, rule = partial(SplitPlan, repr(self)), partial(SplitLinear, self)
+        return judged_plan(program, make, rule, ChannelMagnitude, self._outliers)
 
     def apply(self, program: Program, plan: SplitPlan) -> Program:
         """Split the plan's linears."""
-        rules = (SplitLinear(self, plan.channels, plan.reasons),)
+        rules = (SplitLinear(self, plan.found, plan.reasons),)
         return rewrite(program, rules, plan.excluded)
+
+    def _outliers(self, seen: ChannelMagnitude) -> tuple[tuple[int, ...] | None, str]:
+        """The largest channels and how much they exceed the rest, or why they don't by enough."""
+        if seen.largest.numel() <= self.channels:
+            return None, "its input was never seen"
+        values, order = seen.largest.sort(descending=True, stable=True)
+        first, rest = float(values[0]), float(values[self.channels])
+        excess = first / rest if rest else math.inf
+        if first == 0.0 or excess < self.ratio:
+            text = f"its largest input channel is {excess:.1f} times the rest, below {self.ratio:g}"
+            return None, text
+        chosen = tuple(sorted(order[: self.channels].tolist()))
+        return chosen, f"{len(chosen)} channels of up to {first:.3g} apart, {rest:.3g} remains"
 
 
 def is_split(linear: Linear) -> bool:
@@ -153,19 +146,6 @@ def is_split(linear: Linear) -> bool:
 def is_outlying(linear: Linear) -> bool:
     """Whether this linear belongs to the outliers, which stay in float."""
     return OUTLIERS in origins(linear.weight)
-
-
-def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...], str]:
-    """The largest channels and how much they exceed the rest, or why they don't by enough."""
-    if largest.numel() <= count:
-        return (), "its input was never seen"
-    values, order = largest.sort(descending=True, stable=True)
-    first, rest = float(values[0]), float(values[count])
-    excess = first / rest if rest else math.inf
-    if first == 0.0 or excess < ratio:
-        return (), f"its largest input channel is {excess:.1f} times the rest, below {ratio:g}"
-    chosen = sorted(order[:count].tolist())
-    return tuple(chosen), f"{count} channels of up to {first:.3g} apart, {rest:.3g} remains"
 
 
 def _masked(linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
@@ -184,7 +164,7 @@ def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
     if linear is None:
         index = edit.constant(f"{x.name}_channels", channels.to(x.meta["val"].device))
         return edit.call(aten.index_select.default, x, x.meta["val"].ndim - 1, index)
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     count = len(channels)
     few = _recipe(_Rows(channels), rows, (count, linear.in_features))
     weight = edit.constant(
