@@ -34,7 +34,7 @@ from transformers.utils import logging
 import fxopt
 from benchmarks.finetune_recipe import Data, Recipe, load_data, pretrained_folder
 from benchmarks.prunable import parameters
-from benchmarks.pruning_lesson import Lesson, for_tuning, trained
+from benchmarks.pruning_task import PruningTask, for_tuning, trained
 from benchmarks.systems.torch_pruning_peers import Importance as PeerImportance
 from benchmarks.systems.torch_pruning_peers import pruned
 from fxopt.analyses.importance import Importance
@@ -44,7 +44,7 @@ from fxopt.train import Hidden, Logits, Task, distill
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-Student = Callable[[Lesson], nn.Module]
+Student = Callable[[PruningTask], nn.Module]
 Progress = Callable[[str], None]
 
 RATES = (1e-4, 3e-4, 6e-4, 1e-3)
@@ -61,19 +61,19 @@ _TERMS = (Task(), Logits(temperature=2.0), Hidden(weight=30.0))
 def _ours(
     importance: Importance, *, reconstruct: bool = True, weighting: Weighting = "uniform"
 ) -> Student:
-    def prune(lesson: Lesson) -> nn.Module:
+    def prune(task: PruningTask) -> nn.Module:
         passes = [
             fxopt.PruneChannels(
-                ratio=lesson.ratio,
+                ratio=task.ratio,
                 importance=importance,
                 scope=("ffn", "heads"),
                 reconstruct=reconstruct,
                 weighting=weighting,
             )
         ]
-        calibration = lesson.batches()
+        calibration = task.batches()
         return fxopt.transform(
-            lesson.load(),
+            task.load(),
             passes,
             mode="train",
             # With labels, so that the training program gives the loss that Task() reads.
@@ -87,17 +87,17 @@ def _ours(
 
 
 def _theirs(importance: PeerImportance) -> Student:
-    def prune(lesson: Lesson) -> nn.Module:
+    def prune(task: PruningTask) -> nn.Module:
         def backward(model: nn.Module) -> None:
-            for batch in lesson.batches():
+            for batch in task.batches():
                 model(**batch).loss.backward()
 
         looks_at_gradients = backward if importance == "taylor" else None
         return pruned(
-            lesson.load(),
-            lesson.batches()[0],
+            task.load(),
+            task.batches()[0],
             ("ffn", "heads"),
-            lesson.ratio,
+            task.ratio,
             importance,
             looks_at_gradients,
         )
@@ -140,21 +140,21 @@ def compare_students(
         raise ValueError(f"students {unknown} are not known: choose among {', '.join(STUDENTS)}")
     data = load_data(recipe)
 
-    def lesson(recipe: Recipe, data: Data, folder: Path, seed: int) -> Lesson:
+    def task(recipe: Recipe, data: Data, folder: Path, seed: int) -> PruningTask:
         teacher = trained(recipe, data, folder, seed, progress)
-        return Lesson(teacher, data, recipe.device, recipe.batch, ratio, epochs, seed)
+        return PruningTask(teacher, data, recipe.device, recipe.batch, ratio, epochs, seed)
 
     chosen = dict.fromkeys(names, rates[0])
     if len(rates) > 1:
         tuning = [
-            lesson(*for_tuning(recipe, data, fold), out / f"tuning-{fold}", seeds[0])
+            task(*for_tuning(recipe, data, fold), out / f"tuning-{fold}", seeds[0])
             for fold in FOLDS
         ]
         chosen = {name: _best_rate(tuning, name, rates, progress) for name in names}
     dense: list[float] = []
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
-        taught = lesson(recipe, data, out, seed)
+        taught = task(recipe, data, out, seed)
         teacher = taught.load()
         dense.append(round(taught.accuracy(teacher), 4))
         progress(f"seed {seed}, dense: {100 * dense[-1]:.1f} %")
@@ -206,48 +206,48 @@ def table(figures: Mapping[str, Any]) -> Table:
     return shown
 
 
-def _pruned(lesson: Lesson, name: str) -> nn.Module:
-    torch.manual_seed(lesson.seed)
-    return STUDENTS[name](lesson)
+def _pruned(task: PruningTask, name: str) -> nn.Module:
+    torch.manual_seed(task.seed)
+    return STUDENTS[name](task)
 
 
-def _distill(lesson: Lesson, student: nn.Module, rate: float) -> None:
+def _distill(task: PruningTask, student: nn.Module, rate: float) -> None:
     distill(
         student,
-        lesson.load(),
-        lesson.batches(),
+        task.load(),
+        task.batches(),
         terms=_TERMS,
-        epochs=lesson.epochs,
+        epochs=task.epochs,
         learning_rate=rate,
-        seed=lesson.seed,
+        seed=task.seed,
     )
 
 
 def _best_rate(
-    lessons: Sequence[Lesson], name: str, rates: Sequence[float], progress: Progress
+    tasks: Sequence[PruningTask], name: str, rates: Sequence[float], progress: Progress
 ) -> float:
     losses: dict[float, list[float]] = {rate: [] for rate in rates}
-    for lesson in lessons:
-        pruned = _pruned(lesson, name)
+    for task in tasks:
+        pruned = _pruned(task, name)
         for rate in rates:
             student = copy.deepcopy(pruned)
-            _distill(lesson, student, rate)
-            losses[rate].append(lesson.loss(student))
+            _distill(task, student, rate)
+            losses[rate].append(task.loss(student))
     for rate, found in losses.items():
         progress(f"{name} at {rate:g}: loss {mean(found):.4f} where it is tuned")
     return min(rates, key=lambda rate: mean(losses[rate]))
 
 
-def _run(lesson: Lesson, name: str, rate: float, progress: Progress) -> dict[str, Any]:
+def _run(task: PruningTask, name: str, rate: float, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    student = _pruned(lesson, name)
+    student = _pruned(task, name)
     pruning = time.perf_counter() - started
-    before = lesson.accuracy(student)
+    before = task.accuracy(student)
     started = time.perf_counter()
-    _distill(lesson, student, rate)
+    _distill(task, student, rate)
     distilling = time.perf_counter() - started
-    after = lesson.accuracy(student)
-    progress(f"seed {lesson.seed}, {name}: {100 * before:.1f} -> {100 * after:.1f} %")
+    after = task.accuracy(student)
+    progress(f"seed {task.seed}, {name}: {100 * before:.1f} -> {100 * after:.1f} %")
     return {
         "pruned": round(before, 4),
         "distilled": round(after, 4),

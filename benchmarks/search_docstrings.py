@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 import fxopt
 from benchmarks.finetune_recipe import Data, Recipe, load_data, pretrained_folder
-from benchmarks.pruning_lesson import trained
+from benchmarks.pruning_task import trained
 from benchmarks.sidebyside import in_turns, spread, timing
 from benchmarks.systems.ours import LISTS
 from fxopt.errors import FxoptError

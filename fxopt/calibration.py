@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxopt.calls import FORMS, check_batches, check_inputs, spread
 from fxopt.errors import CalibrationError, InputError, OutsideError
+from fxopt.progress import Progress
 from fxopt.signature import Signature
-
-Progress = Callable[[str], None]
 
 
 class Calibration:
@@ -40,7 +40,7 @@ class Calibration:
         progress: Progress | None = None,
         instead: tuple[Tensor, ...] | None = None,
     ) -> None:
-        check_is_iterable(source)
+        check_batches(source, "calibration=", CalibrationError)
         self.instead = instead
         self._refused = ""
         self.signature = signature
@@ -72,18 +72,13 @@ class Calibration:
         elif index < 0:
             raise CalibrationError(
                 "calibration= is empty: it gave no batch at all. Give an iterable of inputs, each "
-                "a tensor, a tuple of positional arguments or a dict of keyword arguments; a "
-                "generator that was used up before gives nothing."
+                f"{FORMS}; a generator that was used up before gives nothing."
             )
 
     def _flat(self, index: int, batch: Any) -> tuple[Tensor, ...] | None:
+        check_inputs(batch, f"calibration batch {index}", CalibrationError)
         try:
-            if isinstance(batch, Tensor):
-                return tuple(self.signature.flatten((batch,), {}))
-            if isinstance(batch, Mapping):
-                return tuple(self.signature.flatten((), dict(batch)))
-            if isinstance(batch, (tuple, list)):
-                return tuple(self.signature.flatten(tuple(batch), {}))
+            return tuple(self.signature.flatten(*spread(batch)))
         except InputError as error:
             if isinstance(error, OutsideError) and error.branch:
                 self._refused = str(error)
@@ -91,10 +86,6 @@ class Calibration:
             raise CalibrationError(
                 f"calibration batch {index} doesn't fit the model: {error}"
             ) from error
-        raise CalibrationError(
-            f"calibration batch {index} must be a tensor, a tuple of positional arguments or a "
-            f"dict of keyword arguments, not {type(batch).__name__}"
-        )
 
 
 class _Spool:
@@ -149,20 +140,6 @@ class _Spool:
         start, end = self.ends[index : index + 2]
         self.file.seek(start)
         return tuple(torch.load(io.BytesIO(self.file.read(end - start)), weights_only=True))
-
-
-def check_is_iterable(source: object) -> None:
-    """Raise `CalibrationError` unless `source` is an iterable of inputs, rather than one input."""
-    if isinstance(source, (Tensor, Mapping)):
-        raise CalibrationError(
-            f"calibration= is one input (a {type(source).__name__}), not an iterable of inputs. "
-            "Give a list of them: calibration=[inputs]"
-        )
-    if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
-        raise CalibrationError(
-            "calibration= must be an iterable of inputs (a list, a DataLoader, a generator), not "
-            f"{type(source).__name__}"
-        )
 
 
 def _length(source: Iterable[Any]) -> int | None:

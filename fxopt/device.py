@@ -11,7 +11,9 @@ import functools
 import importlib.util
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,9 @@ class Device:
     @staticmethod
     def describe(device: torch.device | str = "cpu") -> Device:
         """What `device` is on this machine; a CUDA device that isn't here has no capability."""
+        pretended = _PRETENDED.get()
+        if pretended is not None:
+            return pretended
         device = torch.device(device)
         if device.type == "cuda":
             return _describe_cuda(device.index or 0)
@@ -203,6 +208,19 @@ class Device:
         return Answer(
             False, f"{self.name}'s tensor cores don't take {dtype}: capability {has}, needs {wants}"
         )
+
+
+@contextmanager
+def pretending(device: Device) -> Iterator[None]:
+    """Inside, `Device.describe` of any place answers `device`: how another machine would decide."""
+    token = _PRETENDED.set(device)
+    try:
+        yield
+    finally:
+        _PRETENDED.reset(token)
+
+
+_PRETENDED: ContextVar[Device | None] = ContextVar("pretended", default=None)
 
 
 def _parse_cpu(text: str, detail: str) -> Device:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fxopt.calls import bind, forward_signature
 from fxopt.errors import InputError, ModelError
-from fxopt.signature import bind, forward_signature
 from fxopt.transform import transform
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ Tree: TypeAlias = Any
 """A number, a truth value, or `(operator, operand, ...)`; sizes are `("size", input, axis)`."""
 
 Shapes: TypeAlias = Sequence[Sequence[int]]
-Origin: TypeAlias = Literal["branch", "helper", "operator", "trial"]
+GuardOrigin: TypeAlias = Literal["branch", "helper", "operator", "trial"]
 
 _INFIX = {
     "add": " + ", "mul": " * ", "floordiv": " // ", "mod": " % ", "truediv": " / ", "pow": " ** ",
@@ -56,7 +56,7 @@ class Guard:
     """
 
     holds: Tree
-    origin: Origin
+    origin: GuardOrigin
     source: str = ""
 
     def text(self, paths: Sequence[str]) -> str:

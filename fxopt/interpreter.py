@@ -68,13 +68,13 @@ def evaluate_variants(
     common = _Evaluation(program, [inputs], override=override)
     for index in sorted(range(len(variants)), key=lambda index: place[starts[index]]):
         common.run_to(starts[index])
-        with draws_undone():
+        with fork_rng():
             outputs = common.fork({**common.override, **variants[index]}).run()[0]
         yield index, outputs
 
 
 @contextmanager
-def draws_undone() -> Iterator[None]:
+def fork_rng() -> Iterator[None]:
     """What is drawn inside leaves the random generators, on every device, where they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -84,8 +84,12 @@ def draws_undone() -> Iterator[None]:
 @contextmanager
 def same_draws() -> Iterator[None]:
     """Random operators draw the same numbers in every run; the caller's generators stay put."""
-    with draws_undone():
-        torch.manual_seed(0)
+    with fork_rng():
+        # What torch.manual_seed does, but for devices that this process hasn't woken: for each of
+        # those it formats the whole stack, and its seed would outlast the block.
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxopt.program import Mode
+from fxopt.program import Mode, Origin
 
 UNKNOWN_SIZE = 64
 """What a cost is estimated for where a size depends on data that nobody has seen."""
@@ -30,6 +30,19 @@ def label(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """The model's source line that the node came from, as `file:line  code`; empty if unknown."""
     return str(node.meta.get("source", ""))
+
+
+def origins(node: fx.Node) -> tuple[Origin, ...]:
+    """Which passes made the state behind `node` what it is, the first one first."""
+    found: tuple[Origin, ...] = node.meta.get("origins", ())
+    return found
+
+
+def note_origins(graph: fx.Graph, known: Mapping[str, tuple[Origin, ...]]) -> None:
+    """Give the nodes of a new graph the origins that the names of their state have in `known`."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in known:
+            node.meta["origins"] = known[str(node.target)]
 
 
 def fake(node: Any) -> Any:

@@ -20,11 +20,17 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.calibration import Calibration
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, PassError
 from fxopt.recipe import Recipe, materialize
 from fxopt.signature import Signature
 
 Mode = Literal["eval", "train"]
+
+
+def check_mode(mode: object) -> None:
+    """Raise `PassError` for what is no `Mode`."""
+    if mode not in ("eval", "train"):
+        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,17 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.node}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """That a pass, by its textual name, made a tensor of the state, and as what.
+
+    So passes recognise what one of them made, whatever the tensor is called.
+    """
+
+    pass_name: str
+    role: str
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,15 @@ class Program:
             if isinstance(value, FakeTensor):
                 return value.fake_mode
         raise FxoptError("the program holds no tensor at all; there is nothing to optimise")
+
+    @property
+    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+        """Which passes made a tensor of the state what it is, the first one first, by its name.
+
+        Names of tensors that no pass looks for later are left out.
+        """
+        constants = (node for node in self.graph.nodes if node.op == "get_attr")
+        return {str(n.target): n.meta["origins"] for n in constants if n.meta.get("origins")}
 
     @functools.cached_property
     def written(self) -> frozenset[str]:

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import Inputs
 from fxopt.capture import check_is_module, uncompiled
 from fxopt.device import Device
-from fxopt.errors import PassError
 from fxopt.kernels import multiplies_int8, takes_full_range
 from fxopt.kernels.linear_speed import LINEAR_KERNELS, linear_speeds
 from fxopt.lower.toolchain import has_cpp_compiler
 from fxopt.pass_list import parse_passes
-from fxopt.program import Mode
+from fxopt.program import Mode, check_mode
 from fxopt.rewriting import Pass
 
 _FEW_ROWS = 8
@@ -71,21 +70,15 @@ class Recommendation:
         return parse_passes(self.spec)
 
     def lines(self) -> tuple[str, ...]:
-        """What `print` shows, line by line."""
-        width = max(len(one.spec) for one in self.taken)
-        return (
-            f"passes: {self.spec}",
-            *(f"  {one.spec.ljust(width)}  {one.reason}" for one in self.taken),
-            *(f"  without {one.spec}: {one.reason}" for one in self.left_out),
-            *(f"  expect: {line}" for line in self.expect),
-        )
+        """What `print` shows: the list as text, below it the notes."""
+        return (f"passes: {self.spec}", *(f"  {note}" for note in self.notes()))
 
     def notes(self) -> tuple[str, ...]:
-        """What a report says of it: a sentence a pass."""
+        """What a report says of it: a sentence a pass, and what to expect."""
         return (
             *(f"recommended {one.spec}: {one.reason}" for one in self.taken),
-            *(f"not recommended {one.spec}: {one.reason}" for one in self.left_out),
-            *(f"expected: {line}" for line in self.expect),
+            *(f"without {one.spec}: {one.reason}" for one in self.left_out),
+            *(f"expect: {line}" for line in self.expect),
         )
 
     def __str__(self) -> str:
@@ -94,7 +87,7 @@ class Recommendation:
 
 def recommend(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
     *,
     calibrated: bool = False,
     mode: Mode = "eval",
@@ -108,8 +101,7 @@ def recommend(
     Raises `ModelError` for what is no module, `PassError` for another mode.
     """
     check_is_module(model)
-    if mode not in ("eval", "train"):
-        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
+    check_mode(mode)
     return _Rules(uncompiled(model), example_inputs, calibrated, mode).recommendation()
 
 

@@ -9,15 +9,16 @@ placeholders, in that order; its other leaves (a flag, a number) were constants 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
+from fxopt.calls import bind, path_text, unbind
 from fxopt.errors import InputError, OutsideError
 from fxopt.guards import Guard, Shapes, SizeCheck
 
@@ -219,7 +220,7 @@ class Signature:
         paths, _ = pytree.tree_flatten_with_path(
             pytree.tree_unflatten(list(self.leaves), self.in_spec)
         )
-        return next((_path_text(path) for path, leaf in paths if leaf is constant), "an argument")
+        return next((path_text(path) for path, leaf in paths if leaf is constant), "an argument")
 
     def _structure_text(self, given: Mapping[str, Any]) -> str:
         missing = [name for name in self.names if name not in given]
@@ -281,67 +282,3 @@ class Signature:
                 f"{expected.path} has size {size} on axis {axis}; the model takes at most "
                 f"{limit.high} there."
             )
-
-
-def forward_signature(model: nn.Module) -> inspect.Signature:
-    """The signature of `model.forward` without annotations that need the model's module."""
-    return inspect.signature(model.forward)
-
-
-def bind(
-    signature: inspect.Signature,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    spelled_out: Collection[str] = (),
-) -> dict[str, Any]:
-    """A call as {argument name: value}, `None` dropped, and defaults that aren't `spelled_out`.
-
-    Keywords that land in `**kwargs` keep their own names; what lands in `*args` stays a tuple under
-    its parameter's name. Raises `InputError` where the call doesn't fit the signature.
-    """
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the inputs don't fit forward{signature}: {error}. Give a tuple of positional "
-            "arguments or a dict of keyword arguments."
-        ) from error
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        parameter = signature.parameters[name]
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update({key: inner for key, inner in value.items() if inner is not None})
-        elif value is not None and (
-            name in spelled_out or not _is_default(value, parameter.default)
-        ):
-            named[name] = value
-    return named
-
-
-def unbind(
-    signature: inspect.Signature, named: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The (args, kwargs) that call `forward` with what `bind` returned."""
-    known = {name: value for name, value in named.items() if name in signature.parameters}
-    extra = {name: value for name, value in named.items() if name not in signature.parameters}
-    bound = inspect.BoundArguments(signature, dict(known))
-    return tuple(bound.args), {**bound.kwargs, **extra}
-
-
-def describe_leaves(named: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Each leaf of {argument name: value} with a readable path such as `inputs[0]` or `mask`."""
-    paths, _ = pytree.tree_flatten_with_path(dict(named))
-    return [(_path_text(path), leaf) for path, leaf in paths]
-
-
-def _path_text(path: Sequence[Any]) -> str:
-    first, *rest = path
-    return str(first.key) + "".join(str(key) for key in rest)
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if isinstance(value, Tensor) or default is inspect.Parameter.empty:
-        return False
-    if isinstance(value, (bool, int, float, str)):
-        return type(value) is type(default) and value == default
-    return value is default

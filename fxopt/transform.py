@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fxopt.calibration import check_is_iterable
+from fxopt.calls import Inputs, bind, check_batches, forward_signature
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim, Close
-from fxopt.errors import ModelError, NotCapturedError, PassError
-from fxopt.interpreter import draws_undone
+from fxopt.errors import CalibrationError, ModelError, NotCapturedError, PassError
+from fxopt.interpreter import fork_rng
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
-from fxopt.pipeline import Inputs, Judging, OnViolation, Progress, Run, captured, completed
-from fxopt.program import Mode
+from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
+from fxopt.program import Mode, check_mode
+from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
-from fxopt.signature import bind, forward_signature
 from fxopt.verify import compose
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def transform(
     at that call, with the same passes and judged alike: as many as `recapture` says, 8 with "auto".
     With "error" such a call raises an `InputError` that names the relation and the line.
 
-    A causal language model of transformers becomes a `Generating`: `opt.generate(...)` and pipelines
-    go on with it, over one program that reads many tokens and one that reads one, both rewritten by
-    `passes`. `example_inputs`, `verify_inputs` and `calibration` are texts then, `input_ids` and
+    A causal language model of transformers goes on to generate: `opt.generate(...)` and pipelines
+    take the result, over one program that reads many tokens and one that reads one, both rewritten
+    by `passes`. `example_inputs`, `verify_inputs` and `calibration` are texts then, `input_ids` and
     `attention_mask`; left out, the model writes some. `generation` left out does so where no
     `example_inputs` are given; True demands it, False captures a single call without a cache.
 
@@ -90,20 +90,21 @@ def transform(
     was_compiled = given is not model
     if on_violation not in ("raise", "revert"):
         raise PassError(f"on_violation={on_violation!r}: must be 'raise' or 'revert'")
-    if mode not in ("eval", "train"):
-        raise PassError(f"mode={mode!r}: must be 'eval' or 'train'")
+    check_mode(mode)
     if calibration is not None:
-        check_is_iterable(calibration)
+        check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
-    plan, missing = _generation(model, example_inputs, generation, mode)
+    plan, missing = _generation_plan(model, example_inputs, generation, mode)
     if plan is not None:
-        model, example_inputs = plan.step(), plan.many()
-        verify_inputs = [plan.one(), *(use(one) for one in verify_inputs for use in (plan.many, plan.one))]
+        from fxopt.generation import step_of
+
+        model, example_inputs = step_of(model), plan.many()
+        verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
         calibration = plan.batches(calibration)
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = resolve_passes(advised.passes if advised is not None else passes)
     schedule = scheduled(resolved, mode)
-    judging = Judging(verify, on_violation, budget, progress or (lambda line: None))
+    judging = Judging(verify, on_violation, budget, progress or silent)
     notes = [*([_UNCOMPILED] if was_compiled else []), *missing]
     if advised is not None:
         notes += advised.notes()
@@ -133,11 +134,11 @@ def transform(
         return replace(result, report=report, source=source)
 
     def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             return result_of(run_of(model, inputs, _again(calibration), True), False)
 
     def build(inputs: Inputs | None) -> PipelineResult:
-        with callers_modes_off(), draws_undone():
+        with callers_modes_off(), fork_rng():
             run = run_of(model, inputs, calibration, False)
             if run.elsewhere and most == 1:
                 raise run.elsewhere[0][1]
@@ -170,7 +171,7 @@ def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) ->
     optimized.note(str(teacher_forced(plan, optimized, claim)))
 
 
-def _generation(
+def _generation_plan(
     model: nn.Module, prompts: Inputs | None, wanted: bool | None, mode: Mode
 ) -> tuple[GenerationPlan | None, tuple[str, ...]]:
     """How `model` is read step by step, if it is; else why not, where nobody asked."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fxopt import wellformed
 from fxopt.calibration import Calibration
-from fxopt.capture import capture
 from fxopt.interpreter import evaluate
 from fxopt.program import Changes, Program
 from fxopt.rewriting import Pass
+from tests.captured import program_of
 
 Call: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -39,7 +39,7 @@ def check(
     tensors left as they were.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    program = capture(model, inputs)
+    program = program_of(model, inputs)
     if calibration is not None:
         program = replace(program, calibration=Calibration(calibration, program.signature))
     text, state = str(program.graph), dict(program.state)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import pytest
 import torch
+import torch._dynamo.config
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.kernels import native
 from fxopt.timing import Latency, summarize, timings_in
 
-pytest_plugins = ["pytester", "tests.sweeps"]
+pytest_plugins = ["pytester", "tests.seeds", "tests.sweeps"]
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers share the cores: threads that outnumber them wait for each other. The variable is for
@@ -53,6 +55,14 @@ def _steady_timings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _fakes_computed_anew() -> Iterator[None]:
+    # A graph of few layers pays more for torch's cache of fake results than it gets back.
+    # tests/capture has it, and so have the processes that tests start.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 @pytest.fixture
 def compiled_kernels() -> None:
     """Kernels compiled for this CPU run its operators; where there can be none, the test skips."""
@@ -73,6 +83,14 @@ def _quick_collections() -> None:
     # outlives a file of tests stays for good, and out of the collections of the next.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_models() -> Iterator[None]:
+    yield
+    captured = sys.modules.get("tests.captured")
+    if captured is not None:
+        captured.assert_untouched()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -114,9 +114,9 @@ def test_a_view_of_a_large_tensor_is_spooled_alone() -> None:
         ("texts.txt", "calibration= must be an iterable of inputs (a list, a DataLoader, a "
                       "generator), not str"),
         (X, "calibration= is one input (a Tensor), not an iterable of inputs. Give a list of "
-            "them: calibration=[inputs]"),
+            "them: [inputs]"),
         ({"x": X}, "calibration= is one input (a dict), not an iterable of inputs. Give a list of "
-                   "them: calibration=[inputs]"),
+                   "them: [inputs]"),
     ],
 )  # fmt: skip
 def test_what_is_no_iterable_of_inputs_is_refused_at_once(source: Any, text: str) -> None:

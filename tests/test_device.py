@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fxopt import PassError
-from fxopt.device import Device, read_cpuinfo
+from fxopt.device import Device, pretending, read_cpuinfo
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU
@@ -114,6 +114,16 @@ def test_describes_this_machine_once():
     assert Device.describe("cpu") is Device.describe(torch.device("cpu"))
     assert Device.describe("cpu").name
     assert not Device.describe("meta").accelerates(torch.int8)
+
+
+def test_another_device_is_pretended_until_the_end_of_the_block():
+    gpu, old = Device("cuda", "H100", capability=(9, 0)), Device("cpu", "Old", frozenset())
+    with pretending(gpu):
+        assert Device.describe("cpu") is Device.describe("cuda:1") is Device.parse("cpu") is gpu
+        with pytest.raises(PassError), pretending(old):
+            Device.parse(Device.describe("cpu").name)
+        assert Device.describe("cpu") is gpu
+    assert Device.describe("cpu").name not in (gpu.name, old.name)
 
 
 def test_arm_multiplies_bfloat16_but_torch_has_no_float16_product_there():

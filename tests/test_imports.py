@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "fxopt"
 
 ROOMS = (
     "errors",
+    "progress",
+    "calls",
     "parts",
     "claim",
     "guards",
@@ -71,8 +73,8 @@ ROOMS = (
 ROOFS = ("__init__", "__main__")
 """The files above all rooms."""
 
-LATE = ("transformers", "optuna", "matplotlib", "rich", "typer", "triton")
-"""What takes seconds to import, and only some calls need."""
+LATE = ("transformers", "optuna", "matplotlib", "rich", "typer", "triton", "networkx")
+"""What takes tenths of a second or more to import, and only some calls need."""
 
 PEERS = ("torchao", "openvino", "nncf", "onnxruntime", "torch_pruning", "onnx", "optimum")
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.claim import Exact
-from fxopt.interpreter import evaluate, evaluate_variants
+from fxopt.interpreter import evaluate, evaluate_variants, same_draws
 from tests.architectures import ARCHITECTURES, Mlp, Stateful, randomize
+from tests.captured import captured, case
 from tests.check import assert_close_to_model, assert_state_equal
 from tests.models import Drawn, models
 from tests.sweeps import in_parts
@@ -24,10 +25,9 @@ from tests.sweeps import in_parts
 @pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_evaluates_to_the_models_own_outputs(name: str) -> None:
-    case = ARCHITECTURES[name]()
-    program = capture(case.model, case.example)
-    for call in (case.example, *case.others):
-        assert_close_to_model(Exact(), case.model, program, call)
+    shared = case(name)
+    for call in (shared.example, *shared.others):
+        assert_close_to_model(Exact(), shared.model, captured(name), call)
 
 
 @in_parts(15)
@@ -190,3 +190,19 @@ def test_what_variants_have_in_common_is_computed_once() -> None:
 
 def _scaled(target: Any) -> Any:
     return lambda *args, **kwargs: target(*args, **kwargs) * 2
+
+
+def test_runs_that_draw_the_same_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> Tensor:
+        with same_draws():
+            return torch.rand(3)
+
+    first = drawn()
+    torch.rand(5)
+    before = torch.get_rng_state()
+    # A seed kept for a device that sleeps would be that of the caller's draws on it.
+    monkeypatch.setattr(
+        torch.cuda.random, "_lazy_call", lambda *_, **__: pytest.fail("kept for later")
+    )
+    assert torch.equal(drawn(), first)
+    assert torch.equal(torch.get_rng_state(), before)

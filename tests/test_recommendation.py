@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import ModelError, PassError, recommend
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.recommendation import Advice
 from fxopt.timing import Latency, summarize, timings_in
 
@@ -37,12 +38,14 @@ def taken(model: nn.Module, example: Any = X, **options: Any) -> list[str]:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Device, bool], None]:
-    def pretend(device: Device, compiler: bool = True) -> None:
-        monkeypatch.setattr(Device, "describe", staticmethod(lambda place="cpu": device))
-        monkeypatch.setattr("fxopt.recommendation.has_cpp_compiler", lambda: compiler)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Device, bool], None]]:
+    with ExitStack() as test:
 
-    return pretend
+        def pretend(device: Device, compiler: bool = True) -> None:
+            test.enter_context(pretending(device))
+            monkeypatch.setattr("fxopt.recommendation.has_cpp_compiler", lambda: compiler)
+
+        yield pretend
 
 
 def test_where_int8_pays_it_ends_in_int8(machine: Any) -> None:

@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from fxopt.calls import bind, describe_leaves, forward_signature, unbind
 from fxopt.errors import InputError, OutsideError
-from fxopt.signature import (
-    Range,
-    Signature,
-    TensorInput,
-    bind,
-    describe_leaves,
-    forward_signature,
-    unbind,
-)
+from fxopt.signature import Range, Signature, TensorInput
 
 
 def _forward(x: Any, y: Any = None, *rest: Any, flag: bool = False, scale: Any = 1.0, **more: Any):

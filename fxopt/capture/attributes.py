@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxopt.interpreter import draws_undone
+from fxopt.interpreter import fork_rng
 
 _MOST_VISITED = 20_000
 """Objects; a model that refers to more (a data set, say) has the nearest ones put back."""
@@ -53,7 +53,7 @@ def left_alone(model: nn.Module) -> Iterator[list[str]]:
     """`attributes_kept`, and the values of buffers and the random generators put back as well."""
     before = [(one, one.detach().clone(), _version(one)) for one in model.buffers()]
     try:
-        with draws_undone(), attributes_kept(model) as changed:
+        with fork_rng(), attributes_kept(model) as changed:
             yield changed
     finally:
         with torch.no_grad():

@@ -6,63 +6,37 @@ import inspect
 import io
 import keyword
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
+from fxopt.calls import Inputs, forward_signature, unbind
 from fxopt.capture.attributes import attributes_kept, left_alone
-from fxopt.capture.dialect import DERIVATIVE_ADVICE, to_program
+from fxopt.capture.dialect import to_program
+from fxopt.capture.failures import _first_line, _user_line, capture_error
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
 from fxopt.capture.returned_places import returns_written, with_returned_places
 from fxopt.capture.size_guards import admits, guards_of
 from fxopt.capture.surroundings import callers_device, callers_modes_off
+from fxopt.capture.trace_inputs import copied_inputs, distinct_tensors, double_batch, dynamic_shapes
 from fxopt.data_sizes import observe_sizes
-from fxopt.errors import CaptureError, InputError
+from fxopt.errors import InputError
 from fxopt.guards import Guard
 from fxopt.program import Mode, Program
 from fxopt.sharing import Labels, observed
-from fxopt.signature import forward_signature, unbind
-
-_ADVICE = (
-    (
-        ("functorch tensor",),
-        DERIVATIVE_ADVICE,
-    ),
-    (
-        ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked", ".item()"),
-        "the model's control flow or sizes depend on tensor values: express the choice with "
-        "torch.where, or bound the value with torch._check",
-    ),
-    (
-        ("pytree", "flatten", "Unsupported output", "output type"),
-        "an input or output type isn't registered as a pytree: return tensors, tuples, dicts or "
-        "a ModelOutput, or register the type once with torch.export.register_dataclass (a "
-        "dataclass) or torch.utils._pytree.register_pytree_node with flatten_with_keys_fn",
-    ),
-    (
-        ("fake tensor", "FakeTensor", "Meta", "meta implementation"),
-        "an operator has no fake (meta) implementation: add one with torch.library.register_fake",
-    ),
-)
-_DEFAULT_ADVICE = (
-    "call torch.export.export(model, ...) on it alone to see the whole trace, and move what it "
-    "points at out of forward"
-)
 
 
 def capture(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
     mode: Mode = "eval",
     empty: bool = False,
     learns: bool = False,
@@ -86,7 +60,7 @@ def capture(
 
 def _captured(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    example_inputs: Inputs | None,
     mode: Mode,
     empty: bool,
     learns: bool,
@@ -103,7 +77,7 @@ def _captured(
     _check_devices(model, named)
     with attributes_kept(model), in_mode(model, mode), callers_device():
         exported, guards = _export(model, named, learns)
-    program = to_program(exported, model, signature, _copied(named), mode, learns)
+    program = to_program(exported, model, signature, copied_inputs(named), mode, learns)
     if returns_written(program):
         program = with_returned_places(program, *_eager_memory(model, program))
     notes += [*_fixed_size_notes(program), *observe_sizes(program)]
@@ -116,7 +90,7 @@ def _export(
     model: nn.Module, named: Mapping[str, Any], learns: bool
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
     """Export on `named`; a batch of 1 is doubled, since a size of 1 can't be traced as dynamic."""
-    doubled = _double_batch(named)
+    doubled = double_batch(named)
     if doubled is not None:
         try:
             exported, guards = _export_dynamic(model, doubled, learns)
@@ -133,20 +107,20 @@ def _export(
         raise
     except Exception as error:
         _blame_inputs(model, named)
-        raise _capture_error(model, error) from error
+        raise capture_error(model, error) from error
 
 
 def _export_dynamic(
     model: nn.Module, named: Mapping[str, Any], learns: bool
 ) -> tuple[ExportedProgram, tuple[Guard, ...]]:
-    args, kwargs = unbind(forward_signature(model), _distinct(named))
+    args, kwargs = unbind(forward_signature(model), distinct_tensors(named))
     with (
         _named_keywords(model, named) as signature,
         _silent_failure(),
         torch.set_grad_enabled(learns),
         recorded() as questions,
     ):
-        shapes = _dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))
+        shapes = dynamic_shapes(dict(signature.bind(*args, **kwargs).arguments))
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return exported, guards_of(exported, questions)
 
@@ -188,22 +162,6 @@ def _named_keywords(model: nn.Module, named: Mapping[str, Any]) -> Iterator[insp
             model.forward = own
 
 
-def _distinct(named: Mapping[str, Any]) -> Any:
-    """The inputs with a tensor given twice, as in attention(x, x, x), copied the second time.
-
-    torch.export would take them for one input.
-    """
-    seen: set[int] = set()
-
-    def distinct(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and id(leaf) in seen:
-            return leaf.clone()
-        seen.add(id(leaf))
-        return leaf
-
-    return pytree.tree_map(distinct, dict(named))
-
-
 @contextmanager
 def _silent_failure() -> Iterator[None]:
     """Keep torch from printing the partial graph of a trace that fails."""
@@ -211,41 +169,6 @@ def _silent_failure() -> Iterator[None]:
     with redirect_stderr(written):
         yield
     sys.stderr.write(written.getvalue())
-
-
-def _dynamic_shapes(value: Any) -> Any:
-    """The dynamic axes of each tensor in `value`, nested as torch.export asks for it.
-
-    Python's own containers stay; a registered class is what its flattening gives.
-    """
-
-    def is_registered(part: Any) -> bool:
-        return type(part) in pytree.SUPPORTED_NODES and type(part) not in pytree.BUILTIN_TYPES
-
-    def shapes(part: Any) -> Any:
-        if not is_registered(part):
-            return _dynamic_axes(part)
-        children, _ = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)
-        return pytree.tree_map(shapes, children, is_leaf=is_registered)
-
-    return pytree.tree_map(shapes, value, is_leaf=is_registered)
-
-
-def _dynamic_axes(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return None
-    return {axis: Dim.AUTO for axis, size in enumerate(leaf.shape) if size > 1}
-
-
-def _double_batch(named: Mapping[str, Any]) -> dict[str, Any] | None:
-    tensors = [leaf for leaf in pytree.tree_leaves(dict(named)) if isinstance(leaf, Tensor)]
-    if not all(tensor.ndim and tensor.shape[0] == 1 for tensor in tensors):
-        return None
-
-    def double(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
-
-    return pytree.tree_map(double, dict(named))  # type: ignore[no-any-return]
 
 
 def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
@@ -276,7 +199,7 @@ def _check_devices(model: nn.Module, named: Mapping[str, Any]) -> None:
 
 def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
     """Raise `InputError` when the eager model can't take the inputs either."""
-    args, kwargs = unbind(forward_signature(model), _copied(named))
+    args, kwargs = unbind(forward_signature(model), copied_inputs(named))
     try:
         with torch.no_grad(), left_alone(model):
             model(*args, **kwargs)
@@ -286,17 +209,6 @@ def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
             f"{type(error).__name__}: {_first_line(error)} (at {_user_line(error)}). Give inputs "
             "that the model accepts."
         ) from error
-
-
-def _copied(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with a copy in place of each tensor: what the model writes isn't the user's."""
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-
-    return pytree.tree_map(copied, dict(named))  # type: ignore[no-any-return]
 
 
 def _eager_memory(model: nn.Module, program: Program) -> tuple[Labels, list[bool]]:
@@ -310,39 +222,6 @@ def _eager_memory(model: nn.Module, program: Program) -> tuple[Labels, list[bool
     known = [*inputs, *(one for one in program.state.values() if isinstance(one, Tensor))]
     whole = [any(map(output.is_set_to, known)) for output in outputs]
     return observed(outputs, inputs, program.state), whole
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    text = f"{type(error).__name__}: {error}"
-    advice = next(
-        (advice for marks, advice in _ADVICE if any(mark in text for mark in marks)),
-        _DEFAULT_ADVICE,
-    )
-    return CaptureError(
-        f"{type(model).__name__} can't be captured as a graph.\n"
-        f"  construct: {type(error).__name__}: {_first_line(error)}\n"
-        f"  at: {_user_line(error)}\n"
-        f"  try: {advice}"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["(no message)"])[0]
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the traceback that isn't torch's own."""
-    torch_folder = str(Path(torch.__file__).parent)
-    own_folder = str(Path(__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_folder, own_folder, "<"))
-    ]
-    if not frames:
-        return "unknown line"
-    last = frames[-1]
-    return f"{last.filename}:{last.lineno}  {last.line}"
 
 
 def _fixed_size_notes(program: Program) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -33,13 +34,17 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
+from fxopt.calls import describe_leaves
+from fxopt.capture.failures import DERIVATIVE_ADVICE
 from fxopt.capture.functionalization import UnknownWriteError, functionalized
+from fxopt.capture.model_state import lookup, non_persistent, tied_names
 from fxopt.capture.spelling import brought_back, respell
+from fxopt.capture.trace_memory import sharing_operand
 from fxopt.errors import CaptureError
 from fxopt.nodes import arguments, draws_random, drop_dead_nodes
 from fxopt.operators import DROPOUT, DROPOUT_IN_PLACE, is_assertion
 from fxopt.program import Mode, Program
-from fxopt.signature import Range, Signature, TensorInput, describe_leaves
+from fxopt.signature import Range, Signature, TensorInput
 
 aten = torch.ops.aten
 
@@ -49,11 +54,6 @@ _NAMES_IN_CODE = {
     *fx.graph._custom_builtins,
 }
 _NO_MODULE = {"_empty_nn_module_stack_from_metadata_hook"}
-DERIVATIVE_ADVICE = (
-    "torch.func.grad, vjp and jvp can't be captured inside forward: write the derivative out, or "
-    "take it outside of the model"
-)
-
 _VMAP = {
     "_add_batch_dim",
     "_remove_batch_dim",
@@ -107,7 +107,7 @@ class _Translation:
         self.nodes: dict[fx.Node, Any] = {}
         self.stopped = 0  # how many regions without gradients the walk stands in
         self.shares: dict[fx.Node, fx.Node] = {}
-        self.canonical, self.aliases = _tied_names(model)
+        self.canonical, self.aliases = tied_names(model)
 
     def program(self, forward: inspect.Signature, named: Mapping[str, Any]) -> Program:
         placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
@@ -159,7 +159,7 @@ class _Translation:
             mode=self.mode,
             name=type(self.model).__name__,
             aliases=self.aliases,
-            non_persistent=frozenset(_non_persistent(self.model)),
+            non_persistent=frozenset(non_persistent(self.model)),
             module_types=self.module_types,
         )
         return program.with_graph(graph)
@@ -182,7 +182,7 @@ class _Translation:
         return next(candidate for candidate in candidates if candidate not in taken)
 
     def _attribute(self, node: fx.Node, target: str) -> None:
-        tensor = _lookup(self.model, target)
+        tensor = lookup(self.model, target)
         if tensor is None:
             constant = {**self.exported.state_dict, **self.exported.constants}[target]
             assert isinstance(constant, Tensor)
@@ -209,6 +209,8 @@ class _Translation:
                 self._drop_assertion(node)
             elif node.target in _DROPOUT and not draws_random(node):
                 self.nodes[node] = self._value(node.args[0])
+            elif node.target is aten.sym_numel.default:
+                self.nodes[node] = self._numel(node)
             elif (norm := brought_back(node)) is not None:
                 self._bring_back(node, *norm)
             else:
@@ -219,6 +221,25 @@ class _Translation:
         token = arguments(node).get("dep_token")
         if token is not None:
             self.nodes[node] = self._value(token)
+
+    def _numel(self, node: fx.Node) -> fx.Node | int:
+        """numel(x) as the product of the sizes of x; compilers take no other operator for it."""
+        x, meta = self._value(node.args[0]), self._meta(node)
+        sizes = x.meta["val"].shape
+        value: Any = math.prod(size for size in sizes if isinstance(size, int))
+        total: fx.Node | int = value
+        for axis, size in enumerate(sizes):
+            if isinstance(size, int):
+                continue
+            value = value * size
+            factor = self.graph.call_function(aten.sym_size.int, (x, axis))
+            factor.meta = {**meta, "val": size}
+            if total == 1:
+                total = factor
+                continue
+            total = self.graph.call_function(operator.mul, (total, factor))
+            total.meta = {**meta, "val": value}
+        return total
 
     def _bring_back(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
         """One operator for `node`, of which the first result is read."""
@@ -232,7 +253,7 @@ class _Translation:
         respell(new)
         new.meta = self._meta(node)
         self.nodes[node] = new
-        shared = _sharing_operand(node)
+        shared = sharing_operand(node)
         operand = None if shared is None else self.nodes[shared]
         if isinstance(operand, fx.Node):
             self.shares[new] = operand
@@ -405,58 +426,6 @@ def _without_vmap(exported: ExportedProgram, model: nn.Module) -> ExportedProgra
                 f"  try: {DERIVATIVE_ADVICE}"
             )
     return exported.run_decompositions({}) if found else exported
-
-
-def _sharing_operand(node: fx.Node) -> fx.Node | None:
-    """The operand whose memory the result of `node` is, by the storages of the trace."""
-    if node.target is aten.lift_fresh_copy.default:
-        return None  # traced as `lift_fresh`, which doesn't copy
-    if node.target is operator.getitem and _makes_each_result(node.args[0]):
-        return None
-    own = _storages(node)
-    return next((used for used in node.all_input_nodes if own & _storages(used)), None)
-
-
-def _makes_each_result(node: Any) -> bool:
-    """Whether the results of `node` are memory of their own, as those of `topk` are, and neither
-    parts of an operand, as those of `split` are, nor of one another."""
-    results = [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
-    return len(_storages(node)) == len(results) and _sharing_operand(node) is None
-
-
-def _storages(node: fx.Node) -> set[int]:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
-
-
-def _tied_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """(every state name -> first name of its tensor, further name -> first name)."""
-    first: dict[int, str] = {}
-    canonical: dict[str, str] = {}
-    tensors = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in tensors:
-        canonical[name] = first.setdefault(id(tensor), name)
-    return canonical, {name: kept for name, kept in canonical.items() if name != kept}
-
-
-def _lookup(model: nn.Module, target: str) -> Tensor | None:
-    path, _, name = target.rpartition(".")
-    try:
-        tensor = getattr(model.get_submodule(path), name)
-    except AttributeError:
-        return None
-    return tensor if isinstance(tensor, Tensor) else None
-
-
-def _non_persistent(model: nn.Module) -> list[str]:
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    ]
 
 
 def _class_name(kind: Any) -> str:

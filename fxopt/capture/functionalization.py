@@ -183,7 +183,7 @@ class _Walk:
         base = self._base(tensor)
         if tensor is base or base in self.places:
             return tensor is not base
-        if not _is_tensor(base):  # one of several results, `topk`'s say
+        if not _is_tensor(base):  # `torch.where(mask)` gives columns of one matrix
             return True
         counts = [one.meta["val"].numel() for one in (tensor, base)]
         return not same_sizes(counts[:1], counts[1:])

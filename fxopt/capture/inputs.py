@@ -15,35 +15,24 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import Inputs, bind, check_inputs, describe_leaves, spread
 from fxopt.errors import InputError, NotCapturedError
-from fxopt.signature import bind, describe_leaves
 
 _TOKEN_TYPES = "token_type_ids"
 _BATCH, _LENGTH, _DECODER_LENGTH, _SAMPLES = 2, 16, 12, 4000
 
 
 def normalize_inputs(
-    signature: inspect.Signature,
-    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
-    empty: bool = False,
+    signature: inspect.Signature, example_inputs: Inputs, empty: bool = False
 ) -> dict[str, Any]:
-    """Example inputs (a tensor, a tuple of positionals or a dict of keywords) as {name: value}.
+    """Example inputs as {name: value}.
 
     Tensors of inference mode are copied. Raises `InputError` for another container, no tensor
     inside, a tensor that `check_leaf` refuses (without entries only where none may be `empty`), or
     an object that hides tensors.
     """
-    if isinstance(example_inputs, Tensor):
-        named = bind(signature, (example_inputs,), {})
-    elif isinstance(example_inputs, Mapping):
-        named = bind(signature, (), dict(example_inputs))
-    elif isinstance(example_inputs, (tuple, list)):
-        named = bind(signature, tuple(example_inputs), {})
-    else:
-        raise InputError(
-            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
-            f"arguments, not {type(example_inputs).__name__}"
-        )
+    check_inputs(example_inputs, "example_inputs", InputError)
+    named = bind(signature, *spread(example_inputs))
     leaves = describe_leaves(named)
     for path, leaf in leaves:
         check_leaf(path, leaf, empty)

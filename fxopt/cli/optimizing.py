@@ -19,9 +19,10 @@ from fxopt.cli.options import (
     Passes,
 )
 from fxopt.cli.preparing import load, texts
-from fxopt.cli.progress import Say, steps
+from fxopt.cli.progress import steps
 from fxopt.errors import SaveError
 from fxopt.optimized import Optimized
+from fxopt.progress import Progress
 from fxopt.transform import transform
 
 
@@ -66,7 +67,7 @@ def optimize(
 
 
 def _save(
-    optimized: Optimized, out: Path | None, report: Path | None, say: Say
+    optimized: Optimized, out: Path | None, report: Path | None, say: Progress
 ) -> dict[str, SaveError]:
     """Write what was asked for; why something couldn't be, after the report was printed."""
     failed = {}

@@ -10,12 +10,12 @@ from pathlib import Path
 import typer
 
 from fxopt.cli.options import DEFAULT_PASSES
-from fxopt.cli.progress import Say
 from fxopt.errors import FxoptError, PassError
 from fxopt.loading import Loaded, TextBatches, load_model
 from fxopt.optimized import Optimized
 from fxopt.pass_list import resolve_passes
 from fxopt.pass_registry import AUTO
+from fxopt.progress import Progress
 from fxopt.transform import transform
 
 # A name is whatever stands before the first "=", as long as no pass has begun.
@@ -31,7 +31,7 @@ class Prepared:
     interrupted: bool = False
 
 
-def load(model: str | None, batch: int, length: int, device: str, say: Say) -> Loaded:
+def load(model: str | None, batch: int, length: int, device: str, say: Progress) -> Loaded:
     """The model of the command's argument, with example inputs; its warnings are printed."""
     say(f"loading {model or 'the demo model'}")
     loaded = load_model(model, batch, length, device)
@@ -72,7 +72,7 @@ def prepare(
     loaded: Loaded,
     lists: Mapping[str, str],
     calibration: TextBatches | None,
-    say: Say,
+    say: Progress,
     *,
     keep_failures: bool = False,
 ) -> Prepared:
@@ -102,5 +102,5 @@ def prepare(
     return done
 
 
-def _about(name: str, say: Say) -> Say:
+def _about(name: str, say: Progress) -> Progress:
     return lambda line: say(f"{name}: {line}")

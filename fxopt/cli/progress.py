@@ -10,23 +10,24 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fxopt.progress import Progress
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
 
-Say = Callable[[str], None]
-
 
 @contextmanager
-def steps() -> Iterator[Say]:
+def steps() -> Iterator[Progress]:
     """A progress line with the time of the step at hand, on the standard error.
 
     A Ctrl-C that nobody inside has made use of leaves with the exit code 130.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Bar(*columns, console=Console(stderr=True)) as bar:
             task: list[Any] = []
 
             def step(line: str) -> None:
@@ -42,7 +43,7 @@ def steps() -> Iterator[Say]:
 
 
 @contextmanager
-def stop_on_request(say: Say) -> Iterator[Callable[[], bool]]:
+def stop_on_request(say: Progress) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C raises nothing but makes the callable true; the second raises."""
     asked: list[int] = []
 

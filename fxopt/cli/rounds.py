@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxopt.cli.progress import Say
 from fxopt.errors import MeasureError
 from fxopt.measurement import (
     Energy,
@@ -16,6 +15,7 @@ from fxopt.measurement import (
     estimate_energy,
     measure_energy,
 )
+from fxopt.progress import Progress
 from fxopt.timing import Latency, latency, summarize
 
 System = Callable[[], object]
@@ -42,7 +42,7 @@ def measure_rounds(
     repeats: int,
     energy: bool,
     watts: float | None,
-    say: Say,
+    say: Progress,
 ) -> Rounds:
     """Time `systems` for `repeats` rounds, then read joules, or estimate them from `watts`."""
     taken = Rounds(energy=dict.fromkeys(systems, Unmeasured("--no-energy was given")))

@@ -8,8 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
 
-from torch import Tensor
-
+from fxopt.calls import check_batches
 from fxopt.comparison.comparison import Comparison
 from fxopt.comparison.fields import Failure, Front, Quality, Row
 from fxopt.comparison.pareto import pareto_front
@@ -121,11 +120,7 @@ def _reference(models: Any, reference: str | None) -> str:
 
 def _first_batch(data: Any, read_again: bool) -> tuple[Any, Any]:
     """The first batch, and data that still has it."""
-    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
-        raise MeasureError(
-            f"data must be an iterable of inputs, not {type(data).__name__}. Give a list of them: "
-            "[inputs]"
-        )
+    check_batches(data, "data", MeasureError)
     stream = iter(data)
     try:
         first = next(stream)

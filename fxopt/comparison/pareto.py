@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 
-def pareto_front(points: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
+def pareto_front(points: Mapping[Name, Sequence[float]]) -> tuple[Name, ...]:
     """The names of the points that aren't dominated; every coordinate is a cost.
 
     A point is dominated where another is nowhere higher and somewhere lower; equal points don't
@@ -13,15 +16,16 @@ def pareto_front(points: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
     no front, and an infinite cost is one like any other.
     """
     known = {name: tuple(point) for name, point in points.items() if not _has_nan(point)}
-    kept: list[str] = []
+    kept: list[Name] = []
     # In this order whatever dominates a point comes before it.
     for name in sorted(known, key=known.__getitem__):
-        if not any(_dominates(known[other], known[name]) for other in kept):
+        if not any(dominates(known[other], known[name]) for other in kept):
             kept.append(name)
     return tuple(kept)
 
 
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether costs are nowhere higher than others and somewhere lower."""
     return tuple(a) != tuple(b) and all(x <= y for x, y in zip(a, b, strict=True))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fxopt.comparison.fields import ComparisonFields, Row
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.measurement.energy import Energy
+from fxopt.rendering.alignment import aligned
 from fxopt.rendering.units import duration, size
 
 _LONGEST_NAME = 22
@@ -27,8 +28,7 @@ def render(comparison: ComparisonFields) -> str:
         mark = f"{'*' if row.name in front else ' '}{row.number}"
         cells = cell_texts(comparison, row)
         rows.append((mark, shortened(row.name, _LONGEST_NAME), *(cells[name] for name in names)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_line(row, widths) for row in rows]
+    lines = aligned(rows, "<<>")
     lines.insert(1, "-" * len(max(lines, key=len)))
     return "\n".join([*lines, "", *_below(comparison)])
 
@@ -83,12 +83,6 @@ def shortened(name: str, longest: int) -> str:
 
 def _mark(energy: Energy) -> str:
     return "~" if energy.estimated else ""
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-    return "  ".join([*left, *right]).rstrip()
 
 
 def _below(comparison: ComparisonFields) -> Iterator[str]:

@@ -4,6 +4,7 @@ from fxopt.generation.cache import PrefixCache, append, prefix_of
 from fxopt.generation.examples import LayerShape, Reader, blank_prefix, text_of
 from fxopt.generation.plan import GenerationPlan, generation_plan
 from fxopt.generation.proof import TeacherForcing, teacher_forced
+from fxopt.generation.seam import step_of
 
 __all__ = [
     "GenerationPlan",
@@ -15,6 +16,7 @@ __all__ = [
     "blank_prefix",
     "generation_plan",
     "prefix_of",
+    "step_of",
     "teacher_forced",
     "text_of",
 ]

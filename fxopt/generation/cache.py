@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from fxopt.errors import InputError
+
 _LEAST = 64
 """Slots that a layer's memory begins with."""
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values [B, G, P, D] as the filled part of memory with room for more slots.
 
     What is appended is written behind them; only where the room is used up are they copied, to
@@ -34,9 +37,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Append new slots; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended(0, self.keys, key_states)
-        self.values = self._appended(1, self.values, value_states)
-        return self.keys, self.values
+        keys: Any = self.keys
+        values: Any = self.values
+        self.keys = keys = self._appended(0, keys, key_states)
+        self.values = values = self._appended(1, values, value_states)
+        return keys, values
 
     def _appended(self, side: int, filled: Tensor, new: Tensor) -> Tensor:
         room, length = self._rooms[side], filled.shape[2] + new.shape[2]
@@ -59,7 +64,7 @@ def _begins(room: Tensor, filled: Tensor) -> bool:
     )
 
 
-class PrefixCache(Cache):  # type: ignore[misc]
+class PrefixCache(Cache):
     """The cache of an optimised model; transformers crops, reorders and repeats it as its own."""
 
     def __init__(self) -> None:
@@ -71,18 +76,26 @@ def prefix_of(cache: Cache | None, layers: int) -> tuple[tuple[Tensor, ...], tup
     length = 0 if cache is None else int(cache.get_seq_length())
     if cache is None or not length:
         return (), ()
-    held = cache.layers[:layers]
-    return tuple(_filled(one.keys, length) for one in held), tuple(
-        _filled(one.values, length) for one in held
+    held: list[Any] = cache.layers[:layers]
+    keys, values = (
+        [_filled(one.keys, length) for one in held],
+        [_filled(one.values, length) for one in held],
     )
+    return tuple(keys), tuple(values)
 
 
 def _filled(tensor: Tensor, length: int) -> Tensor:
+    if tensor.shape[2] < length:
+        raise InputError(
+            f"past_key_values keeps the last {tensor.shape[2]} of {length} slots of a layer, and a "
+            "step reads all of them. Leave past_key_values out, or give a DynamicCache() made "
+            "without a config"
+        )
     return tensor[:, :, :length]
 
 
 def append(cache: Cache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put the keys and values of new slots, [B, G, S, D] a layer, behind those that `cache` holds."""
+    """Put keys and values of new slots, [B, G, S, D] a layer, behind those that `cache` holds."""
     with torch.no_grad():
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
             cache.update(key, value, layer)

@@ -46,7 +46,9 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # a model's own code raises whatever it stumbles over
         raise ModelError(f"{kind} doesn't take a cache of keys and values: {error}") from error
-    held = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
+    held: list[Any] = [
+        (getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers
+    ]
     if not held or any(k is None or v is None or k.dim() != 4 for k, v in held):
         raise ModelError(f"{kind} keeps other state than keys and values of its layers")
     return tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype) for k, v in held)
@@ -88,9 +90,7 @@ def step_inputs(
         seen = torch.ones(rows, held + length, dtype=torch.bool, device=ids.device)
     positions = positions_of(seen)[:, held:]
     past_seen = seen[:, :held] if held else seen.new_zeros(rows, 1)
-    keys, values = (
-        prefix_of(cache, len(shapes)) if held else blank_prefix(shapes, rows, ids.device)
-    )
+    keys, values = prefix_of(cache, len(shapes)) if held else blank_prefix(shapes, rows, ids.device)
     return {
         "input_ids": ids.contiguous(),
         "position_ids": positions.contiguous(),
@@ -169,7 +169,7 @@ def reading_one(
 
 @dataclass(frozen=True)
 class StepBatches:
-    """Calibration texts, {"input_ids": ..., "attention_mask": ...} each, as what steps are given."""
+    """Calibration texts, ids with an attention mask each, as what steps are given."""
 
     shapes: tuple[LayerShape, ...]
     batches: Iterable[Any]

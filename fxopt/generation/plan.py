@@ -54,6 +54,10 @@ class GenerationPlan:
         """The inputs of a step that reads one token, the last of the first row."""
         return reading_one(self.step(), self.shapes, *self._text(prompts))
 
+    def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
+        """The inputs of both kinds of step on `prompts`."""
+        return self.many(prompts), self.one(prompts)
+
     def batches(self, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
         """Calibration texts as what steps are given."""
         return None if calibration is None else StepBatches(self.shapes, calibration)

@@ -177,7 +177,8 @@ def step_of(model: nn.Module) -> nn.Module:
     """
     step = _steps.get(model)
     if step is None and hasattr(model, "as_step"):
-        step = _steps[model] = model.as_step()
+        transformed: Any = model
+        step = _steps[model] = transformed.as_step()
     if step is None:
         step = copy.copy(model)
         step.__class__ = type(type(model).__name__, (Step, type(model)), {})

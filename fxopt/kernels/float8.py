@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fxopt.device import Device
 from fxopt.errors import KernelError
+from fxopt.kernels.product_shapes import check_product
 from fxopt.kernels.quantization import quantize_matrix, row_scale
 
 FLOAT8 = torch.float8_e4m3fn
@@ -71,11 +72,7 @@ def _check(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> No
         raise KernelError(
             f"float8_linear needs float8_e4m3fn on both sides, not {q.dtype}, {weight.dtype}"
         )
-    if weight.dim() != 2 or q.dim() < 1 or q.shape[-1] != weight.shape[1]:
-        raise KernelError(
-            f"float8_linear needs [..., K] and a weight [N, K], not {tuple(q.shape)} "
-            f"and {tuple(weight.shape)}"
-        )
+    check_product("float8_linear", q, weight)
     if scale.shape != (*q.shape[:-1], 1) or weight_scale.numel() != weight.shape[0]:
         raise KernelError(
             f"float8_linear needs a scale for each row of {tuple(q.shape)} and of "

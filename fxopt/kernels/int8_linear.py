@@ -20,6 +20,7 @@ from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import dense_linear
 from fxopt.kernels.onednn_int8 import product_without_dot_product, takes_full_range
+from fxopt.kernels.product_shapes import check_product
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N divisible by 8.
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8
@@ -68,15 +69,7 @@ def int8_linear(
 def _check_product(q: Tensor, weight: Tensor) -> None:
     if q.dtype != torch.int8 or weight.dtype != torch.int8:
         raise KernelError(f"int8_product needs int8 on both sides, not {q.dtype}, {weight.dtype}")
-    _check_shapes("int8_product", q, weight)
-
-
-def _check_shapes(name: str, x: Tensor, weight: Tensor) -> None:
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise KernelError(
-            f"{name} needs [..., K] and a weight [N, K], not {tuple(x.shape)} "
-            f"and {tuple(weight.shape)}"
-        )
+    check_product("int8_product", q, weight)
 
 
 def _product_fake(q: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +120,7 @@ def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
         raise KernelError(
             f"int8_weight_only_linear needs float x and int8 weight, not {x.dtype}, {weight.dtype}"
         )
-    _check_shapes("int8_weight_only_linear", x, weight)
+    check_product("int8_weight_only_linear", x, weight)
     if weight_scale.numel() != weight.shape[0]:
         raise KernelError(
             "int8_weight_only_linear needs one scale for each of the weight's "

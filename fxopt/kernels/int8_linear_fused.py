@@ -23,6 +23,7 @@ from fxopt.device import Device
 from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.packed_linear import POST_OPS, activate
+from fxopt.kernels.product_shapes import check_product
 
 aten = torch.ops.aten
 
@@ -72,11 +73,7 @@ class Call(NamedTuple):
     def checked(self) -> Call:
         """This call; raises `KernelError` where shapes or dtypes don't fit."""
         self._check_dtypes()
-        if self.weight.dim() != 2 or not self.q.dim() or self.q.shape[-1] != self.weight.shape[1]:
-            raise KernelError(
-                f"int8_linear_fused needs [..., K] and a weight [N, K], not {tuple(self.q.shape)} "
-                f"and {tuple(self.weight.shape)}"
-            )
+        check_product("int8_linear_fused", self.q, self.weight)
         for name in ("scale", "zero_point"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.numel() != 1 and tensor.shape != self._a_row:

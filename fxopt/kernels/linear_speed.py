@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fxopt import kernels
+from fxopt.rendering.alignment import aligned
 from fxopt.timing import Timing, compare_kernels, timings_in
 
 __all__ = [
@@ -244,9 +245,7 @@ class BreakEven:
                 if name != baseline
             ]
             cells.append((str(m), _milliseconds(timing.medians[baseline]), *ratios, timing.verdict))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for row in cells:
-            yield "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))
+        yield from (f"  {line}" for line in aligned(cells, ">"))
         failed = {name: why for t in self.timings.values() for name, why in t.failed.items()}
         yield from (f"  {name} can't run: {why}" for name, why in failed.items())
         if self.untimed:

@@ -14,6 +14,8 @@ Source: oneDNN, "Quantization" and "Primitive Attributes: Post-ops".
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn_int8 import no_zero_points, packed_exactly
 from fxopt.kernels.packed_linear import ONEDNN_POST_OPS, activate
+from fxopt.kernels.product_shapes import check_product
 
 POST_OPS = frozenset(ONEDNN_POST_OPS) - {"add"}
 
@@ -39,98 +42,88 @@ def shift_to_unsigned(q: Tensor) -> Tensor:
     return (q.to(torch.int16) + 128).to(torch.uint8)
 
 
-def _check(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    post_op: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    name = "packed_int8_linear"
-    if q.dtype not in (torch.uint8, torch.int8) or weight.dtype != torch.int8:
-        raise KernelError(f"{name} needs 8-bit q and int8 weight, not {q.dtype}, {weight.dtype}")
-    if weight.dim() != 2 or q.dim() < 1 or q.shape[-1] != weight.shape[1]:
-        raise KernelError(
-            f"{name} needs q [..., K] and weight [N, K], not {tuple(q.shape)} "
-            f"and {tuple(weight.shape)}"
-        )
-    if scale.numel() != 1 or zero_point.numel() != 1 or weight_scale.numel() != weight.shape[0]:
-        raise KernelError(
-            f"{name} needs one scale, one zero point and {weight.shape[0]} weight scales, not "
-            f"{scale.numel()}, {zero_point.numel()} and {weight_scale.numel()}"
-        )
-    if post_op not in POST_OPS:
-        raise KernelError(f"{name} has no post_op {post_op!r}; one of {sorted(POST_OPS)}")
-    if (out_scale is None) != (out_zero_point is None):
-        raise KernelError(f"{name} takes out_scale and out_zero_point together")
-    if dtype != (torch.float32 if out_zero_point is None else out_zero_point.dtype):
-        allowed = (torch.float32, torch.bfloat16) if out_zero_point is None else ()
-        if dtype not in allowed:
+class Call(NamedTuple):
+    """The arguments of one call, in the operator's order.
+
+    `q` uint8 or int8 `[..., K]`; `scale` and `zero_point` one number; `weight` int8 `[N, K]`;
+    `weight_scale` `[N, 1]` and `bias` `[N]`; `post_op`, one of `POST_OPS`; `out_scale` and
+    `out_zero_point` one number; the result's `dtype`.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    post_op: str
+    out_scale: Tensor | None
+    out_zero_point: Tensor | None
+    dtype: torch.dtype
+
+    def checked(self) -> Call:
+        """This call; raises `KernelError` where shapes or dtypes don't fit."""
+        name, (q, scale, zero_point, weight, weight_scale, *_) = "packed_int8_linear", self
+        if q.dtype not in (torch.uint8, torch.int8) or weight.dtype != torch.int8:
             raise KernelError(
-                f"{name} gives float32, bfloat16 or its output zero point's dtype, not {dtype}"
+                f"{name} needs 8-bit q and int8 weight, not {q.dtype}, {weight.dtype}"
             )
+        check_product(name, q, weight)
+        rows = weight.shape[0]
+        if scale.numel() != 1 or zero_point.numel() != 1 or weight_scale.numel() != rows:
+            raise KernelError(
+                f"{name} needs one scale, one zero point and {rows} weight scales, not "
+                f"{scale.numel()}, {zero_point.numel()} and {weight_scale.numel()}"
+            )
+        if self.post_op not in POST_OPS:
+            raise KernelError(f"{name} has no post_op {self.post_op!r}; one of {sorted(POST_OPS)}")
+        if (self.out_scale is None) != (self.out_zero_point is None):
+            raise KernelError(f"{name} takes out_scale and out_zero_point together")
+        out = self.out_zero_point
+        if self.dtype not in ((torch.float32, torch.bfloat16) if out is None else (out.dtype,)):
+            raise KernelError(
+                f"{name} gives float32, bfloat16 or its output zero point's dtype, not {self.dtype}"
+            )
+        return self
+
+    def runs_on_onednn(self) -> bool:
+        """Whether oneDNN takes these dtypes."""
+        unsigned = self.out_zero_point is None or self.out_zero_point.dtype == torch.uint8
+        return self.q.dtype == torch.uint8 and self.q.numel() > 0 and unsigned
 
 
-def _reference(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    post_op: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
-    signed = q if q.dtype == torch.int8 else (q.to(torch.int16) - 128).to(torch.int8)
-    zero = zero_point.to(torch.int32) - (0 if q.dtype == torch.int8 else 128)
-    sums = weight.sum(-1, dtype=torch.int32)
-    product = torch.ops.fxopt.int8_product(signed, weight) - zero.reshape(()) * sums
-    y = product.to(torch.float32) * (scale.reshape(()) * weight_scale.reshape(-1))
-    y = activate(y if bias is None else y + bias.to(torch.float32), post_op, None)
-    if out_scale is None:
-        return y.to(dtype)
-    quantized: Tensor = torch.ops.fxopt.quantize(y, out_scale, out_zero_point)
+def _reference(*given: Any) -> Tensor:
+    call = Call(*given).checked()
+    is_signed = call.q.dtype == torch.int8
+    signed = call.q if is_signed else (call.q.to(torch.int16) - 128).to(torch.int8)
+    zero = call.zero_point.to(torch.int32) - (0 if is_signed else 128)
+    sums = call.weight.sum(-1, dtype=torch.int32)
+    product = torch.ops.fxopt.int8_product(signed, call.weight) - zero.reshape(()) * sums
+    y = product.to(torch.float32) * (call.scale.reshape(()) * call.weight_scale.reshape(-1))
+    y = activate(y if call.bias is None else y + call.bias.to(torch.float32), call.post_op, None)
+    if call.out_scale is None:
+        return y.to(call.dtype)
+    quantized: Tensor = torch.ops.fxopt.quantize(y, call.out_scale, call.out_zero_point)
     return quantized
 
 
-def _on_cpu(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    post_op: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
-    packed = packed_exactly(weight) if _runs_on_onednn(q, out_zero_point) else None
+def _on_cpu(*given: Any) -> Tensor:
+    call = Call(*given).checked()
+    packed = packed_exactly(call.weight) if call.runs_on_onednn() else None
     if packed is None:
-        return _reference(
-            q, scale, zero_point, weight, weight_scale, bias, post_op,
-            out_scale, out_zero_point, dtype,
-        )  # fmt: skip
-    attribute, algorithm = ONEDNN_POST_OPS[post_op]
+        return _reference(*given)
+    attribute, algorithm = ONEDNN_POST_OPS[call.post_op]
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q.contiguous(),
-        scale.item(),
-        zero_point.item(),
+        call.q.contiguous(),
+        call.scale.item(),
+        call.zero_point.item(),
         packed,
-        weight_scale.reshape(-1),
-        no_zero_points(weight.shape[0]),
-        None if bias is None else bias.to(torch.float32).contiguous(),
-        1.0 if out_scale is None else out_scale.item(),
-        0 if out_zero_point is None else out_zero_point.item(),
-        dtype,
+        call.weight_scale.reshape(-1),
+        no_zero_points(call.weight.shape[0]),
+        None if call.bias is None else call.bias.to(torch.float32).contiguous(),
+        1.0 if call.out_scale is None else call.out_scale.item(),
+        0 if call.out_zero_point is None else call.out_zero_point.item(),
+        call.dtype,
         attribute,
         [],
         algorithm or "",
@@ -138,25 +131,9 @@ def _on_cpu(
     return y
 
 
-def _runs_on_onednn(q: Tensor, out_zero_point: Tensor | None) -> bool:
-    unsigned_out = out_zero_point is None or out_zero_point.dtype == torch.uint8
-    return q.dtype == torch.uint8 and q.numel() > 0 and unsigned_out
-
-
-def _fake(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    post_op: str,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(q, scale, zero_point, weight, weight_scale, post_op, out_scale, out_zero_point, dtype)
-    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
+def _fake(*given: Any, **named: Any) -> Tensor:
+    call = Call(*given, **named).checked()
+    return call.q.new_empty((*call.q.shape[:-1], call.weight.shape[0]), dtype=call.dtype)
 
 
 _library.impl("shift_to_unsigned", shift_to_unsigned, "CompositeImplicitAutograd")

@@ -19,6 +19,7 @@ from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import has_onednn
 from fxopt.kernels.packed_weights import PACKED_WEIGHTS
+from fxopt.kernels.product_shapes import check_product
 
 # Our name of a post-operation -> the attribute and the algorithm that oneDNN takes for it.
 ONEDNN_POST_OPS: dict[str, tuple[str, str | None]] = {
@@ -68,11 +69,7 @@ def _check(
         raise KernelError(f"packed_linear has no post_op {post_op!r}; one of {sorted(POST_OPS)}")
     if (post_op == "add") != (other is not None):
         raise KernelError("packed_linear takes `other` with post_op='add', and only then")
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise KernelError(
-            f"packed_linear needs x [..., K] and weight [N, K], not {tuple(x.shape)} "
-            f"and {tuple(weight.shape)}"
-        )
+    check_product("packed_linear", x, weight)
     if other is not None and other.shape != (*x.shape[:-1], weight.shape[0]):
         raise KernelError(
             f"packed_linear adds an `other` of its result's shape, not {tuple(other.shape)}"

@@ -14,10 +14,11 @@ from fxopt.cpu_allocator import keep_freed_memory, release
 from fxopt.errors import LowerError
 from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
-from fxopt.lower.lowering import Lowered, Progress
+from fxopt.lower.lowering import Lowered
 from fxopt.lower.shortcut import Shortcut
 from fxopt.lower.toolchain import check_toolchain, explain_compiler_failure, recompile_limit_error
 from fxopt.program import Program
+from fxopt.progress import Progress, silent
 
 
 class Options(Protocol):
@@ -126,7 +127,7 @@ def compile_program(
     `LowerError` where there is no compiler, no CUDA where it is asked for, or, with `strict`, a
     lost kernel.
     """
-    say = progress or (lambda line: None)
+    say = progress or silent
     start = time.perf_counter()
     asked = kernel_nodes(program.graph.nodes)
     device = _device(module, program.example)

@@ -10,9 +10,10 @@ from torch import fx
 from fxopt.claim import Claim, Close
 from fxopt.kernels import KERNEL_LEVEL
 from fxopt.lower.compilation import Compiled, compile_program
-from fxopt.lower.lowering import Lowered, Lowering, Progress
+from fxopt.lower.lowering import Lowered, Lowering
 from fxopt.nodes import label
 from fxopt.program import Mode, Program
+from fxopt.progress import Progress
 from fxopt.rewriting import Plan
 from fxopt.rewriting.plan import Site
 

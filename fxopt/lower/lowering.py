@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxopt.program import Program
+from fxopt.progress import Progress
 from fxopt.rewriting import Pass, Plan, Stage
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

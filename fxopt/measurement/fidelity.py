@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from fxopt.calls import check_batches
 from fxopt.errors import MeasureError
 from fxopt.measurement.agreement import Agreement
 from fxopt.measurement.outputs import PLAIN, call, judging, main_output, padding_mask, rows
@@ -271,16 +272,7 @@ def _labelled(data: Iterable[Any], labels: Iterable[Any] | None) -> Iterator[tup
 
 
 def _check_data(data: Any, again: bool) -> None:
-    if isinstance(data, (Tensor, Mapping)):
-        raise MeasureError(
-            f"data is one input (a {type(data).__name__}), not an iterable of inputs. Give a list "
-            "of them: [inputs]"
-        )
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise MeasureError(
-            "data must be an iterable of inputs (a list, a DataLoader), each a tensor, a tuple or "
-            f"a dict, not {type(data).__name__}"
-        )
+    check_batches(data, "data", MeasureError, "a list, a DataLoader")
     if again and iter(data) is data:
         raise MeasureError(
             f"data is read again for the metric, and a {type(data).__name__} can be read once "

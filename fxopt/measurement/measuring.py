@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fxopt.calls import Inputs
 from fxopt.errors import MeasureError
 from fxopt.measurement.ceilings import ceilings
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
@@ -18,7 +19,7 @@ from fxopt.measurement.fields import Throughput
 from fxopt.measurement.measurement import Measurement
 from fxopt.measurement.outputs import judging
 from fxopt.measurement.roofline import roofline
-from fxopt.measurement.subject import Inputs, Subject, resident_bytes
+from fxopt.measurement.subject import Subject, resident_bytes
 from fxopt.timing import Latency, fingerprint, latency, peak_memory
 
 _NOT_ASKED = Unmeasured("energy=False")

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import spread
 from fxopt.errors import MeasureError
 from fxopt.train.calling import evaluating
 
@@ -20,9 +21,9 @@ PLAIN = "output"
 
 def call(model: Callable[..., Any], batch: Any) -> Any:
     """`model(**batch)` for a dict, without its `labels`; `model(*batch)` for a tuple or list."""
-    if isinstance(batch, Mapping):
-        return model(**{name: value for name, value in batch.items() if name != "labels"})
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    args, kwargs = spread(batch)
+    kwargs.pop("labels", None)
+    return model(*args, **kwargs)
 
 
 def main_output(outputs: Any, model: str) -> tuple[str, Tensor]:

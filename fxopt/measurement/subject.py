@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import Inputs, check_inputs, spread
 from fxopt.capture import capture
 from fxopt.errors import MeasureError
 from fxopt.measurement.counters import Unmeasured
@@ -19,9 +20,6 @@ from fxopt.measurement.counting import Work, count_work
 from fxopt.measurement.outputs import call
 from fxopt.optimized import Optimized
 from fxopt.program import Program
-
-Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""A tensor, a tuple (or list) of positional arguments or a dict of keyword arguments."""
 
 _RESIDENT = Path("/proc/self/statm")
 
@@ -46,11 +44,7 @@ class Subject:
                 f"{name} is a {type(model).__name__}, which can't be called; give an nn.Module, an "
                 "fxopt.Optimized or a callable that takes the inputs"
             )
-        if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
-            raise MeasureError(
-                f"inputs is a {type(inputs).__name__}; give a tensor, a tuple of positional "
-                "arguments or a dict of keyword arguments"
-            )
+        check_inputs(inputs, "inputs", MeasureError)
         if isinstance(inputs, Mapping):
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
         return Subject(model, inputs, tokens)
@@ -98,9 +92,9 @@ class Subject:
             )
         try:
             program: Program = (
-                model.program if isinstance(model, Optimized) else capture(model, self._container())
+                model.program if isinstance(model, Optimized) else capture(model, self.inputs)
             )
-            work = count_work(program, program.signature.flatten(*self._arguments()))
+            work = count_work(program, program.signature.flatten(*spread(self.inputs)))
         except (
             Exception
         ) as error:  # a peer's module may fail in any way, and was measured all right
@@ -119,19 +113,8 @@ class Subject:
             return None
         return int(torch.cuda.memory_allocated(self.device))
 
-    def _container(self) -> Tensor | tuple[Any, ...] | dict[str, Any]:
-        if isinstance(self.inputs, Mapping):
-            return dict(self.inputs)
-        return self.inputs if isinstance(self.inputs, Tensor) else tuple(self.inputs)
-
-    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = self._container()
-        if isinstance(given, dict):
-            return (), given
-        return ((given,) if isinstance(given, Tensor) else given), {}
-
     def _tensors(self) -> list[Tensor]:
-        leaves = pytree.tree_leaves(self._container())
+        leaves = pytree.tree_leaves(spread(self.inputs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

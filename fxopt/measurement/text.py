@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from fxopt.measurement.fields import MeasurementFields
 from fxopt.measurement.roofline import Layer
+from fxopt.rendering.alignment import aligned
 from fxopt.rendering.units import duration, size
 
 _WIDTH = 100
@@ -85,11 +86,8 @@ def _layers(layers: Sequence[Layer]) -> Iterator[str]:
         return
     longest = sorted(layers, key=lambda layer: layer.seconds, reverse=True)[:_MOST_LAYERS]
     rows = [_LAYER_COLUMNS, *map(_row, longest)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_LAYER_COLUMNS))]
     yield ""
-    for row in rows:
-        first, *others = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        yield "   ".join([first, *others])
+    yield from aligned(rows, "<", "   ")
     hidden = len(layers) - len(longest)
     if hidden:
         share = 1.0 - sum(layer.share for layer in longest)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, fx
 
-from fxopt.interpreter import draws_undone
+from fxopt.interpreter import fork_rng
 from fxopt.nodes import label
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import MinMax
@@ -45,7 +45,7 @@ def extremes(program: Program, nodes: Iterable[fx.Node]) -> Extremes:
     computed = {node: MinMax() for node in asked if node not in state}
     warnings: tuple[str, ...] = ()
     if computed:
-        with draws_undone():
+        with fork_rng():
             watched = {node: (observer,) for node, observer in computed.items()}
             seen = observe(program, watched, refuse_nan=False)
         named = {label(node): (observer,) for node, observer in computed.items()}

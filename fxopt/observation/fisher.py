@@ -1,6 +1,6 @@
-"""Fisher information: what a program's answer feels of an error in the output of one of its nodes.
+"""Fisher information: how sensitive a program's outputs are to an error in the value of a node.
 
-An error e in the value y of a node moves the answer z by J e, which costs
+An error e in the value y of a node moves the outputs z by J e, which costs
 
     KL(before ‖ after)  ~  ½ eᵀ Jᵀ F J e
 

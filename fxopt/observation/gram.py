@@ -2,7 +2,8 @@
 
 Both are one matrix product, y = M p + b, over rows p: of a linear layer its input, of a convolution
 the patches that its kernel sees. Sums of w p pᵀ and w p, in float64, are all that a least-squares
-fit of M needs; the weights w of rows are 1, or what the answer feels of an error there (`fisher`).
+fit of M needs; the weights w of rows are 1, or how sensitive the outputs are to an error there
+(`fisher`).
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def grams(
 
     A set is one product, or several that share one weight. The calibration is streamed once for as
     many as fit into 512 MiB; products of one input share their matrix. "fisher" weighs each row by
-    what the program's answer feels of an error in the product's output there, drawn from `seed`
+    how sensitive the program's outputs are to an error in the product there, drawn from `seed`
     (`fisher.output_gradients`); then a matrix is shared by the products of one set alone.
 
     Raises `PassError` for an unknown weighting.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from fxopt.interpreter import evaluate
 from fxopt.nodes import is_pure, label, source_line
 from fxopt.observation.observers import Observer
 from fxopt.program import Program
-
-Progress = Callable[[str], None]
+from fxopt.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
 # Ranges learnt from fewer samples than this are often exceeded by the next ones.

@@ -69,7 +69,7 @@ class Linear:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    def rows_first(self, tensor: Tensor | Recipe) -> Tensor | Recipe:
+    def weight_nk(self, tensor: Tensor | Recipe) -> Tensor | Recipe:
         """W as [N, K] from what the weight node holds; a recipe where it must be transposed."""
         if not self.transposed:
             return tensor

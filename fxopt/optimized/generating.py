@@ -22,7 +22,7 @@ _BEFORE_PREFIX = 5
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
 
 
-class Generating(Optimized, GenerationMixin):  # type: ignore[misc]
+class Generating(Optimized, GenerationMixin):
     """A causal language model whose steps are fxopt programs.
 
     `opt.generate(...)`, a transformers pipeline and a call with or without `past_key_values` do
@@ -129,7 +129,7 @@ class Generating(Optimized, GenerationMixin):  # type: ignore[misc]
         report = replace(outcome.report, notes=(*outcome.report.notes, *notes))
         object.__setattr__(self, "_outcome", replace(outcome, report=report))
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Put the cache for one `generate` into `model_kwargs`, unless the user gave one."""
@@ -180,9 +180,7 @@ def _checked_ids(
     return ids
 
 
-def _seen(
-    mask: Tensor | None, rows: int, held: int, length: int, device: torch.device
-) -> Tensor:
+def _seen(mask: Tensor | None, rows: int, held: int, length: int, device: torch.device) -> Tensor:
     """Which of all slots [B, P + S] aren't padding."""
     if mask is None:
         return torch.ones(rows, held + length, dtype=torch.bool, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
+from fxopt.calls import bind, forward_signature, spread
 from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold, share_tables
@@ -32,7 +33,6 @@ from fxopt.optimized.programs import Programs, beside
 from fxopt.program import Mode, Program
 from fxopt.report import Report
 from fxopt.saving import save
-from fxopt.signature import bind, forward_signature
 
 _CARRIED_FROM_CLASS = (
     "main_input_name",
@@ -219,10 +219,8 @@ class Optimized(nn.Module):
 
         They are a tensor, a tuple of positionals or a dict of keywords.
         """
-        args = (inputs,) if isinstance(inputs, Tensor) else inputs
-        call = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
-        members = self._programs.valid()
-        found = next((one for one in members if one.answers(*call)), None)
+        call = spread(inputs)
+        found = next((one for one in self._programs.valid() if one.answers(*call)), None)
         return self.program if found is None else found.in_mode(self._mode)
 
     def save(self, folder: str | Path) -> None:
@@ -422,9 +420,7 @@ def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
     """
     execution: Execution = optimized._execution
     if inputs is not None:
-        args = (inputs,) if isinstance(inputs, Tensor) else inputs
-        call = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
-        execution = optimized._execution_for(*call)
+        execution = optimized._execution_for(*spread(inputs))
     return optimized._over_present(execution.evaluated())
 
 

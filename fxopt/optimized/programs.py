@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxopt.calls import bind
 from fxopt.capture import callers_modes_off
 from fxopt.errors import FxoptError, InputError, OutsideError
 from fxopt.optimized.members import (
@@ -30,7 +31,6 @@ from fxopt.optimized.pipeline_result import PipelineResult
 from fxopt.optimized.source import Source
 from fxopt.program import Mode
 from fxopt.recipe import materialize
-from fxopt.signature import bind
 
 _ONE_AT_A_TIME = threading.RLock()
 """Held while a model is captured for a call: two threads must not trace one model at once."""

@@ -1,8 +1,7 @@
 """One transformation: capture, each pass with its judgement, lowering, the ending."""
 
 from fxopt.pipeline.capturing import captured
-from fxopt.pipeline.evaluation import Inputs
 from fxopt.pipeline.pipeline import completed
-from fxopt.pipeline.run import Judging, OnViolation, Progress, Run
+from fxopt.pipeline.run import Judging, OnViolation, Run
 
-__all__ = ["Inputs", "Judging", "OnViolation", "Progress", "Run", "captured", "completed"]
+__all__ = ["Judging", "OnViolation", "Run", "captured", "completed"]

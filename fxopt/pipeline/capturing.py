@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fxopt import wellformed
 from fxopt.analyses.precision import rounding_claim
 from fxopt.calibration import Calibration
-from fxopt.capture import capture, normalize_inputs
+from fxopt.calls import Inputs
+from fxopt.capture import normalize_inputs
 from fxopt.claim import Claim, Close
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, InputError, OutsideError
 from fxopt.optimized import Optimized
-from fxopt.pipeline.evaluation import Inputs
+from fxopt.pipeline.nested import capture_whole
 from fxopt.pipeline.recording import StepTaken, since, violation_text
 from fxopt.pipeline.reference import Reference
 from fxopt.pipeline.run import Judging, Run
@@ -89,7 +90,7 @@ def _program_of(model: nn.Module, inputs: Inputs | None, mode: Mode, further: bo
         program = replace(program, changes=Changes(), taken=frozenset(), config=config)
         observe_sizes(program)
         return program
-    return replace(capture(model, inputs, mode, empty=further), config=config)
+    return replace(capture_whole(model, inputs, mode, empty=further), config=config)
 
 
 def _sorted_inputs(

@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt.capture import capture
+from fxopt.calls import Inputs, bind, forward_signature
 from fxopt.claim import Claim, Close
 from fxopt.errors import EquivalenceError, FxoptError, ModelError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.optimized import Optimized, evaluation_of
 from fxopt.pipeline.embedding import is_whole, part_of, same_tensor
+from fxopt.pipeline.nested import capture_whole
 from fxopt.pipeline.pass_result import carry_out
 from fxopt.pipeline.recording import violation_text
 from fxopt.program import Program
 from fxopt.recipe import Recipe, concatenate
 from fxopt.rewriting import Pass, Plan
-from fxopt.signature import bind, forward_signature
 from fxopt.verify import Trial, judge, output_names, run_model, run_program, trials
 from fxopt.wellformed import check
-
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Evaluator:
     def _found(self, inputs: Inputs | None) -> Program:
         if isinstance(self.model, Optimized) and self.model.is_captured:
             return evaluation_of(self.model, inputs)
-        return capture(self.model, inputs, "eval", learns=True)
+        return capture_whole(self.model, inputs, "eval", learns=True)
 
     def _judge(self, who: str, claim: Claim, tried: Sequence[Trial], program: Program) -> None:
         expected = [trial.outputs for trial in tried]

@@ -76,7 +76,8 @@ def violation_text(
     ]
     if blames:
         worst = blames[0]
-        lines.append(f"  guilty node ({worst.db:.1f} dB on its own): {worst.text}")
+        outputs = "" if worst.outputs_db is None else f"{worst.outputs_db:.1f} dB at the outputs, "
+        lines.append(f"  guilty node ({outputs}{worst.db:.1f} dB on its own): {worst.text}")
     if advice is not None:
         lines.append(f"  {advice}")
     return "\n".join(lines)

@@ -8,24 +8,21 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from fxopt.calls import Inputs
 from fxopt.claim import Claim
 from fxopt.errors import OutsideError
 from fxopt.lower import Lowering
 from fxopt.optimized import OptimizedStep
-from fxopt.pipeline.evaluation import Inputs, Rows
+from fxopt.pipeline.evaluation import Rows
 from fxopt.pipeline.pass_result import Outputs
 from fxopt.pipeline.recording import StepTaken
 from fxopt.pipeline.reference import Reference
 from fxopt.program import Program
+from fxopt.progress import Progress, silent
 from fxopt.rewriting import Pass, Plan
 from fxopt.verify import Trial
 
 OnViolation = Literal["raise", "revert"]
-Progress = Callable[[str], None]
-
-
-def _silent(line: str) -> None:
-    """Progress that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Judging:
     verify: bool = True
     on_violation: OnViolation = "raise"
     budget: Claim | None = None
-    progress: Progress = _silent
+    progress: Progress = silent
 
 
 @dataclass(frozen=True)

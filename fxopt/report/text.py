@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from fxopt.program import Refusal
+from fxopt.rendering.alignment import aligned
 from fxopt.rendering.units import duration, size, span
 from fxopt.report import before_after
 from fxopt.report.fields import ReportFields, Step
@@ -49,12 +50,9 @@ def _table(report: ReportFields) -> Iterator[str]:
         return
     rows: list[tuple[str, ...]] = [("pass", "fired", "nodes", "parameters", "time", "claim")]
     rows += [_row(number, step) for number, step in enumerate(report.steps, start=1)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for index, row in enumerate(rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        yield "   ".join(cells)
-        if index == 0:
-            yield "-" * min(sum(widths) + 3 * (len(widths) - 1), _WIDTH)
+    lines = aligned(rows, "<", "   ")
+    lines.insert(1, "-" * min(len(max(lines, key=len)), _WIDTH))
+    yield from lines
 
 
 def _row(number: int, step: Step) -> tuple[str, ...]:

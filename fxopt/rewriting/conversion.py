@@ -19,7 +19,7 @@ from fxopt.graph_text.types import type_text
 from fxopt.nodes import constants_below, drop_dead_nodes, label, same_sizes, source_line
 from fxopt.program import Changes, Program
 from fxopt.recipe import Recipe
-from fxopt.rewriting.edit import origin
+from fxopt.rewriting.edit import inherited
 from fxopt.rewriting.fake_types import FakeTypes, type_key
 from fxopt.rewriting.own_memory import keep_sharing
 
@@ -174,7 +174,7 @@ class _Walk:
         else:
             name = self._fresh(target)
         new = self.graph.create_node("call_function", target, args, kwargs, name)
-        new.meta = origin(node)
+        new.meta = inherited(node)
         self.first_call = self.first_call or new
         return new
 

@@ -7,16 +7,19 @@ also checks the call), and inherits module path and source line from the node it
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.constant_expressions import as_recipe
-from fxopt.program import Program
+from fxopt.nodes import origins
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting.fake_types import FakeTypes
+
+Made = TypeVar("Made", fx.Node, tuple[fx.Node, ...])
 
 
 class Edit:
@@ -31,6 +34,7 @@ class Edit:
         self._root: fx.Node | None = None
         self._new: list[fx.Node] = []
         self._stand_ins: list[tuple[fx.Node, fx.Node]] = []
+        self._made: dict[Hashable, Any] = {}
         self._names: set[str] = set()
         self._paths: set[str] = set()
         for name in (*program.state, *program.aliases):
@@ -75,7 +79,7 @@ class Edit:
         with self.graph.inserting_before(self._root):
             node = self.graph.call_function(target, args, kwargs)
         value = self._types.of_call(target, args, kwargs, self._root)
-        node.meta = {**origin(self._root), "val": value}
+        node.meta = {**inherited(self._root), "val": value}
         self._new.append(node)
         return node
 
@@ -87,15 +91,45 @@ class Edit:
         """`value[index]` of an operator with several results."""
         return self.call(operator.getitem, value, index)
 
-    def constant(self, name: str, tensor: Tensor | Recipe) -> fx.Node:
-        """A new state tensor under `name` (made unique), as a node at the head of the graph."""
+    def constant(
+        self,
+        name: str,
+        tensor: Tensor | Recipe,
+        *,
+        origin: Origin | None = None,
+        of: fx.Node | None = None,
+    ) -> fx.Node:
+        """A new state tensor under `name` (made unique), as a node at the head of the graph.
+
+        `origin` tells the passes after this one what it is. One that is another form of the state
+        behind the node `of`, such as a scaled or a rounded one, keeps the origins of that.
+        """
         unique = self._unique(name)
         self.added[unique] = tensor
         with self.graph.inserting_before(self._head()):
             node = self.graph.get_attr(unique)
         node.meta = {"val": self._types.of_tensor(tensor), "module_path": "", "source": ""}
+        known = () if of is None else origins(of)
+        if origin is not None or known:
+            node.meta["origins"] = known if origin is None else (*known, origin)
         self._new.append(node)
         return node
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` builds, built once for all roots that ask for it under the same `key`.
+
+        It is built anew where a node of it was erased since, or comes after the present root. Rules
+        share the keys of one graph; one that holds the rule is its own.
+        """
+        made: Made | None = self._made.get(key)
+        if made is None or not self._is_at_hand(made):
+            made = self._made[key] = make()
+        return made
+
+    def _is_at_hand(self, made: fx.Node | tuple[fx.Node, ...]) -> bool:
+        assert self._root is not None
+        nodes = (made,) if isinstance(made, fx.Node) else made
+        return all(not node._erased and node < self._root for node in nodes)
 
     def state(self, node: fx.Node) -> Tensor | Recipe:
         """The tensor or recipe behind a `get_attr` node, or the recipe of a computed constant."""
@@ -135,7 +169,7 @@ class Edit:
         self._paths.update((name, *_parents(name)))
 
 
-def origin(node: fx.Node) -> dict[str, Any]:
+def inherited(node: fx.Node) -> dict[str, Any]:
     """Where a node comes from, as the metadata of a node that takes its place."""
     keys = ("module_path", "source", "nn_module_stack", "stack_trace")
     return {key: node.meta[key] for key in keys if key in node.meta}

@@ -30,6 +30,7 @@ from fxopt.rewriting.option_types import (
     Named,
     Number,
     OptionType,
+    Paths,
     Several,
     Text,
     UnfitError,
@@ -188,7 +189,7 @@ def _either(forms: Sequence[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-Globs: TypeAlias = Annotated[tuple[str, ...], Several(Text(), "globs over module paths")]
+Globs: TypeAlias = Annotated[tuple[str, ...], Paths(Text(), "globs over module paths")]
 """One glob over module paths, or several."""
 
 DeviceOption: TypeAlias = Annotated[str | None, DeviceName()]

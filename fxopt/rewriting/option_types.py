@@ -233,6 +233,11 @@ class Several(OptionType):
 
 
 @dataclass(frozen=True)
+class Paths(Several):
+    """What chooses module paths; a plan warns of each glob that chooses none."""
+
+
+@dataclass(frozen=True)
 class Instance(OptionType):
     """An instance of a class, or with `object` anything; neither has a text."""
 

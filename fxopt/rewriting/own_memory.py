@@ -7,7 +7,7 @@ from torch import fx
 
 from fxopt.errors import RewriteError
 from fxopt.graph_text import describe
-from fxopt.rewriting.edit import origin
+from fxopt.rewriting.edit import inherited
 from fxopt.sharing import chain, may_alias, memory
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _copied(graph: fx.Graph, value: fx.Node, layout: torch.memory_format) -> fx.
         copy = graph.call_function(aten.clone.default, (value,), {"memory_format": layout})
     with value.meta["val"].fake_mode:
         copied = value.meta["val"].clone(memory_format=layout)
-    copy.meta = {**origin(value), "val": copied}
+    copy.meta = {**inherited(value), "val": copied}
     return copy
 
 

@@ -4,7 +4,8 @@
 
 matches a gelu whose input is a linear with a constant weight and binds x, w and b. A pattern names
 the arguments it cares about; every argument that it doesn't name must have its default value, so
-`op(aten.add.Tensor, a, b)` never matches `add(a, b, alpha=2)`.
+`op(aten.add.Tensor, a, b)` never matches `add(a, b, alpha=2)`. With `rest=True` the others may have
+any value, and are bound under the names that the operator's schema gives them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class Hole:
 
 @dataclass(frozen=True)
 class Op:
-    """Matches a call of one of `targets` whose arguments match; `name` binds the node itself."""
+    """Matches a call of one of `targets` whose arguments match; `name` binds the node itself.
+
+    With `rest` each argument that has no pattern is bound under its own name.
+    """
 
     targets: tuple[Target, ...]
     args: tuple[Pattern, ...]
@@ -41,6 +45,7 @@ class Op:
     commutes: bool = False
     name: str | None = None
     where: Predicate | None = None
+    rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Either:
     choices: tuple[Pattern, ...]
 
 
-Pattern: TypeAlias = Hole | Op | Either | bool | int | float | str | None
+Pattern: TypeAlias = Hole | Op | Either | bool | int | float | str | torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,15 @@ def op(
     commutes: bool = False,
     name: str | None = None,
     where: Predicate | None = None,
+    rest: bool = False,
     **kwargs: Pattern,
 ) -> Op:
-    """A pattern for a call of one of `targets`; `commutes` also tries the first two swapped."""
+    """A pattern for a call of one of `targets`; `commutes` also tries the first two swapped.
+
+    Arguments without a pattern must have their defaults; with `rest` they may have any value, and
+    are bound under their own names. Raises `RewriteError` for arguments that an operator hasn't,
+    and where `rest` would bind a name that another part of the pattern binds.
+    """
     several = targets if isinstance(targets, tuple) else (targets,)
     for target in several:
         if not isinstance(target, torch._ops.OpOverload):
@@ -87,7 +98,9 @@ def op(
                 f"{target!r}"
             )
         _check_arguments(target, len(args), kwargs)
-    return Op(several, args, kwargs, commutes, name, where)
+    made = Op(several, args, kwargs, commutes, name, where, rest)
+    _check_names(made)
+    return made
 
 
 def hole(name: str, where: Predicate | None = None) -> Hole:
@@ -197,6 +210,8 @@ def _match_op(
         orders.append((pattern.args[1], pattern.args[0], *pattern.args[2:]))
     for order in orders:
         wanted: dict[str, Pattern] = {**dict(zip(names, order, strict=False)), **pattern.kwargs}
+        if pattern.rest:
+            wanted = {**{name: Hole(name) for name in names}, **wanted}
         if all(name in wanted or _is_default(value, name, given[name]) for name in names):
             pairs = [(sub, given[name]) for name, sub in wanted.items()]
             yield from _match_all(pairs, bound, (*inner, value))
@@ -224,6 +239,46 @@ def _check_arguments(target: Target, positional: int, keywords: Mapping[str, Pat
     for name in keywords:
         if name not in names:
             raise RewriteError(f"{target} has no argument {name!r}; it takes {', '.join(names)}")
+
+
+def _check_names(pattern: Op) -> None:
+    """A name that `rest` binds means one argument, and stands nowhere else by chance."""
+    nothing: set[str] = set()
+    parts = [(_names_of_rest(pattern), nothing), (nothing, {pattern.name or ""})]
+    parts += [(_rest_below(part), _names(part)) for part in _parts(pattern)]
+    for index, (taken, _) in enumerate(parts):
+        for other, (_, names) in enumerate(parts):
+            if index != other and taken & names:
+                raise RewriteError(
+                    f"rest=True of a pattern of {pattern.targets[0]} binds "
+                    f"{', '.join(sorted(taken & names))}, which another part of the "
+                    "pattern binds too; give that argument a hole of another name"
+                )
+
+
+def _parts(pattern: Pattern) -> tuple[Pattern, ...]:
+    if isinstance(pattern, Op):
+        return (*pattern.args, *pattern.kwargs.values())
+    return pattern.choices if isinstance(pattern, Either) else ()
+
+
+def _names_of_rest(pattern: Pattern) -> set[str]:
+    """The names that `rest` of this pattern itself binds."""
+    if not isinstance(pattern, Op) or not pattern.rest:
+        return set()
+    schemas = [target._schema.arguments for target in pattern.targets]
+    names = {one.name for schema in schemas for one in schema[len(pattern.args) :]}
+    return names - set(pattern.kwargs)
+
+
+def _rest_below(pattern: Pattern) -> set[str]:
+    return _names_of_rest(pattern).union(*map(_rest_below, _parts(pattern)))
+
+
+def _names(pattern: Pattern) -> set[str]:
+    """All names that a pattern binds."""
+    own = {pattern.name} if isinstance(pattern, Hole | Op) and pattern.name else set()
+    return own | _names_of_rest(pattern).union(*map(_names, _parts(pattern)))
 
 
 def _is_default(node: fx.Node, name: str, value: Any) -> bool:

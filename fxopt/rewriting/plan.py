@@ -12,17 +12,27 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import chain
 from typing import Any, ClassVar, Generic, get_args, get_origin
 
 from typing_extensions import TypeVar
 
 from fxopt.claim import Claim, Close
 from fxopt.errors import PassError
-from fxopt.nodes import label
+from fxopt.nodes import label, module_path
 from fxopt.program import Mode, Program, Refusal
 from fxopt.rewriting.driver import rewrite
-from fxopt.rewriting.options import Conflict, changed_options, fault, settle, spell_options
+from fxopt.rewriting.option_types import Paths
+from fxopt.rewriting.options import (
+    Conflict,
+    changed_options,
+    declared,
+    fault,
+    settle,
+    spell_options,
+)
 from fxopt.rewriting.rule import Rule
+from fxopt.rewriting.unmatched import unmatched
 
 
 class Stage(IntEnum):
@@ -94,6 +104,25 @@ def _with_its_own_plan(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _with_unmatched(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method(self, program)`, whose plan warns of globs that match no path it looked at."""
+
+    @functools.wraps(method)
+    def checked(self: Any, program: Program) -> Any:
+        plan = method(self, program)
+        kind: Any = type(self)
+        choices = [one.name for one in declared(kind) if isinstance(one.type, Paths)]
+        if not choices:
+            return plan
+        paths = {label(node): module_path(node) for node in program.graph.nodes}
+        seen = [*(site.label for site in plan.sites), *(one.node for one in plan.refusals)]
+        names = {paths[name] for name in seen if name in paths}
+        missed = [unmatched(option, getattr(self, option), names) for option in choices]
+        return replace(plan, warnings=tuple(dict.fromkeys(chain(plan.warnings, *missed))))
+
+    return checked
+
+
 PlanType = TypeVar("PlanType", bound=Plan, default=Any)
 
 
@@ -121,9 +150,14 @@ class Pass(ABC, Generic[PlanType]):
         for base in cls.__dict__.get("__orig_bases__", ()):
             if issubclass(get_origin(base) or object, Pass) and isinstance(get_args(base)[0], type):
                 cls.plan_type = get_args(base)[0]
-        for method in ("apply", "oracle"):
+        wrappers = {
+            "plan": _with_unmatched,
+            "apply": _with_its_own_plan,
+            "oracle": _with_its_own_plan,
+        }
+        for method, wrapped in wrappers.items():
             if method in cls.__dict__:
-                setattr(cls, method, _with_its_own_plan(cls.__dict__[method]))
+                setattr(cls, method, wrapped(cls.__dict__[method]))
 
     def __post_init__(self) -> None:
         settle(self)

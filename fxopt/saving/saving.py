@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from fxopt.errors import SaveError, WellFormedError
+from fxopt.nodes import note_origins
 from fxopt.program import Program
 from fxopt.saving import folder as folders
 from fxopt.saving.call_types import CallTypes
 from fxopt.saving.further import EVALUATION, Decode, decode_further, first_of, tensors_of
 from fxopt.saving.nodes import decode_nodes, encode_nodes
+from fxopt.saving.origins import decode_origins, encode_origins
 from fxopt.saving.tensors import read_tensors, write_tensors
 from fxopt.saving.trees import decode_signature, encode_signature
 from fxopt.saving.values import counts, field, strings, texts
@@ -185,6 +187,7 @@ def to_document(program: Program) -> dict[str, Any]:
         "non_persistent": sorted(program.non_persistent),
         "module_types": dict(program.module_types),
         "pruned": dict(program.pruned),
+        "origins": encode_origins(program.origins),
         "signature": encode_signature(program.signature),
         "nodes": encode_nodes(program),
     }
@@ -207,8 +210,10 @@ def from_document(
         raise SaveError(f"the program was saved in the unknown mode {mode!r:.40}")
     signature = decode_signature(field(data, "signature", dict))
     types = CallTypes(len(field(data, "nodes", list)), programs)
+    graph = decode_nodes(data["nodes"], signature, state, example, namespaces, types)
+    note_origins(graph, decode_origins(data, state))
     program = Program(
-        graph=decode_nodes(data["nodes"], signature, state, example, namespaces, types),
+        graph=graph,
         state=state,
         signature=signature,
         example=example,

@@ -18,7 +18,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from fxopt.errors import SaveError
-from fxopt.guards import Guard, Origin, Tree, check_tree
+from fxopt.guards import Guard, GuardOrigin, Tree, check_tree
 from fxopt.saving.values import decode, encode, field, read_device, read_dtype, strings, texts
 from fxopt.signature import Range, Signature, TensorInput
 
@@ -86,7 +86,7 @@ def decode_signature(data: dict[str, Any]) -> Signature:
 
 def _decode_guard(data: Any, ranks: Sequence[int]) -> Guard:
     holds, origin, source = data
-    if origin not in typing.get_args(Origin) or not isinstance(source, str):
+    if origin not in typing.get_args(GuardOrigin) or not isinstance(source, str):
         raise SaveError(f"the saved signature holds the guard {data!r:.80}")
     tree = _decode_tree(holds)
     try:

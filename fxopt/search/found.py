@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fxopt.comparison.pareto import pareto_front
 from fxopt.search.objectives import UNITS, key
 from fxopt.search.space import Space
 
@@ -152,30 +153,20 @@ class Found:
 
 
 def front(trials: Iterable[TrialRecord], objectives: Sequence[str]) -> tuple[Candidate, ...]:
-    """The measured trials that no other beats, the lowest in the first objective first.
+    """The Pareto front of the measured trials, the lowest in the first objective first.
 
-    One beats another that is nowhere lower and somewhere higher. A list that was drawn twice stands
-    on the front once.
+    A list that was drawn twice stands on it once.
     """
-    measured = [one for one in trials if one.state == "measured" and one.same_as is None]
-    costs = {one.number: tuple(one.ratios[name] for name in objectives) for one in measured}
-    kept = [
-        one
-        for one in measured
-        if not any(beats(other, costs[one.number]) for other in costs.values())
-    ]
-    kept.sort(key=lambda one: (costs[one.number], one.number))
-    return tuple(
-        Candidate(
-            one.passes, dict(one.values), dict(one.ratios), float(one.metric or 0), one.number
-        )
-        for one in kept
-    )
+    measured = {
+        one.number: one for one in trials if one.state == "measured" and one.same_as is None
+    }
+    costs = {number: [one.ratios[name] for name in objectives] for number, one in measured.items()}
+    return tuple(_candidate(measured[number]) for number in pareto_front(costs))
 
 
-def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether costs are nowhere higher than others and somewhere lower."""
-    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+def _candidate(one: TrialRecord) -> Candidate:
+    values, ratios = dict(one.values), dict(one.ratios)
+    return Candidate(one.passes, values, ratios, float(one.metric or 0), one.number)
 
 
 def shown(objective: str, value: float) -> str:

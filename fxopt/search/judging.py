@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fxopt.comparison.pareto import dominates
 from fxopt.errors import FxoptError, SearchError
 from fxopt.optimized import Optimized
 from fxopt.pass_list import resolve_passes
 from fxopt.rewriting import Pass, Stage
-from fxopt.search.found import TrialRecord, beats
+from fxopt.search.found import TrialRecord
 from fxopt.search.measuring import parameter_bytes
 from fxopt.search.objectives import Measure, Measured, checked_measured
 from fxopt.search.quiet import Turns
@@ -142,7 +143,7 @@ class Judging:
         objectives = self.task.objectives
         least = least_ratios(objectives, milliseconds, size, rivals[-1].original)
         for rival in rivals:
-            if beats([rival.ratios[name] for name in objectives], least):
+            if dominates([rival.ratios[name] for name in objectives], least):
                 bounds = ", ".join(
                     f"{name} at least {bound:.2f}x"
                     for name, bound in zip(objectives, least, strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.calls import spread
 from fxopt.errors import SearchError
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import measure_energy
@@ -51,11 +52,8 @@ def measure_beside(
 
 def bound(model: Any, inputs: Any) -> Callable[[], object]:
     """A call of `model` with `inputs`: a tensor, a tuple of positionals or a dict of keywords."""
-    if isinstance(inputs, Mapping):
-        return lambda: model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return lambda: model(*inputs)
-    return lambda: model(inputs)
+    args, kwargs = spread(inputs)
+    return lambda: model(*args, **kwargs)
 
 
 def memory_bytes(model: nn.Module, call: Callable[[], object]) -> int:

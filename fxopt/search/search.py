@@ -17,6 +17,7 @@ from fxopt.capture import check_is_module
 from fxopt.device import Device
 from fxopt.errors import SearchError
 from fxopt.kernels import multiplies_int8
+from fxopt.progress import Progress, silent
 from fxopt.search.found import Found, TrialRecord
 from fxopt.search.judging import Direction, Metric, Task, judge_metric
 from fxopt.search.measuring import check_measurable, measure_beside
@@ -46,8 +47,6 @@ from fxopt.search.workers import Job, run_workers
 
 if TYPE_CHECKING:
     import optuna
-
-Progress = Callable[[str], None]
 
 
 def search(
@@ -107,7 +106,7 @@ def search(
     inputs = _first_input(data) if inputs is None else inputs
     if measure is None:
         check_measurable(model, inputs, objectives)
-    say = progress or (lambda line: None)
+    say = progress or silent
     deadline = None if seconds is None else time.time() + seconds
     log = TrialLog(log_dir, wandb, study)
 

@@ -7,7 +7,7 @@ learns from inputs takes part where there are some.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxopt.device import Device
 from fxopt.errors import FxoptError
 from fxopt.kernels import multiplies_int8
 from fxopt.passes import Int8Linear
+from fxopt.progress import Progress
 from fxopt.search.space import Slot, Space
 from fxopt.transform import transform
 
@@ -88,7 +89,7 @@ def first_points(space: Space) -> list[dict[str, str]]:
 
 
 def costly_linears(
-    model: nn.Module, inputs: Any, calibration: Iterable[Any], say: Callable[[str], None]
+    model: nn.Module, inputs: Any, calibration: Iterable[Any], say: Progress
 ) -> tuple[str, ...]:
     """The groups of linears by what static int8 costs at the outputs, the costliest first.
 
@@ -104,17 +105,7 @@ def costly_linears(
         table = Int8Linear(mode="static").sensitivity(program)
     except FxoptError:
         return ()
-    return tuple("|".join(paths(row.name)) for row in table.rows)
-
-
-def paths(name: str) -> list[str]:
-    """The module paths in a name such as `a.{query,key} + b.dense (linear_3)`."""
-    found = []
-    for part in name.partition(" (")[0].split(" + "):
-        head, brace, rest = part.partition("{")
-        tails = rest.partition("}")[0].split(",") if brace else [""]
-        found += [head + tail for tail in tails]
-    return found
+    return tuple("|".join(row.paths) for row in table.rows)
 
 
 def _prunings(calibrated: bool) -> Iterable[str]:

@@ -78,7 +78,7 @@ def latency(
         )
     devices = {name: _cuda_devices(call()) for name, call in systems.items()}
     samples: dict[str, list[float]] = {name: [] for name in systems}
-    with _collector_off():
+    with collector_off():
         calls = _warm_up(systems, devices, seconds)
         started = time.perf_counter()
         for done in range(max(repeats, _FEWEST_ROUNDS)):
@@ -164,7 +164,8 @@ def _synchronize(devices: Sequence[torch.device]) -> None:
 
 
 @contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
+    """Inside, Python's garbage collector, which has run just before, doesn't run."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

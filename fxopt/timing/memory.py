@@ -11,7 +11,6 @@ measured (another malloc may be preloaded).
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fxopt.cpu_allocator import release
+from fxopt.timing.latency import collector_off
 
 _PROCESS = Path("/proc/self")
 _CALLS = 3
@@ -49,11 +49,13 @@ def peak_memory(call: Callable[[], object], device: torch.device | str) -> Memor
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.is_available():
         call()
-        return Memory(_median(lambda: _cuda_peak(call, device)), "CUDA allocator")
+        with collector_off():
+            return Memory(_median(lambda: _cuda_peak(call, device)), "CUDA allocator")
     if kind != "cpu" or not _resident_peak_is_true():
         return None
     call()
-    return Memory(_median(lambda: _resident_peak(call)), "resident memory")
+    with collector_off():
+        return Memory(_median(lambda: _resident_peak(call)), "resident memory")
 
 
 def _median(reading: Callable[[], int]) -> int:
@@ -61,7 +63,6 @@ def _median(reading: Callable[[], int]) -> int:
 
 
 def _cuda_peak(call: Callable[[], object], device: torch.device | str) -> int:
-    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -73,7 +74,6 @@ def _cuda_peak(call: Callable[[], object], device: torch.device | str) -> int:
 
 
 def _resident_peak(call: Callable[[], object]) -> int:
-    gc.collect()
     release()
     ctypes.CDLL(None).malloc_trim(0)
     (_PROCESS / "clear_refs").write_text("5")

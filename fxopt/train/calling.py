@@ -11,9 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxopt.errors import InputError, TrainError
+from fxopt.calls import bind, forward_signature, spread
+from fxopt.errors import InputError
 from fxopt.optimized import Optimized
-from fxopt.signature import bind, forward_signature
 from fxopt.train.labels import labels_of, range_text
 
 
@@ -23,17 +23,11 @@ def call(model: nn.Module, batch: Any) -> Any:
     The entry `labels` of a dict is left out where the model has no such argument. Raises
     `InputError` for labels that the model has no class for.
     """
-    if isinstance(batch, Mapping):
-        given = dict(batch)
-        if "labels" in given and not _takes_labels(model):
-            del given["labels"]
-        return _called(model, given)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _called(model: nn.Module, given: dict[str, Any]) -> Any:
+    args, given = spread(batch)
+    if "labels" in given and not _takes_labels(model):
+        del given["labels"]
     try:
-        return model(**given)
+        return model(*args, **given)
     except IndexError as error:
         labels = labels_of(given)
         if labels is None or "arget" not in str(error):
@@ -46,22 +40,11 @@ def _called(model: nn.Module, given: dict[str, Any]) -> Any:
 
 def named_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     """The batch as {argument name: value}; positional ones are named by `model.forward`."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    args, given = spread(batch)
     try:
-        return bind(forward_signature(model), args, {})
+        return bind(forward_signature(model), args, {}) if args else given
     except InputError:
         return {}  # the call itself says what is wrong
-
-
-def check_batch(batch: Any) -> None:
-    """Raise `TrainError` unless `batch` can be called with."""
-    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
-        raise TrainError(
-            f"data gave a batch of type {type(batch).__name__}; it must be a tensor, a tuple of "
-            "positional arguments or a dict of keyword arguments"
-        )
 
 
 def moved(batch: Any, device: torch.device) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -17,27 +16,42 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from fxopt.calls import check_batches, check_inputs
 from fxopt.errors import TrainError
-from fxopt.train.calling import check_batch
 from fxopt.train.distributed import World
+from fxopt.train.labels import check_labels
 
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable of batches; `length` None where it doesn't tell."""
+    """An iterable of batches; `length` None where it doesn't tell, `classes` where labels can be
+    anything."""
 
     source: Iterable[Any]
     length: int | None
     generators: tuple[torch.Generator, ...]
+    classes: int | None = None
 
     def epoch(self, index: int) -> Iterator[Any]:
-        """The batches of one epoch, from the first."""
+        """The batches of one epoch, from the first. Raises `InputError` at labels without a
+        class."""
         for sampler in _samplers(self.source):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(index)
-        for batch in self.source:
-            check_batch(batch)
+        for index, batch in enumerate(self.source):
+            check_inputs(batch, "a batch of data=", TrainError)
+            if self.classes is not None:
+                check_labels(batch, index, self.classes)
             yield batch
+
+    def with_classes(self, classes: int | None) -> Batches:
+        """These batches, whose labels must be of that many classes: checked now where they are a
+        list or a tuple, otherwise as they come, since they are read once an epoch."""
+        batches = replace(self, classes=classes)
+        if isinstance(self.source, (list, tuple)):
+            for _ in batches.epoch(0):
+                pass
+        return batches
 
 
 def make_batches(data: Any, batch_size: int | None, seed: int, world: World) -> Batches:
@@ -62,16 +76,8 @@ def make_batches(data: Any, batch_size: int | None, seed: int, world: World) -> 
 
 
 def _check_is_iterable(data: Any) -> None:
-    if isinstance(data, (Tensor, Mapping)):
-        raise TrainError(
-            f"data= is one batch (a {type(data).__name__}), not an iterable of batches. Give a "
-            "list of them: [batch]"
-        )
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise TrainError(
-            "data= must be a DataLoader, a Dataset with batch_size=, or another iterable of "
-            f"batches, not {type(data).__name__}"
-        )
+    kinds = "a list, a DataLoader, or a Dataset with batch_size="
+    check_batches(data, "data=", TrainError, kinds)
     if isinstance(data, Iterator):  # iter() of a DataLoader would start its workers
         raise TrainError(
             "data= is a generator or iterator, which gives its batches once: no epoch could be "

@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 
 from fxopt.errors import TrainError
 from fxopt.optimized import Optimized
+from fxopt.progress import Progress
 from fxopt.train.calling import device_of, put_back
 from fxopt.train.checkpoint import check_is_plain
 from fxopt.train.data import Batches, make_batches
 from fxopt.train.distillation_loss import DistillationLoss
+from fxopt.train.distillation_step import DistillationStep, dry_run
 from fxopt.train.distributed import world_of
-from fxopt.train.draws import seeded
 from fxopt.train.history import Distilled
-from fxopt.train.lesson import Lesson, rehearse
 from fxopt.train.optimization import (
     OptimizerChoice,
     ScheduleChoice,
@@ -29,8 +29,9 @@ from fxopt.train.optimization import (
     make_schedule,
 )
 from fxopt.train.precision import PrecisionName, choose_precision
+from fxopt.train.rng_state import seeded
 from fxopt.train.run import Run
-from fxopt.train.settings import Evaluate, Progress, Settings
+from fxopt.train.settings import Evaluate, Settings
 from fxopt.train.terms import Term
 
 _LEARNING_RATE, _WEIGHT_DECAY = 5e-5, 0.01
@@ -119,16 +120,16 @@ def distill(
     where = _placed(student, teacher, device, isinstance(optimizer, torch.optim.Optimizer))
     world = world_of(distributed)
     batches = make_batches(data, batch_size, seed, world)
-    lesson = Lesson(student, objective, choose_precision(precision, student, where))
+    step_module = DistillationStep(student, objective, choose_precision(precision, student, where))
     with _trained_alone(student), seeded(seed + world.rank), torch.enable_grad():
-        has_unused = rehearse(lesson, batches, where)
+        batches, has_unused = dry_run(step_module, batches, where)
         extra = list(objective.projections.parameters())
         used = make_optimizer(
             optimizer, student, extra, settings.learning_rate, settings.weight_decay
         )
         try:
             rates = make_schedule(schedule, used, _total_steps(settings, batches))
-            run = Run(lesson, batches, used, rates, settings, world, where, has_unused)
+            run = Run(step_module, batches, used, rates, settings, world, where, has_unused)
             return _trained(run)
         finally:
             if optimizer is used:
@@ -136,7 +137,7 @@ def distill(
 
 
 def _trained(run: Run) -> Distilled:
-    settings, lesson = run.settings, run.lesson
+    settings, step_module = run.settings, run.step_module
     if settings.checkpoint is not None:
         state = {"optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict()}
         check_is_plain(state)
@@ -144,8 +145,8 @@ def _trained(run: Run) -> Distilled:
             run.load()
     started = run.position.step
     run.train()
-    terms = lesson.objective.terms or ()
-    return Distilled(lesson.student, run.history, terms, lesson.precision.reason, started)
+    terms = step_module.objective.terms or ()
+    return Distilled(step_module.student, run.history, terms, step_module.precision.reason, started)
 
 
 def _total_steps(settings: Settings, batches: Batches) -> int | None:

@@ -12,9 +12,9 @@ from fxopt.errors import TrainError
 from fxopt.train import losses
 from fxopt.train.calling import call, evaluating, named_inputs
 from fxopt.train.counted import counted_logits, counted_queries, counted_tokens
-from fxopt.train.draws import undone
 from fxopt.train.layer_pairs import checked_pairs, layer_pairs, state_pairs
 from fxopt.train.outputs import named_outputs, required
+from fxopt.train.rng_state import rng_state_kept
 from fxopt.train.terms import Attention, Hidden, Logits, Task, Term, checked_terms
 
 Pair = tuple[str, Tensor, Tensor]
@@ -60,7 +60,7 @@ class DistillationLoss(nn.Module):
 
         The projections are drawn from torch's generator. Nothing is made twice.
         """
-        with evaluating(student), undone():
+        with evaluating(student), rng_state_kept():
             outputs = call(student, batch)
         self.fit(outputs, self.teach(batch))
         return self

@@ -1,4 +1,4 @@
-"""Labels that a model has no class for, found before anything is trained."""
+"""Labels that a model has no class for, found before they are trained on."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fxopt.train.outputs import named_outputs
 _IGNORED = -100
 
 
-def check_labels(data: Any, first: Any, outputs: Any) -> None:
-    """Raise `InputError` for labels in `data` that the logits among `outputs` have no class for.
-
-    `outputs` are those for the batch `first`. Data that aren't a list or a tuple are read once, as
-    they are trained on, so that only `first` can be looked at here.
-    """
-    logits, labels = named_outputs(outputs).get("logits"), labels_of(first)
+def class_count(batch: Any, outputs: Any) -> int | None:
+    """How many classes the logits among `outputs`, those for `batch`, have for its labels; None
+    where the labels are of another kind, or there are none."""
+    logits, labels = named_outputs(outputs).get("logits"), labels_of(batch)
     if labels is None or not isinstance(logits, Tensor) or labels.shape != logits.shape[:-1]:
-        return
-    batches = data if isinstance(data, (list, tuple)) else [first]
-    for index, batch in enumerate(batches):
-        found = labels_of(batch)
-        if found is not None and _is_outside(found, logits.shape[-1]):
-            raise InputError(
-                f"batch {index} of data= has {range_text(found)}, and the student's logits have "
-                f"{logits.shape[-1]} classes: labels must be in 0 to {logits.shape[-1] - 1}, or "
-                f"{_IGNORED} where they don't count"
-            )
+        return None
+    return logits.shape[-1]
+
+
+def check_labels(batch: Any, index: int, classes: int) -> None:
+    """Raise `InputError` for labels in `batch`, the `index`-th of its data, without a class."""
+    found = labels_of(batch)
+    if found is not None and _is_outside(found, classes):
+        raise InputError(
+            f"batch {index} of data= has {range_text(found)}, and the student's logits have "
+            f"{classes} classes: labels must be in 0 to {classes - 1}, or {_IGNORED} where they "
+            "don't count"
+        )
 
 
 def labels_of(batch: Any) -> Tensor | None:

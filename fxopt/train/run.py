@@ -17,12 +17,12 @@ from fxopt.errors import TrainError
 from fxopt.train.calling import evaluating, moved
 from fxopt.train.checkpoint import read_checkpoint, write_checkpoint
 from fxopt.train.data import Batches
+from fxopt.train.distillation_step import DistillationStep
 from fxopt.train.distributed import World, without_averaging
-from fxopt.train.draws import Draws, draws, restore, undone
 from fxopt.train.events import Events
 from fxopt.train.history import Evaluation, History, checked_evaluation, not_finite
 from fxopt.train.interrupts import deferred_interrupts
-from fxopt.train.lesson import Lesson
+from fxopt.train.rng_state import RngState, rng_state, rng_state_kept, set_rng_state
 from fxopt.train.settings import Settings
 
 
@@ -40,7 +40,7 @@ class Run:
 
     def __init__(
         self,
-        lesson: Lesson,
+        step_module: DistillationStep,
         batches: Batches,
         optimizer: Optimizer,
         schedule: LRScheduler,
@@ -49,15 +49,15 @@ class Run:
         device: torch.device,
         has_unused: bool,
     ) -> None:
-        self.lesson, self.batches, self.settings = lesson, batches, settings
+        self.step_module, self.batches, self.settings = step_module, batches, settings
         self.optimizer, self.schedule = optimizer, schedule
-        self.scaler = lesson.precision.scaler()
+        self.scaler = step_module.precision.scaler()
         self.world, self.device = world, device
-        self.module: nn.Module = world.wrapped(lesson, has_unused)
+        self.module: nn.Module = world.wrapped(step_module, has_unused)
         self.history = History()
         self.position = Position()
-        self.epoch_draws: Draws | None = None
-        self.now = draws(batches.generators)  # where the generators stood at `position`
+        self.epoch_draws: RngState | None = None
+        self.now = rng_state(batches.generators)  # where the generators stood at `position`
         self.pending: list[tuple[float, dict[str, Tensor]]] = []
         self.torn = False  # between fetching the batches of a step and the end of that step
         self.stopping = False  # every process knows that it stops here
@@ -87,8 +87,8 @@ class Run:
             return
         state = {
             "settings": self.described(),
-            "student": self.lesson.student.state_dict(),
-            "projections": self.lesson.objective.projections.state_dict(),
+            "student": self.step_module.student.state_dict(),
+            "projections": self.step_module.objective.projections.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -104,8 +104,8 @@ class Run:
         assert self.settings.checkpoint is not None
         state = read_checkpoint(self.settings.checkpoint, self.described())
         try:
-            self.lesson.student.load_state_dict(state["student"])
-            self.lesson.objective.projections.load_state_dict(state["projections"])
+            self.step_module.student.load_state_dict(state["student"])
+            self.step_module.objective.projections.load_state_dict(state["projections"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise TrainError(
@@ -118,14 +118,14 @@ class Run:
         own = state["draws"][self.world.rank]
         self.epoch_draws, self.now = own["epoch"], own["now"]
         if not self.position.batch:
-            restore(self.now, self.batches.generators)
+            set_rng_state(self.now, self.batches.generators)
         self._tell(f"step {self.position.step}: resumed from {self.settings.checkpoint}")
 
     def described(self) -> dict[str, Any]:
         """What must be the same for a resumed run to end at the same weights."""
-        settings, precision = self.settings, self.lesson.precision
+        settings, precision = self.settings, self.step_module.precision
         return {
-            "terms": str(self.lesson.objective.terms),
+            "terms": str(self.step_module.objective.terms),
             "epochs": settings.epochs,
             "steps": settings.steps,
             "batches": self.batches.length,
@@ -151,7 +151,7 @@ class Run:
 
     def _epoch(self) -> None:
         at = self.position
-        self.lesson.student.train()
+        self.step_module.student.train()
         batches = self._resumed() if at.batch else self._from_first()
         while not self._has_all_steps():
             self.torn = True
@@ -161,7 +161,7 @@ class Run:
             self._step(group)
             at.batch += len(group)
             at.step += 1
-            self.now = draws(self.batches.generators)
+            self.now = rng_state(self.batches.generators)
             self.torn = False
             self._after_step()
         self.torn = False
@@ -170,42 +170,42 @@ class Run:
         self._flush()
         self._evaluate()
         at.epoch, at.batch, self.epoch_draws = at.epoch + 1, 0, None
-        self.now = draws(self.batches.generators)
+        self.now = rng_state(self.batches.generators)
         if self.settings.checkpoint:
             self.save()
         self._stop_if_asked(agree=True)
 
     def _from_first(self) -> Iterator[Any]:
-        self.epoch_draws = draws(self.batches.generators)
+        self.epoch_draws = rng_state(self.batches.generators)
         return self.batches.epoch(self.position.epoch)
 
     def _resumed(self) -> Iterator[Any]:
         """The rest of the epoch: its order is drawn again, the batches done are left out."""
         assert self.epoch_draws is not None
-        restore(self.epoch_draws, self.batches.generators)
+        set_rng_state(self.epoch_draws, self.batches.generators)
         batches = self.batches.epoch(self.position.epoch)
         for _ in islice(batches, self.position.batch):
             pass
-        restore(self.now, self.batches.generators)
+        set_rng_state(self.now, self.batches.generators)
         return batches
 
     def _step(self, group: list[Any]) -> None:
-        lesson, optimizer, scaler = self.lesson, self.optimizer, self.scaler
+        step_module, optimizer, scaler = self.step_module, self.optimizer, self.scaler
         self.module.zero_grad()
         sums: dict[str, Tensor] = {}
         for index, given in enumerate(group):
             batch = moved(given, self.device)
-            taught = lesson.teach(batch)
+            taught = step_module.teach(batch)
             is_last = index == len(group) - 1
             with nullcontext() if is_last else without_averaging(self.module):
                 values = self.module(batch, taught)
-                total = lesson.objective.total(values)
+                total = step_module.objective.total(values)
                 scaler.scale(total / len(group)).backward()
             for name, value in {"total": total, **values}.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(group)
         if self.settings.clip is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(lesson.trained(), self.settings.clip)
+            nn.utils.clip_grad_norm_(step_module.trained(), self.settings.clip)
         self.pending.append((optimizer.param_groups[0]["lr"], sums))
         scale = scaler.get_scale()
         scaler.step(optimizer)
@@ -258,8 +258,8 @@ class Run:
     def _evaluate(self) -> None:
         if self.settings.evaluate is None:
             return
-        student, position = self.lesson.student, self.position
-        with evaluating(student), undone(self.batches.generators):
+        student, position = self.step_module.student, self.position
+        with evaluating(student), rng_state_kept(self.batches.generators):
             values = checked_evaluation(self.settings.evaluate(student))
         found = Evaluation(position.epoch + 1, position.step, values)
         self.history.evaluations.append(found)

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from fxopt.errors import TrainError
+from fxopt.progress import Progress
 from fxopt.train.events import check_can_write_events
 from fxopt.train.precision import PrecisionName
 
 Evaluate: TypeAlias = Callable[[nn.Module], Mapping[str, float]]
-Progress: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Each rewritten node on its own: judged on, or found guilty of, the error it makes itself.
+"""Each rewritten node on its own: judged on the error it makes itself, guilty by what that costs.
 
 Both programs run on one trial. At every node that stands for a node of the predecessor the new
 value is compared with the old one, and then *replaced* by it, so that each rewritten region is
@@ -7,14 +7,19 @@ graph and however errors would have piled up. Codes of int8 may have become uint
 value whose type the pass changed otherwise, inside a region that lost channels, can't be compared
 nor replaced; its error is found where the region ends.
 
+A large error may be lost on the way, in a gate that is closed, and a small one may decide. So the
+values of the worst are put into the predecessor one by one, and the worst at its outputs is guilty.
+
 Where a pass changes outputs by intent, its oracle stands for the predecessor.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.claim import Claim, Exact, Measured, Sqnr, sqnr
-from fxopt.interpreter import evaluate, same_draws
+from fxopt.interpreter import evaluate, evaluate_variants, same_draws
 from fxopt.kernels.packed_int8_linear import shift_to_unsigned
 from fxopt.nodes import label, same_sizes, size_at_capture, source_line
 from fxopt.program import Program
@@ -31,39 +36,87 @@ from fxopt.verify.oracle import Trial
 
 _CODES = (torch.int8, torch.uint8)
 _MOST_TIES = 0.01
+_MOST_TRIED = 16
+"""Nodes whose error is followed to the outputs, the worst by themselves."""
 
 
 @dataclass(frozen=True)
 class Blame:
-    """One node's own error: its name before and after the pass, and its SQNR in dB."""
+    """One node's error: its name before and after the pass, its own SQNR in dB, and that of the
+    outputs if it alone errs; None where this was not tried."""
 
     before: str
     after: str
     db: float
     text: str
+    outputs_db: float | None = None
 
 
 def blame(
     before: Program, after: Program, trial: Trial, oracle: Program | None = None
 ) -> list[Blame]:
-    """Every node that differs on its predecessor's inputs, the worst first.
+    """Every node that differs on its predecessor's inputs; the worst first, at the outputs for the
+    worst by themselves.
 
     The names are those in `before`, also where the values are held against the `oracle`'s.
     """
-    blames: list[Blame] = []
+    stands_for = _stands_for(before, after, oracle)
+    blames: dict[str, Blame] = {}
+    worst: list[tuple[float, str, Tensor]] = []
 
     def compare(name: str, node: fx.Node, old: Tensor, new: Tensor) -> None:
         same_kind = new.shape == old.shape and new.dtype == old.dtype
-        db = sqnr(old, new) if same_kind else float("-inf")
-        if db != float("inf"):
-            blames.append(Blame(name, node.name, db, _describe(node)))
+        db = sqnr(old, new) if same_kind else -math.inf
+        if db == math.inf:
+            return
+        expected = stands_for[node.name][1]
+        outputs_db = None if same_kind else -math.inf
+        blames[expected] = Blame(name, node.name, db, _describe(node), outputs_db)
+        if same_kind:
+            worst.append((db, expected, new))
+            worst.sort(key=itemgetter(0))
+            del worst[_MOST_TRIED:]
 
     try:
         _compare_nodes(before, after, oracle, trial, compare)
     except RuntimeError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        blames.append(Blame("", "", float("-inf"), f"a node that fails: {first}"))
-    return sorted(blames, key=lambda one: one.db)
+        blames[""] = Blame("", "", -math.inf, f"a node that fails: {first}", -math.inf)
+    values = {name: value for _, name, value in worst}
+    for name, db in _outputs_with(before if oracle is None else oracle, trial, values):
+        blames[name] = replace(blames[name], outputs_db=db)
+    return sorted(
+        blames.values(),
+        key=lambda one: (one.outputs_db is None, one.outputs_db or 0.0, one.db),
+    )
+
+
+def _outputs_with(
+    program: Program, trial: Trial, values: Mapping[str, Tensor]
+) -> Iterator[tuple[str, float]]:
+    """The SQNR of the outputs where one node has the value given for it, node by node."""
+    variants = [
+        {node: functools.partial(_given, _codes_like(node, values[node.name]))}
+        for node in program.graph.nodes
+        if node.name in values
+    ]
+    with same_draws():
+        expected = evaluate(program, trial.inputs)
+    with same_draws():
+        for index, outputs in evaluate_variants(program, trial.inputs, variants):
+            (node,) = variants[index]
+            yield node.name, min(map(sqnr, expected, outputs), default=math.inf)
+
+
+def _given(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return value
+
+
+def _codes_like(node: fx.Node, value: Tensor) -> Tensor:
+    """Codes of int8 that have become uint8 as the node has them."""
+    if (node.meta["val"].dtype, value.dtype) != (torch.int8, torch.uint8):
+        return value
+    return (value.to(torch.int16) - 128).to(torch.int8)
 
 
 def judge_nodes(

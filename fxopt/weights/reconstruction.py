@@ -8,7 +8,7 @@ fit that is pulled towards the old weight with a weight λ is
     W' = W_K + W_M C_MK (C_KK + λ)⁻¹                    b' = b + W_M m_M - (W' - W_K) m_K
 
 for the mean row m. So it is never worse on these rows than W' = W_K, which is plain zeroing. The
-weights w are all 1, or what the program's answer feels of an error in that row (`fisher`).
+weights w are all 1, or how sensitive the program's outputs are to an error there (`fisher`).
 What a column costs that leaves, all others refitted, is ‖W_j‖² / (C + λ)⁻¹_jj.
 
 Sources: He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017;
@@ -67,8 +67,8 @@ def reconstruct(
     most 1024 patches an image are taken. The inputs are those of `program.batches()`, streamed in
     as many passes as Gram matrices of 512 MiB take; `damping` is λ as a share of the mean diagonal
     of C. Readers that share a weight are fitted together and must have the same mask. `weighting`
-    says what a row counts: all the same, or with "fisher" as much as the program's answer feels of
-    an error there, from one backward pass a batch, drawn from `seed`.
+    says what a row counts: all the same, or with "fisher" as much as the program's outputs are
+    sensitive to an error there, from one backward pass a batch, drawn from `seed`.
 
     Raises `PassError` for a reader that isn't in the program or can't be fitted, with the reason,
     for a mask that doesn't fit, for shared weights with different masks, and for "fisher" where

@@ -7,11 +7,8 @@
     sparsegpt   W_nk² / U_kk²         (H + damping)⁻¹ = UᵀU with H = Σ x xᵀ and U upper triangular
 
 "wanda" weighs a column by its inputs. "sparsegpt" goes through the columns in fours and moves the
-columns to come so that they make up for what is dropped: for w_k that becomes q_k (itself or zero)
-
-    w_j  <-  w_j - (w_k - q_k) / U_kk * U_kj        for j > k
-
-and compares the weights so moved. A row that comes out no better than wanda's is wanda's.
+columns to come so that they make up for what is dropped (`error_feedback`), and compares the
+weights so moved. A row that comes out no better than wanda's is wanda's.
 Sources: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models"
 (Wanda), ICLR 2024; Frantar, Alistarh, "SparseGPT", ICML 2023.
 """
@@ -24,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.sparse24 import GROUP, row_chunks, two_of_four
-from fxopt.weights.gptq import inverse_factor, normalised_moment
+from fxopt.weights.error_feedback import (
+    errs_less,
+    feed_back,
+    inverse_factor,
+    normalised_moment,
+)
 
 Importance = Literal["magnitude", "wanda", "sparsegpt"]
-
-_BLOCK = 128
-"""Columns whose feedback beyond themselves is applied as one matrix product."""
 
 _DAMPING = 0.01
 
@@ -88,15 +87,13 @@ def prune24(weight: Tensor, second_moment: Tensor) -> Tensor:
     """
     weight = weight.detach()
     moment = normalised_moment(second_moment, weight.device)
-    fed_back = _FeedBack(weight, inverse_factor(moment, _DAMPING)).run().to(weight.dtype)
+    fed_back = _fed_back(weight, inverse_factor(moment, _DAMPING)).to(weight.dtype)
     plain = masked24(weight, moment.diagonal().clamp_min(0).sqrt())
     wide = moment.double()
     parts = []
     for exact, one, two in zip(*map(row_chunks, (weight, plain, fed_back)), strict=True):
-        # For D = W - Q and errors D H Dᵀ: e₁ - e₂ = (D₁ - D₂) H (D₁ + D₂)ᵀ. A NaN is no gain.
-        first, second = exact.double() - one.double(), exact.double() - two.double()
-        gain = ((first - second) @ wide).mul_(first + second).sum(-1, keepdim=True)
-        parts.append(two.where(gain > 0, one))
+        better = errs_less(exact.double(), two.double(), one.double(), wide)
+        parts.append(two.where(better, one))
     return torch.cat(parts)
 
 
@@ -110,34 +107,19 @@ def _mask(rows: Tensor, norm: Tensor | None) -> Tensor:
     return two_of_four(weighed, score)
 
 
-class _FeedBack:
-    """One run over the columns; `left` holds what is still to prune, [K, N], a column a row."""
+def _fed_back(weight: Tensor, factor: Tensor) -> Tensor:
+    """The pruned weight [N, K], float32, its columns dropped in fours."""
+    left = weight.t().to(torch.float32, copy=True).contiguous()
+    dropped = torch.empty_like(left[:GROUP], dtype=torch.bool)
 
-    def __init__(self, weight: Tensor, factor: Tensor) -> None:
-        self.left = weight.t().to(torch.float32, copy=True).contiguous()
-        self.factor = factor
+    def pruned(k: int) -> Tensor:
+        if k % GROUP == 0:
+            four = slice(k, k + GROUP)
+            score = (left[four] / factor.diagonal()[four, None]).square_()
+            dropped.copy_(~two_of_four(score.t()).t())
+        error = left[k].where(dropped[k % GROUP], 0.0)
+        left[k] -= error
+        return error
 
-    def run(self) -> Tensor:
-        """The pruned weight [N, K], float32."""
-        columns = len(self.left)
-        for first in range(0, columns, _BLOCK):
-            last = min(first + _BLOCK, columns)
-            errors = self._block(first, last)
-            self.left[last:].addmm_(self.factor[first:last, last:].t(), errors, alpha=-1)
-        return self.left.t().contiguous()
-
-    def _block(self, first: int, last: int) -> Tensor:
-        """Prune the columns [first, last); their errors over U's diagonal, [last - first, N]."""
-        left, factor = self.left[first:last], self.factor[first:last, first:last]
-        errors = torch.empty_like(left)
-        pivots = factor.diagonal()
-        for start in range(0, last - first, GROUP):
-            four = left[start : start + GROUP]
-            score = (four / pivots[start : start + GROUP, None]).square_()
-            kept = two_of_four(score.t()).t()
-            for k in range(start, start + GROUP):
-                dropped = left[k].masked_fill(kept[k - start], 0.0)
-                left[k] -= dropped
-                torch.div(dropped, pivots[k], out=errors[k])
-                left[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
-        return errors
+    feed_back(left, factor, pruned)
+    return left.t().contiguous()

@@ -16,18 +16,17 @@ from transformers import LlamaConfig, LlamaModel
 from fxopt.analyses.arithmetic import Cost, CutCosts, cut_cost, flops, multiply_adds
 from fxopt.analyses.channels import channels
 from fxopt.capture import capture
-from tests.architectures import ARCHITECTURES
+from tests.captured import captured, case
 from tests.rewriting.functions import program_of
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "cnn", "sequential", "whisper-encoder"])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
-    case = ARCHITECTURES[name]()
-    program = capture(case.model, case.example)
+    shared, program = case(name), captured(name)
     mode = FlopCounterMode(display=False)
     # Only attention that is written out is counted by torch on every backend.
     with mode, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.no_grad():
-        case.model(**case.example)
+        shared.model(**shared.example)
     assert flops(program) == mode.get_total_flops()
 
 
@@ -65,8 +64,7 @@ def test_each_product(function: Any, shapes: list[tuple[int, ...]], expected: in
 
 
 def test_counts_are_told_by_node() -> None:
-    case = ARCHITECTURES["mlp"]()
-    program = capture(case.model, case.example)
+    program = captured("mlp")
     counted = multiply_adds(program)
     assert set(counted) <= {node.name for node in program.graph.nodes}
     assert all(name.startswith("linear") for name in counted)
@@ -132,10 +130,9 @@ def test_convolutions_shrink_in_every_tensor(left: int) -> None:
 
 
 def test_a_cost_prints_and_a_wrong_name_is_told() -> None:
-    case = ARCHITECTURES["bert"]()
-    program = capture(case.model, case.example)
+    model, program = case("bert").model, captured("bert")
     cost = cut_cost(program, {})
-    assert cost == Cost(sum(p.numel() for p in case.model.parameters()), flops(program) // 2)
+    assert cost == Cost(sum(p.numel() for p in model.parameters()), flops(program) // 2)
     assert str(Cost(1234, 500)) == "1,234 parameters, 1,000 FLOPs"
     with pytest.raises(KeyError, match="no group of channels is called 'head'"):
         cut_cost(program, {"head": torch.arange(1)})

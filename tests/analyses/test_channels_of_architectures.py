@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-import fxopt
 from fxopt.analyses.channels import Channels, channels
 from tests.architectures import ARCHITECTURES
+from tests.captured import canonicalized
 
 WITHOUT_RESIDUAL = {
     "bert",
@@ -34,9 +34,7 @@ TRANSFORMERS = [
 
 
 def channels_of(name: str) -> Channels:
-    case = ARCHITECTURES[name]()
-    opt = fxopt.transform(case.model, ["canonicalize"], example_inputs=case.example, verify=False)
-    return channels(opt.program)
+    return channels(canonicalized(name).program)
 
 
 @pytest.mark.sweep(one_in=3)

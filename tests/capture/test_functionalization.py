@@ -232,3 +232,37 @@ def test_a_write_that_no_view_leads_back_from_is_torchs_to_undo() -> None:
     program = program_of(windows, x)
     wellformed.check(program)
     assert torch.equal(evaluate(program, (x,))[0], windows(x))
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "add": lambda x: x.add_(1),
+    "double": lambda x: x.mul_(2),
+    "zero": lambda x: x.zero_(),
+    "none": lambda x: x,
+}
+
+
+class Places(nn.Module):
+    """Where x is positive, written to: two columns of a matrix that no node has."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.where(x > 0)
+        WRITES[self.names[0]](rows)
+        WRITES[self.names[1]](columns)
+        return rows, columns + rows
+
+
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from(list(WRITES)), min_size=2, max_size=2))
+def test_results_in_one_memory_are_written_each_apart(names: list[str]) -> None:
+    model = Places(names).eval()
+    program = capture(model, (torch.randn(4, 5),))
+    wellformed.check(program)
+    assert not any(map(writes, calls(program)))
+    for x in (torch.randn(4, 5), torch.ones(3, 2)):
+        for found, wanted in zip(evaluate(program, (x,)), model(x), strict=True):
+            assert torch.equal(found, wanted)

@@ -142,7 +142,11 @@ def test_what_is_timed_and_what_is_judged_can_differ() -> None:
         ({"a": net()}, {"better": "more"}, "better='more': say whether"),
         ({"a": failing}, {}, "the reference 'a' can't be called with the inputs: RuntimeError: no"),
         ({"a": net()}, {"data": []}, "data gave no batch at all, so there is nothing to time"),
-        ({"a": net()}, {"data": DATA[0]}, "data must be an iterable of inputs, not Tensor"),
+        (
+            {"a": net()},
+            {"data": DATA[0]},
+            "data is one input (a Tensor), not an iterable of inputs",
+        ),
         ({"a": 3}, {}, "a is a int, which can't be called"),
     ],
 )

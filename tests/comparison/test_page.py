@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -56,8 +57,19 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+@functools.cache
+def page_of_two(joules: bool = False) -> str:
+    return made_comparison(TWO, joules=joules).to_html()
+
+
+@functools.cache
+def plain_page(models: int) -> str:
+    points = [(f"m{i}", 20.0 + i, 0.9 - i / 10) for i in range(models)]
+    return made_comparison(points, quality="metric").to_html()
+
+
 def test_the_page_is_whole_and_self_contained() -> None:
-    html = made_comparison(TWO, joules=True).to_html()
+    html = page_of_two(joules=True)
     page = Parsed(html)
     assert page.open == []
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
@@ -85,7 +97,7 @@ def test_the_page_is_whole_and_self_contained() -> None:
 
 
 def test_plots_say_in_words_what_they_show() -> None:
-    page = Parsed(made_comparison(TWO).to_html())
+    page = Parsed(page_of_two())
     plots = page.all("svg")
     assert len(plots) == 2 + 2
     labels = [str(plot["aria-label"]) for plot in plots]
@@ -98,7 +110,7 @@ def test_plots_say_in_words_what_they_show() -> None:
 
 
 def test_identifiers_are_the_only_ones_of_their_name() -> None:
-    page = Parsed(made_comparison(TWO, joules=True).to_html())
+    page = Parsed(page_of_two(joules=True))
     names = [a["id"] for _, a in page.elements if "id" in a]
     assert len(names) == len(set(names))
     used = {str(value)[1:] for _, a in page.elements for n, value in a.items() if "href" in n}
@@ -106,7 +118,7 @@ def test_identifiers_are_the_only_ones_of_their_name() -> None:
 
 
 def test_no_style_of_a_plot_reaches_the_page_and_colours_follow_it() -> None:
-    html = made_comparison(TWO).to_html()
+    html = page_of_two()
     assert html.count("<style>") == 1
     assert "var(--accent)" in html
     assert "#040404" not in html
@@ -118,9 +130,8 @@ def test_no_style_of_a_plot_reaches_the_page_and_colours_follow_it() -> None:
 @given(names=st.lists(_NAMES, min_size=2, max_size=3, unique=True), metric=_NAMES)
 def test_no_name_is_taken_for_markup(names: list[str], metric: str) -> None:
     points = [(name, 20.0 + i, 0.9 - i / 10) for i, name in enumerate(names)]
-    plain = [(f"m{i}", 20.0 + i, 0.9 - i / 10) for i in range(len(names))]
     hostile = made_comparison(points, quality=metric)
-    expected = Parsed(made_comparison(plain, quality="metric").to_html())
+    expected = Parsed(plain_page(len(names)))
     page = Parsed(hostile.to_html())
 
     def shape(parsed: Parsed) -> list[str]:
@@ -144,7 +155,7 @@ def test_hostile_names_reach_the_reader_as_they_are() -> None:
 
 
 def test_what_was_not_measured_is_said_and_has_no_plot() -> None:
-    page = Parsed(made_comparison(TWO).to_html())
+    page = Parsed(page_of_two())
     assert f"No plot: {NO_COUNTER}" in page.texts
     assert f"energy of all models: {NO_COUNTER}" in page.texts
 

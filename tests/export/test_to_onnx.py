@@ -20,6 +20,7 @@ from fxopt.claim import sqnr
 from fxopt.export import interchange
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from tests.architectures import ARCHITECTURES
+from tests.captured import canonicalized, case
 from tests.check import tensors_of
 
 ops = torch.ops.fxopt
@@ -69,23 +70,23 @@ def assert_same_numbers(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["bert", "llama", "vit"])
 def test_architectures_at_other_sizes(name: str, form: str, tmp_path: Path) -> None:
-    case = ARCHITECTURES[name]()
-    opt = fxopt.transform(case.model, FORMS[form], example_inputs=case.example)
+    shared = case(name)
+    opt = fxopt.transform(canonicalized(name), FORMS[form])
     path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
     floor = {"fp32": 90.0, "dynamic": 16.0, "weight-only": 26.0}[form]
-    assert len(case.others) >= 2
-    for inputs in case.others:
-        assert_same_numbers(opt, case.model, path, inputs, fxopt.Sqnr(floor))
+    assert len(shared.others) >= 2
+    for inputs in shared.others:
+        assert_same_numbers(opt, shared.model, path, inputs, fxopt.Sqnr(floor))
     assert ("MatMulInteger" in fused(path, tmp_path)) == (form == "dynamic")
 
 
 def test_kernels_are_left_out(tmp_path: Path) -> None:
-    case = ARCHITECTURES["bert"]()
+    shared = case("bert")
     passes = "canonicalize, int8-linear{where=always}, select-kernels, prepack"
-    opt = fxopt.transform(case.model, passes, example_inputs=case.example)
+    opt = fxopt.transform(canonicalized("bert"), passes)
     assert any(node.target in kernels.KERNEL_LEVEL for node in opt.program.graph.nodes)
     path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
-    assert_same_numbers(opt, case.model, path, case.others[0], fxopt.Sqnr(16.0))
+    assert_same_numbers(opt, shared.model, path, shared.others[0], fxopt.Sqnr(16.0))
 
 
 # Static scales, by hand
@@ -162,12 +163,12 @@ def test_int8_linear_static(tmp_path: Path) -> None:
         pass_ = fxopt.Int8Linear(mode="static", where="always")  # type: ignore[arg-type]
     except fxopt.PassError:
         pytest.skip("this Int8Linear has no static mode")
-    case = ARCHITECTURES["bert"]()
-    opt = fxopt.transform(case.model, [pass_], example_inputs=case.example, verify=False)
+    shared = case("bert")
+    opt = fxopt.transform(canonicalized("bert"), [pass_], verify=False)
     path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
-    for inputs in case.others:
+    for inputs in shared.others:
         with torch.no_grad():
-            reference, own = tensors_of(case.model(**inputs)), tensors_of(opt(**inputs))
+            reference, own = tensors_of(shared.model(**inputs)), tensors_of(opt(**inputs))
         for expected, mine, found in zip(reference, own, run(path, inputs), strict=True):
             assert sqnr(expected, found) >= sqnr(expected, mine) - 3.0
     made = fused(path, tmp_path)
@@ -254,9 +255,7 @@ def dimensions(value: Any) -> list[int | str]:
 
 
 def test_inputs_outputs_and_sizes_keep_their_names(tmp_path: Path) -> None:
-    case = ARCHITECTURES["bert"]()
-    opt = fxopt.transform(case.model, ["canonicalize"], example_inputs=case.example)
-    graph = onnx.load(fxopt.to_onnx(opt, tmp_path / "model.onnx")).graph
+    graph = onnx.load(fxopt.to_onnx(canonicalized("bert"), tmp_path / "model.onnx")).graph
     assert {value.name: dimensions(value) for value in graph.input} == {
         "input_ids": ["batch", "length"],
         "attention_mask": ["attention_mask_batch", "length"],
@@ -296,8 +295,7 @@ def test_no_two_values_share_a_name(tmp_path: Path) -> None:
 
 
 def test_the_file_tells_nothing_of_the_machine(tmp_path: Path) -> None:
-    case = ARCHITECTURES["llama"]()
-    opt = fxopt.transform(case.model, ["int8-linear{where=always}"], example_inputs=case.example)
+    opt = fxopt.transform(canonicalized("llama"), ["int8-linear{where=always}"])
     content = fxopt.to_onnx(opt, tmp_path / "model.onnx").read_bytes()
     here = str(Path(__file__).parents[2])
     for trace in (str(tmp_path), here, "site-packages", ".py", "self.", "transformers.", "torch."):

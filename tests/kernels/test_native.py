@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.kernels import PACKED_WEIGHTS, native
 from fxopt.kernels.native import building
 from fxopt.kernels.packed_linear import activate
@@ -183,17 +183,18 @@ def test_libraries_run_everything_when_switched_off() -> None:
     torch.testing.assert_close(ops.packed_linear(x, weight, None, "none", None), x @ weight.t())
 
 
-def test_what_the_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building.Device, "describe", lambda _: Device("cpu", "Old", frozenset()))
-    kernels, answer = building._kernels.__wrapped__()
-    assert kernels is None
+def test_what_the_machine_lacks_is_said() -> None:
+    with pretending(Device("cpu", "Old", frozenset())):
+        answer = native.load()
+    assert not answer
     assert answer.reason.startswith("Old lacks avx512f, avx512bw")
 
 
-def test_a_cpu_with_matrix_units_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_with_matrix_units_is_left_to_onednn() -> None:
     has = frozenset({*building._NEEDED, "amx_bf16", "amx_int8"})
-    monkeypatch.setattr(building.Device, "describe", lambda _: Device("cpu", "New", has))
-    _, answer = building._kernels.__wrapped__()
+    with pretending(Device("cpu", "New", has)):
+        answer = native.load()
+    assert not answer
     assert answer.reason == "New has amx_bf16, amx_int8, which oneDNN multiplies by"
 
 
@@ -224,7 +225,7 @@ def test_a_compiler_that_is_missing_or_fails_is_said(
         raise InvalidCxxCompiler if failure == "missing" else CppCompileError(["g++"], "no header")
 
     monkeypatch.setattr(building, "_build", fail)
-    kernels, answer = building._kernels.__wrapped__()
+    kernels, answer = building._kernels.__wrapped__(Device.describe("cpu"))
     assert kernels is None
     expected = {
         "missing": "no C++ compiler was found to build the kernels for this CPU",

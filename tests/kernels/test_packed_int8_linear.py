@@ -287,7 +287,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"q": torch.ones(2, 31, dtype=torch.uint8)},
-        "needs q [..., K] and weight [N, K], not (2, 31) and (16, 32)",
+        "needs [..., K] and a weight [N, K], not (2, 31) and (16, 32)",
     ),
     (
         {"scale": torch.ones(2)},

@@ -244,7 +244,7 @@ def test_wrong_inputs_say_what_is_needed():
             packed_linear(x, weight, None, "tanh", None)
         with pytest.raises(KernelError, match="takes `other` with post_op='add', and only then"):
             packed_linear(x, weight, None, "add", None)
-        with pytest.raises(KernelError, match=r"needs x \[..., K\] and weight \[N, K\]"):
+        with pytest.raises(KernelError, match=r"needs \[..., K\] and a weight \[N, K\]"):
             packed_linear(x, weight.t(), None, "none", None)
         with pytest.raises(KernelError, match="adds an `other` of its result's shape"):
             packed_linear(x, weight, None, "add", x)

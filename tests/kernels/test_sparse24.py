@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.errors import KernelError
 from fxopt.kernels import PACKED_WEIGHTS, sparse24
 from fxopt.kernels.sparse24 import (
@@ -195,11 +195,14 @@ def test_a_weight_without_rows_or_columns_is_compressed_to_nothing() -> None:
 
 
 def _answer(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], library: bool) -> Any:
-    device = Device("cuda", "GPU", capability=capability)
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda _: device))
+    """What a GPU of this capability says of a weight [rows, columns] of `dtype`."""
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
-    half, here = torch.float16, torch.device("cpu")
-    return lambda rows=64, columns=128, dtype=half: refuse_sparse24(rows, columns, dtype, here)
+
+    def refuse(rows: int = 64, columns: int = 128, dtype: torch.dtype = torch.float16) -> Any:
+        with pretending(Device("cuda", "GPU", capability=capability)):
+            return refuse_sparse24(rows, columns, dtype, torch.device("cpu"))
+
+    return refuse
 
 
 def test_why_sparse_tensor_cores_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +260,8 @@ def test_what_cuda_is_given_is_what_it_wants(
         lambda bias, *rest: by_cutlass(*rest) + bias[:, None],
     )
     PACKED_WEIGHTS.clear()
-    y = sparse24._on_cuda(x, *compress24(weight), b)
+    with pretending(Device("cuda", "GPU", capability=(8, 0))):
+        y = sparse24._on_cuda(x, *compress24(weight), b)
     assert y.is_contiguous()
     torch.testing.assert_close(y, nn.functional.linear(x, weight, b), rtol=1e-2, atol=1e-2)
     PACKED_WEIGHTS.clear()

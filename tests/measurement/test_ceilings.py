@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.kernels import multiplies_int8
 from fxopt.measurement.ceilings import _measured, ceilings
 from fxopt.timing import summarize
@@ -62,8 +62,8 @@ def test_a_dtype_that_is_emulated_has_no_ceiling_and_a_reason(clock):
 def test_a_cpu_without_a_dot_product_has_a_ceiling_for_int8_by_onednn(clock, monkeypatch, onednn):
     plain = Device("cpu", "a plain CPU")
     monkeypatch.setattr("fxopt.kernels.has_onednn", lambda: onednn)
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda device="cpu": plain))
-    found = ceilings("cpu")
+    with pretending(plain):
+        found = ceilings("cpu")
     assert found is not None
     assert ("int8" in found.flops) == onednn
     assert onednn or found.missing["int8"].startswith("a plain CPU has no instruction that")

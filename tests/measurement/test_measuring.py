@@ -252,7 +252,7 @@ def test_on_a_machine_without_a_counter_no_number_is_invented():
     ("model", "inputs", "options", "text"),
     [
         (7, torch.zeros(1), {}, r"int is a int, which can't be called; give an nn\.Module, an "),
-        (torch.relu, "text", {}, r"inputs is a str; give a tensor, a tuple of positional "),
+        (torch.relu, "text", {}, r"inputs must be a tensor, a tuple of positional "),
         (torch.relu, torch.zeros(1), {"tokens": 0}, r"tokens=0: give the number of tokens of one"),
         (torch.relu, torch.zeros(1), {"carbon": -1.0}, r"carbon=-1\.0: give the grid's carbon "),
         (

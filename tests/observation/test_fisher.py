@@ -1,4 +1,4 @@
-"""Fisher information: draws whose second moment is what the answer feels of an error."""
+"""Fisher information: draws whose second moment is the outputs' sensitivity to an error."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_each_spelling_is_one_linear(case: str) -> None:
     assert linear.dtype == torch.float32
     assert (linear.bias is not None) == biased
     assert linear.weight.op == "get_attr"
-    weight = materialize(linear.rows_first(program.state[str(linear.weight.target)]))
+    weight = materialize(linear.weight_nk(program.state[str(linear.weight.target)]))
     assert weight.shape == (6, 4)
     bias = model.b if biased else torch.zeros(6)
     x = X[0] if "mm" in case.split()[0] and case.split()[0] != "matmul" else X
@@ -89,13 +89,13 @@ def test_what_only_looks_like_one_is_none(case: str) -> None:
 def test_an_untransposed_weight_is_handed_on_as_it_is() -> None:
     model = Layer(SPELLINGS["linear"][0])
     (linear,) = linears(capture(model, (X,)))
-    assert linear.rows_first(model.w) is model.w
+    assert linear.weight_nk(model.w) is model.w
 
 
 def test_a_transposed_weight_waits_as_a_recipe() -> None:
     model = Layer(SPELLINGS["matmul"][0])
     (linear,) = linears(capture(model, (X,)))
-    recipe = linear.rows_first(model.v)
+    recipe = linear.weight_nk(model.v)
     assert isinstance(recipe, Recipe)
     assert recipe.shape == (6, 4)
     assert recipe.requires_grad

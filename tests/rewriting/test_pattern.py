@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx
 
 from fxopt.errors import RewriteError
@@ -115,6 +118,79 @@ def test_an_argument_that_is_not_named_must_have_its_default(g: Graph) -> None:
     without_bias = op(aten.linear.default, hole("x"), hole("w"))
     assert find((without_bias,), g.call(aten.linear.default, g.x, g.w, None)) is not None
     assert find((without_bias,), g.call(aten.linear.default, g.x, g.w, g.y)) is None
+
+
+@given(st.lists(st.sampled_from([1, 2, [0, 1], None]), min_size=6, max_size=6), st.integers(1, 6))
+def test_the_rest_is_bound_by_name_whatever_it_is(values: list[Any], positional: int) -> None:
+    """However the call gives it."""
+    g = Graph()
+    names = ["weight", "bias", "stride", "padding", "dilation", "groups"]
+    given_values = dict(zip(names, values, strict=True))
+    keywords = dict(list(given_values.items())[positional:])
+    node = g.call(aten.conv2d.default, g.x, *values[:positional], **keywords)
+    match = find((op(aten.conv2d.default, hole("input"), rest=True),), node)
+    assert match is not None
+    assert match.bound == {"input": g.x, **given_values}
+    assert match.bound == arguments(node)
+    same = find((op(aten.conv2d.default, hole("input"), groups=hole("groups"), rest=True),), node)
+    assert same == match
+    named = op(aten.conv2d.default, hole("x"), groups=hole("parts"), rest=True)
+    match = find((named,), node)
+    assert match is not None
+    assert match.bound == {"x": g.x, "parts": given_values.pop("groups"), **given_values}
+
+
+def test_the_rest_has_the_names_of_the_operator_that_is_met(g: Graph) -> None:
+    total = op(aten.add.Tensor, hole("a"), rest=True)
+    pattern = op((aten.gelu.default, aten.relu.default), total, rest=True)
+    node = g.call(aten.add.Tensor, g.x, g.y, alpha=2)
+    gelu = find((pattern,), g.call(aten.gelu.default, node, approximate="tanh"))
+    assert gelu is not None
+    assert gelu.bound == {"a": g.x, "other": g.y, "alpha": 2, "approximate": "tanh"}
+    relu = find((pattern,), g.call(aten.relu.default, node))
+    assert relu is not None
+    assert relu.bound == {"a": g.x, "other": g.y, "alpha": 2}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: op(aten.add.Tensor, hole("other"), rest=True),
+        lambda: op(aten.add.Tensor, op(aten.relu.default, hole("alpha")), hole("b"), rest=True),
+        lambda: op(aten.add.Tensor, op(aten.add.Tensor, hole("a"), rest=True), hole("alpha")),
+        lambda: op(aten.relu.default, op(aten.add.Tensor, hole("a"), rest=True), name="other"),
+        lambda: op(aten.add.Tensor, hole("a"), name="alpha", rest=True),
+        lambda: op(aten.add.Tensor, *[op(aten.add.Tensor, hole("a"), rest=True)] * 2),
+        lambda: op(
+            aten.mul.Tensor, hole("other"), either(op(aten.add.Tensor, hole("a"), rest=True))
+        ),
+    ],
+)
+def test_a_name_that_the_rest_would_bind_twice_is_an_error(make: Callable[[], object]) -> None:
+    text = (
+        r"rest=True of a pattern of aten\.\w+\.\w+ binds (alpha|other|alpha, other), "
+        "which another part "
+        "of the pattern binds too; give that argument a hole of another name"
+    )
+    with pytest.raises(RewriteError, match=text):
+        make()
+
+
+def test_choices_may_have_one_name_for_their_rest(g: Graph) -> None:
+    inner = either(
+        *(op(one, hole("a"), rest=True) for one in (aten.add.Tensor, aten.sub.Tensor)),
+    )
+    node = g.call(aten.relu.default, g.call(aten.sub.Tensor, g.x, g.y))
+    match = find((op(aten.relu.default, inner),), node)
+    assert match is not None
+    assert match.bound == {"a": g.x, "other": g.y, "alpha": 1}
+
+
+def test_a_dtype_is_a_literal(g: Graph) -> None:
+    cast = op(aten.to.dtype, hole("x"), torch.bfloat16)
+    assert find((cast,), g.call(aten.to.dtype, g.x, torch.bfloat16)) is not None
+    assert find((cast,), g.call(aten.to.dtype, g.x, torch.float16)) is None
+    assert find((cast,), g.call(aten.to.dtype, g.x, torch.bfloat16, copy=True)) is None
 
 
 def test_keywords_name_arguments_however_the_call_gives_them(g: Graph) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import fxopt
 from fxopt import kernels
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.errors import PassError
 from fxopt.measurement.counters import Domain, EnergyCounter, Unmeasured
 from fxopt.search import Found, Measured, SearchError, judging, search, storage
@@ -290,9 +290,9 @@ def test_a_search_on_a_cpu_without_a_dot_product_asks_which_linears_to_spare(
 ) -> None:
     monkeypatch.setattr(kernels, "has_onednn", lambda: True)
     plain = Device("cpu", "a plain one")
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda device="cpu": plain))
     monkeypatch.setattr(judging, "least_milliseconds", lambda program: None)
-    found = run(space=None, calibration=INPUTS, trials=1, metric=constant)
+    with pretending(plain):
+        found = run(space=None, calibration=INPUTS, trials=1, metric=constant)
     (choices,) = (slot.choices for slot in found.space.slots if slot.name == "int8")
     assert "int8-linear" in choices
     assert {"int8-linear{mode=static, exclude=up}", "int8-linear{mode=static, exclude=down}"} & {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import fxopt
 from fxopt import kernels
@@ -17,7 +17,7 @@ from fxopt.errors import PassError
 from fxopt.pass_list import resolve_passes
 from fxopt.passes.quantization import int8_planning, quantize_linear
 from fxopt.search import SearchError, Slot, Space, standard_space
-from fxopt.search.standard import costly_linears, first_points, paths
+from fxopt.search.standard import costly_linears, first_points
 from fxopt.timing import Latency, summarize, timings_in
 from tests.train.models import bert, text_batch
 
@@ -176,10 +176,27 @@ def test_a_space_comes_back_from_plain_values(alternatives: list[list[str]]) -> 
     assert all(space.holds(point) for point in points)
 
 
-def test_names_of_groups_are_paths() -> None:
-    assert paths("layer.0.{query,key} + out.dense") == ["layer.0.query", "layer.0.key", "out.dense"]
-    assert paths("head (linear_3)") == ["head"]
-    assert paths("{a,b}") == ["a", "b"]
+def test_modules_of_any_name_are_excluded_by_their_paths() -> None:
+    """Also where a name looks like what a table prints of a group."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            names = ("up", "a + b", "c (d", "{e}")
+            self.linears = nn.ModuleDict({name: nn.Linear(16, 16) for name in names})
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, *others = self.linears.values()
+            y = up(x).relu()
+            return torch.stack([one(y) for one in others])
+
+    def much_faster(key: object, systems: Mapping[str, object]) -> dict[str, Latency]:
+        return {name: summarize([9.0 if name == "float" else 1.0] * 9) for name in systems}
+
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    with timings_in(None, much_faster):
+        costly = costly_linears(Named(), (x,), [(x,)], lambda line: None)
+    assert set(costly) == {"linears.up", "linears.a + b|linears.c (d|linears.{e}"}
 
 
 def test_the_costliest_linears_are_asked_of_the_model() -> None:

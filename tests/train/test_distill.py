@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -223,7 +226,7 @@ def test_modes_are_put_back_and_the_teacher_does_not_draw() -> None:
     assert [module.training for module in student] == [True, False, False, False]
 
 
-def test_the_rehearsal_leaves_running_statistics() -> None:
+def test_the_dry_run_leaves_running_statistics() -> None:
     def cnn() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
@@ -293,7 +296,7 @@ def test_a_dataset_is_shuffled_by_the_seed() -> None:
         distill(small(1), small(0), Seen(), batch_size=4, terms=[Logits()], epochs=2)
         orders.append(list(Seen.order))
     assert orders[0] == orders[1]
-    epochs = orders[0][4:16], orders[0][16:]  # after the rehearsal's batch
+    epochs = orders[0][4:16], orders[0][16:]  # after the dry run's batch
     assert epochs[0] != epochs[1]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
 
@@ -451,16 +454,16 @@ DATA_ERRORS: list[tuple[Any, str]] = [
     (vectors(), "data= is a Dataset: give batch_size= as well, or a DataLoader"),
     (
         torch.zeros(2, 4),
-        "data= is one batch (a Tensor), not an iterable of batches. Give a list of them: [batch]",
+        "data= is one input (a Tensor), not an iterable of inputs. Give a list of them: [inputs]",
     ),
     (
         {"x": torch.zeros(2, 4)},
-        "data= is one batch (a dict), not an iterable of batches. Give a list of them: [batch]",
+        "data= is one input (a dict), not an iterable of inputs. Give a list of them: [inputs]",
     ),
     (
         "data.csv",
-        "data= must be a DataLoader, a Dataset with batch_size=, or another iterable of batches, "
-        "not str",
+        "data= must be an iterable of inputs (a list, a DataLoader, or a Dataset with "
+        "batch_size=), not str",
     ),
     (
         iter([torch.zeros(2, 4)]),
@@ -470,8 +473,8 @@ DATA_ERRORS: list[tuple[Any, str]] = [
     ([], "data= is empty: it gave no batch"),
     (
         ["text"],
-        "data gave a batch of type str; it must be a tensor, a tuple of positional arguments or a "
-        "dict of keyword arguments",
+        "a batch of data= must be a tensor, a tuple of positional arguments or a dict of keyword "
+        "arguments, not str",
     ),
     (
         [torch.full((2, 4), torch.nan)],
@@ -537,6 +540,35 @@ def test_labels_without_a_class_are_said_before_anything_is_trained(
         assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Stream:
+    """Batches that are read one after the other, as those of a DataLoader are."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches
+
+
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@given(st.integers(1, 3), st.sampled_from([3, 9, -1]))
+def test_labels_without_a_class_are_said_where_their_batch_comes(at: int, wrong: int) -> None:
+    good = [labelled(0, 1, 2, -100) for _ in range(4)]
+    data = [*good[:at], labelled(0, wrong, 2, 1), *good[at:]]
+    low, high = min(0, wrong), max(2, wrong)
+    with pytest.raises(InputError) as caught:
+        distill(bert(1, seed=1), bert(2), Stream(data), terms=[Task(), Logits()], epochs=1)
+    assert str(caught.value) == (
+        f"batch {at} of data= has labels from {low} to {high}, and the student's logits have 3 "
+        "classes: labels must be in 0 to 2, or -100 where they don't count"
+    )
+    found = distill(bert(1, seed=1), bert(2), Stream(good), terms=[Task(), Logits()], epochs=1)
+    assert len(found.history.losses["total"]) == len(good)
 
 
 MODEL_ERRORS: list[tuple[Any, str]] = [

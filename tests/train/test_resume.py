@@ -22,8 +22,8 @@ from fxopt.device import Device, HalfChoice
 from fxopt.errors import TrainError
 from fxopt.train import Distilled, Hidden, Logits, Task, distill
 from fxopt.train.checkpoint import check_is_plain, write_checkpoint
-from fxopt.train.draws import draws, restore, undone
 from fxopt.train.interrupts import deferred_interrupts
+from fxopt.train.rng_state import rng_state, rng_state_kept, set_rng_state
 from tests.train.models import bert, captured, rows, state_of, text_batch
 
 STATES = {"output_hidden_states": True}
@@ -186,7 +186,7 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_keeps_it(tmp_path: Path) -> No
     handler = signal.getsignal(signal.SIGINT)
     path, whole, again = tmp_path / "run.pt", Interrupted(None), Interrupted(None)
     run(whole, None)
-    stopped = Interrupted(1 + 2 * 4 + 1)  # after the rehearsal's call and four steps
+    stopped = Interrupted(1 + 2 * 4 + 1)  # after the dry run's call and four steps
     with pytest.raises(KeyboardInterrupt):
         run(stopped, path)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -376,9 +376,9 @@ def everything_drawn(generator: torch.Generator) -> Iterator[float]:
 def test_draws_are_put_back_also_through_a_file(tmp_path: Path) -> None:
     own = torch.Generator().manual_seed(0)
     random.gauss(0, 1)  # leaves a second one in Python's generator
-    torch.save(draws([own]), tmp_path / "draws.pt")
+    torch.save(rng_state([own]), tmp_path / "draws.pt")
     first = list(everything_drawn(own))
-    restore(torch.load(tmp_path / "draws.pt", weights_only=True), [own])
-    with undone([own]):
+    set_rng_state(torch.load(tmp_path / "draws.pt", weights_only=True), [own])
+    with rng_state_kept([own]):
         assert list(everything_drawn(own)) == first
     assert list(everything_drawn(own)) == first

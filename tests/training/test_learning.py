@@ -140,7 +140,7 @@ def broken_capture(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
     def broken(*args: Any, **options: Any) -> Program:
         return without(capture(*args, **options), target)
 
-    monkeypatch.setattr(capturing, "capture", broken)
+    monkeypatch.setattr(capturing, "capture_whole", broken)
 
 
 @pytest.mark.parametrize(

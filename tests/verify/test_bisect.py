@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxopt
@@ -169,9 +171,9 @@ class LooseSplit(SplitLinear):
     claim = Sqnr(60.0)
 
 
-def violation(rule: SplitLinear, **options: object) -> str:
+def violation(rule: Rule, model: nn.Module | None = None, **options: object) -> str:
     with pytest.raises(EquivalenceError) as caught:
-        fxopt.transform(deep_model(), [rule], example_inputs=(X,), **options)  # type: ignore[arg-type]
+        fxopt.transform(model or deep_model(), [rule], example_inputs=(X,), **options)  # type: ignore[arg-type]
     return str(caught.value)
 
 
@@ -313,3 +315,51 @@ def test_an_oracle_may_name_its_nodes_otherwise() -> None:
     blames = blame(program, after, Trial("the example", (X,), ()), oracle)
     assert [one.before for one in blames if one.db < 90.0] == ["linear_1"]
     assert {one.before for one in blames} <= {"linear_1", "sigmoid", "linear", "tanh"}
+
+
+class Gated(nn.Module):
+    """Two layers, of one of which next to nothing reaches the output."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.gate = gate
+        self.quiet, self.loud = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate * self.quiet(x) + self.loud(x)
+
+
+class Times(Rule):
+    """linear(x, W, b) = linear(x, W, b) * a factor for the module it is in"""
+
+    def __init__(self, factors: dict[str, float]) -> None:
+        self.factors = factors
+        self.made: set[fx.Node] = set()
+
+    def targets(self) -> tuple[Target, ...]:
+        return (aten.linear.default,)
+
+    def match(self, node: fx.Node) -> Match | None:
+        return None if node in self.made else Match((node,), {})
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        same = edit.call(match.root.target, *match.root.args)
+        self.made.add(same)
+        return edit.call(aten.mul.Scalar, same, self.factors[match.root.meta["module_path"]])
+
+
+@settings(max_examples=10)
+@given(st.floats(0.9, 0.99), st.integers(7, 12), st.sampled_from([0.0, -1.0, 3.0]))
+def test_guilty_is_what_the_outputs_suffer_from(loud: float, power: int, quiet: float) -> None:
+    model = Gated(10.0**-power).eval()
+    rule = Times({"quiet": quiet, "loud": loud})
+    program = capture(model, (X,))
+    found, _ = trials(program, run_model(model, program))
+    worst, other = blame(program, rewrite(program, [rule]), found[0])
+    assert "loud" in worst.text
+    assert other.db < worst.db, "the other errs more by itself"
+    text = violation(rule, model)
+    assert f"guilty node ({worst.outputs_db:.1f} dB at the outputs, {worst.db:.1f} dB on" in text
+    opt = fxopt.transform(model, [rule], example_inputs=(X,), on_violation="revert")
+    (reverted,) = opt.steps[-1].record.reverted
+    assert reverted.node.startswith("loud")

@@ -24,7 +24,6 @@ from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
-from networkx.utils import UnionFind
 from torch import Tensor
 
 from fxopt.program import Refusal
@@ -54,6 +53,8 @@ class Dims:
     """The dims of one program and what has been unified."""
 
     def __init__(self) -> None:
+        from networkx.utils import UnionFind
+
         self._sets = UnionFind()
         self._facts: dict[Dim, _Facts] = {}
 

@@ -23,6 +23,7 @@ from fxopt.analyses.channels.walk import (
 )
 from fxopt.nodes import arguments, label, module_path
 from fxopt.program import Program, Refusal
+from fxopt.rendering.alignment import aligned
 
 GroupKind = Literal["ffn", "heads", "queries", "head_dim", "residual", "channels"]
 
@@ -126,11 +127,7 @@ class Channels:
         rows = [("group", "kind", "channels", "where")]
         for group in self.groups:
             rows.append((group.name, group.kind, f"{group.size:,}", _where(group)))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {size:>{widths[2]}}  {where}"
-            for name, kind, size, where in rows
-        )
+        return "\n".join(aligned(rows, "<<><"))
 
 
 def _where(group: Group) -> str:

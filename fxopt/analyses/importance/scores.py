@@ -44,9 +44,9 @@ def importance(
       1992; in groups: ZipLM, Kurtic et al., NeurIPS 2023)
     - "random": uniform in [0, 1)
 
-    `weighting` is what a row of the calibration counts in "obs": "uniform", or with "fisher" what
-    the program's answer feels of an error there (`fxopt.observation.fisher`). `seed` is that of the
-    random numbers of "taylor" (without a loss), "random" and "fisher". Without a
+    `weighting` is what a row of the calibration counts in "obs": "uniform", or with "fisher" how
+    sensitive the program's outputs are to an error there (`fxopt.observation.fisher`). `seed` is
+    that of the random numbers of "taylor" (without a loss), "random" and "fisher". Without a
     calibration the example stands in. Scores of two kinds, and of two groups, are in different
     units: see `normalized`.
 

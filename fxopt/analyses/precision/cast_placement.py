@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-
-import networkx as nx
-from networkx.algorithms.flow import boykov_kolmogorov
+from typing import TYPE_CHECKING
 
 from fxopt.analyses.precision.operators import Side
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 _HIGH, _LOW = "high", "low"
 
@@ -80,6 +81,8 @@ def cheapest_placement(graph: CastGraph) -> Placement:
 
     Raises `ValueError` for a reading that `keeps` between values fixed the other way.
     """
+    import networkx as nx
+
     network = _network(graph)
     low = {value.name for value in graph.values if value.side == "low"}
     inner = network.subgraph([node for node in network if node not in (_HIGH, _LOW)])
@@ -117,6 +120,8 @@ def priced(graph: CastGraph, low: Collection[str]) -> Placement | None:
 
 def _network(graph: CastGraph) -> nx.DiGraph:
     """The flow network: terminals, a node for each free value, and two for the casts of a value."""
+    import networkx as nx
+
     place: dict[str, object] = {
         value.name: value.side if value.side != "either" else ("value", value.name)
         for value in graph.values
@@ -146,6 +151,9 @@ def _network(graph: CastGraph) -> nx.DiGraph:
 
 def _cut(network: nx.DiGraph, part: Collection[object]) -> set[str]:
     """The free values of one part that the minimum cut puts on the low side."""
+    import networkx as nx
+    from networkx.algorithms.flow import boykov_kolmogorov
+
     free = {node[1] for node in part if isinstance(node, tuple) and node[0] == "value"}
     if not free:
         return set()

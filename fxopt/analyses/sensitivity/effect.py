@@ -8,9 +8,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Effect:
     """What one candidate costs: decibels alone, and together with all cheaper ones (None where that
-    was not measured), and its share of the sum of all candidates' noise powers."""
+    was not measured), and its share of the sum of all candidates' noise powers; `paths` are the
+    modules that it rewrites (a node's name where it has none)."""
 
     name: str
     alone_db: float
     cumulative_db: float | None
     share: float
+    paths: tuple[str, ...] = ()

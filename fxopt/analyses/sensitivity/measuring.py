@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,12 +29,12 @@ from fxopt.claim import Sqnr
 from fxopt.errors import PassError
 from fxopt.interpreter import Override, evaluate, evaluate_variants, same_draws
 from fxopt.kernels.onednn import dense_linear
-from fxopt.nodes import label
+from fxopt.nodes import label, module_path
 from fxopt.program import Program
+from fxopt.progress import Progress, silent
 
 aten = torch.ops.aten
 
-Progress = Callable[[str], None]
 Batch = Sequence[Tensor]
 
 # Measuring runs the model 2 L times on each.
@@ -51,6 +51,11 @@ class Candidate:
 
     name: str
     values: Override
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the modules that it rewrites, a node's name where it is of none."""
+        return tuple(dict.fromkeys(module_path(node) or node.name for node in self.values))
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class _Measurement:
         self.batches = [tuple(batch) for batch in batches]
         if not self.batches:
             raise PassError("sensitivity got no batch of inputs to measure on; give at least one")
-        self.say = progress or (lambda line: None)
+        self.say = progress or silent
         self.references: list[list[Tensor]] = []
         self.runs = 0
 
@@ -160,11 +165,12 @@ class _Measurement:
         order = sorted(range(len(alone)), key=lambda index: alone[index])
         powers = _shares([alone[index] for index in order])
         cumulative = self._cumulative(order, alone, budget)
-        rows = tuple(
-            Effect(self.candidates[index].name, alone[index], cumulative.get(place), power)
-            for place, (index, power) in enumerate(zip(order, powers, strict=True))
-        )
-        return Sensitivity(rows, self.runs)
+        rows = []
+        for place, (index, power) in enumerate(zip(order, powers, strict=True)):
+            one = self.candidates[index]
+            effect = Effect(one.name, alone[index], cumulative.get(place), power, one.paths)
+            rows.append(effect)
+        return Sensitivity(tuple(rows), self.runs)
 
     def _alone(self) -> list[float]:
         worst = [math.inf] * len(self.candidates)

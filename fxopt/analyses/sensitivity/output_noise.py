@@ -88,7 +88,7 @@ def _input_of(linear: Linear) -> Callable[..., Tensor]:
 
 def _gram(program: Program, linear: Linear) -> Tensor:
     """[W b]ᵀ [W b], float64 [K + 1, K + 1]: the bias meets an input that is always one."""
-    rows = materialize(linear.rows_first(program.state[str(linear.weight.target)])).detach()
+    rows = materialize(linear.weight_nk(program.state[str(linear.weight.target)])).detach()
     bias = rows.new_zeros(len(rows))
     if linear.bias is not None:
         bias = program.tensor(str(linear.bias.target)).detach()

@@ -8,6 +8,7 @@ from html import escape
 
 from fxopt.analyses.sensitivity.effect import Effect
 from fxopt.claim import Sqnr
+from fxopt.rendering.alignment import aligned
 
 _BAR = 20
 _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
@@ -33,13 +34,10 @@ def table(rows: Sequence[Effect], runs: int, most: int | None = None) -> tuple[s
         )
         for row in shown
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = [
-        f"sensitivity of the outputs to {len(rows)} candidates, signal over noise, in {runs} runs"
+        f"sensitivity of the outputs to {len(rows)} candidates, signal over noise, in {runs} runs",
+        *(f"  {line}" for line in aligned(cells, "<>>><")),
     ]
-    for name, *figures, bar in cells:
-        columns = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join(["", name.ljust(widths[0]), *columns, bar]).rstrip())
     rest = rows[len(shown) :]
     if rest:
         share = 100 * sum(row.share for row in rest)

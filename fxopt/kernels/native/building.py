@@ -16,7 +16,7 @@ from torch import Tensor
 from fxopt.cpp_library import build
 from fxopt.device import Answer, Device
 from fxopt.kernels.native.benchmark import trial
-from fxopt.kernels.native.registration import give_way, take_over
+from fxopt.kernels.native.registration import register_libraries, unregister_libraries
 from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 # Compiled as one text, in this order.
@@ -54,16 +54,16 @@ def load() -> Answer:
     """
     if _switched_off.get():
         return Answer(False, "the kernels for this CPU are switched off")
-    kernels, answer = _kernels()
+    kernels, answer = _kernels(Device.describe("cpu"))
     if kernels is None:
         return answer
-    give_way()
+    unregister_libraries()
     kernels.register_kernels()
     slower = _slower()
     if slower is None:
         return answer
     kernels.unregister_kernels()
-    take_over()
+    register_libraries()
     return Answer(False, slower)
 
 
@@ -76,10 +76,10 @@ def loaded() -> bool:
 def without() -> Iterator[None]:
     """Libraries run every operator, as on a CPU that the kernels are not for."""
     token = _switched_off.set(True)
-    kernels, _ = _kernels() if loaded() else (None, None)
+    kernels, _ = _kernels(Device.describe("cpu")) if loaded() else (None, None)
     if kernels is not None:
         kernels.unregister_kernels()
-        take_over()
+        register_libraries()
     try:
         yield
     finally:
@@ -99,9 +99,9 @@ def _slower() -> str | None:
 
 
 @functools.cache
-def _kernels() -> tuple[Any | None, Answer]:
+def _kernels(cpu: Device) -> tuple[Any | None, Answer]:
     """The compiled library, where there can be one, and why there is or isn't."""
-    answer = _supported()
+    answer = _supported(cpu)
     if not answer:
         return None, answer
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -112,18 +112,17 @@ def _kernels() -> tuple[Any | None, Answer]:
         return None, Answer(False, "no C++ compiler was found to build the kernels for this CPU")
     except (CppCompileError, OSError) as error:
         return None, Answer(False, f"the kernels for this CPU could not be built: {error}")
-    return kernels, Answer(True, f"kernels compiled for {Device.describe('cpu').name} (AVX-512)")
+    return kernels, Answer(True, f"kernels compiled for {cpu.name} (AVX-512)")
 
 
-def _supported() -> Answer:
-    device = Device.describe("cpu")
-    matrices = sorted(name for name in device.instructions if name.startswith("amx_"))
+def _supported(cpu: Device) -> Answer:
+    matrices = sorted(name for name in cpu.instructions if name.startswith("amx_"))
     if matrices:
-        return Answer(False, f"{device.name} has {', '.join(matrices)}, which oneDNN multiplies by")
-    missing = [name for name in _NEEDED if name not in device.instructions]
+        return Answer(False, f"{cpu.name} has {', '.join(matrices)}, which oneDNN multiplies by")
+    missing = [name for name in _NEEDED if name not in cpu.instructions]
     if missing:
-        return Answer(False, f"{device.name} lacks {', '.join(missing)}, which the kernels need")
-    return Answer(True, f"{device.name} has what the kernels need")
+        return Answer(False, f"{cpu.name} lacks {', '.join(missing)}, which the kernels need")
+    return Answer(True, f"{cpu.name} has what the kernels need")
 
 
 def _build() -> Any:

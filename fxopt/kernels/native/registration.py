@@ -19,7 +19,7 @@ _registered: dict[str, torch.library.Library] = {}
 
 
 def on_cpu(schema: str, implementation: Callable[..., Any]) -> None:
-    """Run the operator of `schema` by `implementation` on the CPU, unless it gives way."""
+    """Run the operator of `schema` by `implementation` on the CPU, until compiled kernels do."""
     name, _, rest = schema.partition("(")
     _by_library.define(f"{name}_by_library({rest}")
     _by_library.impl(f"{name}_by_library", implementation, "CompositeExplicitAutograd")
@@ -34,15 +34,15 @@ def serves(operator: Any) -> bool:
     )
 
 
-def give_way() -> None:
+def unregister_libraries() -> None:
     """Take back what `on_cpu` registered, but for the operators by their longer names."""
     while _registered:
         _, library = _registered.popitem()
         library._destroy()
 
 
-def take_over() -> None:
-    """Register again what gave way."""
+def register_libraries() -> None:
+    """Register again what `unregister_libraries` took back."""
     for name in _implementations.keys() - _registered.keys():
         _register(name)
 

@@ -31,7 +31,7 @@ from fxopt.passes.kernel_selection.activations import ACTIVATIONS, activation_na
 from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.program import Program
-from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, arguments
+from fxopt.rewriting import Edit, Match, Plan, Rule, RulePass, Stage, find, hole, op
 from fxopt.rewriting.pattern import Target
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -40,12 +40,19 @@ _MOVES = (aten.transpose.int, aten.reshape.default, aten.view.default)
 # Scores a head up to which they are worth writing to memory: 32 MiB in bfloat16 for 16 heads.
 _MOST_WRITTEN_SCORES = 1 << 20
 
+_PACKED = op(
+    ops.packed_linear.default,
+    hole("x"),
+    hole("weight"),
+    hole("bias"),
+    "none",
+    None,
+    name="packed",
+)
+
 
 class PackLinear(ProductRule):
     """linear(x, W, b) = packed_linear(x, W, b, "none")"""
-
-    def __init__(self) -> None:
-        self.weights: dict[fx.Node, fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -74,37 +81,27 @@ class PackLinear(ProductRule):
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         if not linear.transposed and linear.weight.op == "get_attr":
             return linear.weight
-        if linear.weight not in self.weights:
-            rows = linear.rows_first(edit.state(linear.weight))
-            self.weights[linear.weight] = edit.constant(f"{linear.name}_rows", rows)
-        return self.weights[linear.weight]
+
+        def make() -> fx.Node:
+            return edit.constant(f"{linear.name}_rows", linear.weight_nk(edit.state(linear.weight)))
+
+        return edit.once((self, linear.weight), make)
 
 
 class PackActivation(Rule):
     """f(packed_linear(x, W, b, "none")) = packed_linear(x, W, b, f)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return tuple(ACTIVATIONS)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return _match_packed(node, node.args[0])
+    pattern = op(tuple(ACTIVATIONS), _PACKED, rest=True)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        x, weight, bias = match["packed"].args[:3]
-        post_op = activation_name(match.root)
-        return edit.call(ops.packed_linear.default, x, weight, bias, post_op, None)
+        inputs = (match[name] for name in ("x", "weight", "bias"))
+        return edit.call(ops.packed_linear.default, *inputs, activation_name(match.root), None)
 
 
 class RationalGelu(Rule):
     """gelu(x) = x/2 (1 + p(x)/q(x)), where no product takes it in"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.gelu.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        if arguments(node)["approximate"] != "none" or _match_packed(node, node.args[0]):
-            return None
-        return Match((node,), {"x": node.args[0]})
+    pattern = op(aten.gelu.default, hole("x", lambda x: find((_PACKED,), x) is None))
 
     def refuse(self, match: Match) -> str | None:
         x = match["x"].meta["val"]
@@ -119,17 +116,12 @@ class RationalGelu(Rule):
 class PackResidual(Rule):
     """packed_linear(x, W, b, "none") + r = packed_linear(x, W, b, "add", r)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.add.Tensor,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        if arguments(node)["alpha"] != 1:
-            return None
-        for packed, other in (node.args[:2], node.args[1::-1]):
-            match = _match_packed(node, packed, other)
-            if match is not None:
-                return match
-        return None
+    pattern = op(
+        aten.add.Tensor,
+        _PACKED,
+        hole("other", lambda other: isinstance(other, fx.Node)),
+        commutes=True,
+    )
 
     def refuse(self, match: Match) -> str | None:
         other, packed = match["other"].meta["val"], match["packed"].meta["val"]
@@ -140,18 +132,14 @@ class PackResidual(Rule):
         return None
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        x, weight, bias = match["packed"].args[:3]
-        return edit.call(ops.packed_linear.default, x, weight, bias, "add", match["other"])
+        inputs = (match[name] for name in ("x", "weight", "bias"))
+        return edit.call(ops.packed_linear.default, *inputs, "add", match["other"])
 
 
 class _Attention(Rule):
     """scaled_dot_product_attention as one of ours."""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.scaled_dot_product_attention.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return Match((node,), arguments(node))
+    pattern = op(aten.scaled_dot_product_attention.default, rest=True)
 
     def refuse(self, match: Match) -> str | None:
         q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
@@ -178,7 +166,6 @@ class PackAttention(_Attention):
 
     def __init__(self, native: bool) -> None:
         self.native = native
-        self.biases: dict[fx.Node, fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         q, k, v = (match[name].meta["val"] for name in ("query", "key", "value"))
@@ -205,9 +192,7 @@ class PackAttention(_Attention):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         mask = _before_expanding(match["attn_mask"])
         if mask is not None and mask.meta["val"].dtype not in (torch.bool, torch.float32):
-            if mask not in self.biases:
-                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
-            mask = self.biases[mask]
+            mask = _bias_of(mask, edit)
         inputs = (match[name] for name in ("query", "key", "value"))
         scale = self.scale(match)
         return edit.call(ops.attention.default, *inputs, mask, match["is_causal"], scale)
@@ -244,14 +229,10 @@ class QuantizeAttention(Rule):
 class WriteOutAttention(_Attention):
     """scaled_dot_product_attention(q, k, v, mask, c, s) = written_attention(q, k, v, mask, c, s)"""
 
-    def __init__(self) -> None:
-        self.biases: dict[fx.Node, fx.Node] = {}
-
     def match(self, node: fx.Node) -> Match | None:
-        match = super().match(node)
-        assert match is not None
-        q = match["query"].meta["val"]
-        return match if q.dtype == torch.bfloat16 and q.device.type == "cpu" else None
+        q = node.meta["val"]
+        wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        return super().match(node) if wanted else None
 
     def refuse(self, match: Match) -> str | None:
         q, k = (match[name].meta["val"] for name in ("query", "key"))
@@ -260,11 +241,8 @@ class WriteOutAttention(_Attention):
         return super().refuse(match)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
-        bias, mask = None, _before_expanding(match["attn_mask"])
-        if mask is not None:
-            if mask not in self.biases:
-                self.biases[mask] = edit.call(ops.attention_bias.default, mask)
-            bias = self.biases[mask]
+        mask = _before_expanding(match["attn_mask"])
+        bias = None if mask is None else _bias_of(mask, edit)
         inputs = (match[name] for name in ("query", "key", "value"))
         scale = self.scale(match)
         return edit.call(ops.written_attention.default, *inputs, bias, match["is_causal"], scale)
@@ -273,11 +251,7 @@ class WriteOutAttention(_Attention):
 class TwoPassNorm(Rule):
     """layer_norm(x, [K], w, b, eps) = c / sqrt(mean(c²) + eps) · w + b, c = x - mean(x)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.layer_norm.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        return Match((node,), arguments(node))
+    pattern = op(aten.layer_norm.default, rest=True)
 
     def refuse(self, match: Match) -> str | None:
         tensors = [match[name] for name in ("input", "weight", "bias") if match[name] is not None]
@@ -346,6 +320,11 @@ def _before_expanding(mask: fx.Node | None) -> fx.Node | None:
     return mask
 
 
+def _bias_of(mask: fx.Node, edit: Edit) -> fx.Node:
+    """What is added to the scores, float32, made once for all layers of one mask."""
+    return edit.once(("bias", mask), lambda: edit.call(ops.attention_bias.default, mask))
+
+
 def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
     """What `node` holds before its elements were moved or cast to float32, and those steps, the
     last one first."""
@@ -358,11 +337,3 @@ def _before_moving(node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
 
 def _fills_lanes(size: Any) -> bool:
     return isinstance(size, int) and size > 0 and size % LANES == 0
-
-
-def _match_packed(node: fx.Node, packed: Any, other: Any = None) -> Match | None:
-    if not isinstance(packed, fx.Node) or packed.target is not ops.packed_linear.default:
-        return None
-    if packed.args[3] != "none" or not (other is None or isinstance(other, fx.Node)):
-        return None
-    return Match((node,), {"packed": packed, "other": other}, (packed,))

@@ -45,14 +45,13 @@ from fxopt.rewriting import (
     Rule,
     RulePass,
     Stage,
-    arguments,
     constant,
     has_dtype,
     has_rank,
     hole,
     op,
 )
-from fxopt.rewriting.pattern import Target
+from fxopt.rewriting.pattern import Op, Predicate
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
@@ -82,28 +81,23 @@ class SelectInt8Linear(Rule):
         return edit.call(ops.int8_linear.default, *(match[name] for name in names))
 
 
-class _AffineLinear(Rule):
-    exclusive = False
-    pattern = op(
-        aten.linear.default,
-        op(ops.dequantize.default, hole("q"), hole("scale"), hole("dtype"), hole("zero_point")),
-        _WEIGHT,
-        hole("bias"),
+def _affine(scale: Predicate) -> Op:
+    """linear(dq(q, s, z), dq(Wq, Ws), b) with a zero point and such a scale."""
+    x = op(
+        ops.dequantize.default,
+        hole("q"),
+        hole("scale", scale),
+        hole("dtype"),
+        hole("zero_point", lambda zero_point: zero_point is not None),
     )
-    given: ClassVar[bool]
-    """Whether scale and zero point are one number each, known ahead."""
-
-    def match(self, node: fx.Node) -> Match | None:
-        match = super().match(node)
-        if match is None or match["zero_point"] is None:
-            return None
-        return match if self.given == (match["scale"].meta["val"].ndim == 0) else None
+    return op(aten.linear.default, x, _WEIGHT, hole("bias"))
 
 
-class SelectAffineInt8Linear(_AffineLinear):
-    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq)"""
+class SelectAffineInt8Linear(Rule):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = int8_linear(q, s, Wq, Ws, b, z, ΣWq), s by token"""
 
-    given = False
+    exclusive = False
+    pattern = _affine(lambda scale: not has_rank(0)(scale))
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("q", "scale", "weight", "weight_scale", "bias", "dtype", "zero_point")
@@ -111,10 +105,11 @@ class SelectAffineInt8Linear(_AffineLinear):
         return edit.call(ops.int8_linear.default, *(match[name] for name in names), sums)
 
 
-class SelectPackedInt8Linear(_AffineLinear):
-    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b)"""
+class SelectPackedInt8Linear(Rule):
+    """linear(dq(q, s, z), dq(Wq, Ws), b) = packed_int8_linear(q, s, z, Wq, Ws, b), s one number"""
 
-    given = True
+    exclusive = False
+    pattern = _affine(has_rank(0))
 
     def refuse(self, match: Match) -> str | None:
         if match["dtype"] not in (torch.float32, torch.bfloat16):
@@ -135,21 +130,17 @@ class FuseInt8Linear(Rule):
     On CUDA, and on a CPU that the kernels are compiled for, where they quantize the tokens as well.
     """
 
+    pattern = op(ops.int8_linear.default, rest=True)
+
     def __init__(self, compiled: bool) -> None:
-        self.tokens: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.dtypes: dict[str, tuple[torch.dtype, ...]] = {
             "cuda": (torch.float32, torch.float16, torch.bfloat16)
         }
         if compiled:
             self.dtypes["cpu"] = (torch.float32, torch.bfloat16)
 
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.int8_linear.default,)
-
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        known = given["q"].meta["val"].device.type in self.dtypes
-        return Match((node,), given) if known else None
+        return super().match(node) if node.meta["val"].device.type in self.dtypes else None
 
     def refuse(self, match: Match) -> str | None:
         if match["dtype"] not in self.dtypes[match["q"].meta["val"].device.type]:
@@ -171,34 +162,17 @@ class FuseInt8Linear(Rule):
         value = x.meta["val"]
         if value.device.type != "cpu" or value.dtype not in self.dtypes["cpu"]:
             return None
-        affine = quantize.target is ops.quantize_per_token_affine.default
-        if quantize not in self.tokens:
-            x, shift = _of_columns(aten.sub.Tensor, x)
-            x, factor = _of_columns(aten.mul.Tensor, x)
-            if shift is None and factor is None:
-                x = _before_widening(x)
-            made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
-            results = range(3 if affine else 2)
-            self.tokens[quantize] = tuple(edit.item(made, i) for i in results)
-            for old in quantize.users:
-                edit.stand_for(self.tokens[quantize][old.args[1]], old)  # type: ignore[index]
-        return self.tokens[quantize] if affine else (*self.tokens[quantize], None)
+        tokens = edit.once((self, quantize), lambda: _quantized_tokens(quantize, edit))
+        return tokens if len(tokens) == 3 else (*tokens, None)
 
 
 class UnsignedActivations(Rule):
     """packed_int8_linear(q, s, z, ...) = packed_int8_linear(q + 128, s, z + 128, ...) on a CPU"""
 
-    def __init__(self) -> None:
-        self.shifted: dict[fx.Node, fx.Node] = {}
-
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.packed_int8_linear.default,)
+    pattern = op(ops.packed_int8_linear.default, hole("q", has_dtype(torch.int8)), rest=True)
 
     def match(self, node: fx.Node) -> Match | None:
-        given = arguments(node)
-        value = given["q"].meta["val"]
-        signed = value.dtype == torch.int8 and value.device.type == "cpu"
-        return Match((node,), given) if signed else None
+        return super().match(node) if node.meta["val"].device.type == "cpu" else None
 
     def refuse(self, match: Match) -> str | None:
         if match["zero_point"].op != "get_attr":
@@ -207,25 +181,15 @@ class UnsignedActivations(Rule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         q, zero = match["q"], match["zero_point"]
-        if q not in self.shifted:
-            self.shifted[q] = edit.call(ops.shift_to_unsigned.default, q)
-        if zero not in self.shifted:
-            self.shifted[zero] = _unsigned(zero, edit)
-        unsigned = {"q": self.shifted[q], "zero_point": self.shifted[zero]}
+        shifted = edit.once((self, q), lambda: edit.call(ops.shift_to_unsigned.default, q))
+        unsigned = {"q": shifted, "zero_point": _unsigned(zero, edit)}
         return edit.call_by_name(ops.packed_int8_linear.default, {**match.bound, **unsigned})
 
 
 class UnsignedOutput(Rule):
     """packed_int8_linear(..., s, z) + 128 = packed_int8_linear(..., s, z + 128)"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (ops.shift_to_unsigned.default,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        product = node.args[0]
-        if not isinstance(product, fx.Node) or product.target is not ops.packed_int8_linear.default:
-            return None
-        return Match((node,), arguments(product), (product,))
+    pattern = op(ops.shift_to_unsigned.default, op(ops.packed_int8_linear.default, rest=True))
 
     def refuse(self, match: Match) -> str | None:
         zero = match["out_zero_point"]
@@ -304,9 +268,27 @@ def _before_widening(x: fx.Node) -> fx.Node:
     return source if source.meta["val"].dtype == torch.bfloat16 else x
 
 
+def _quantized_tokens(quantize: fx.Node, edit: Edit) -> tuple[fx.Node, ...]:
+    """Codes, scales and (affine) zero points in place of the results of `quantize`."""
+    affine = quantize.target is ops.quantize_per_token_affine.default
+    source: Any = quantize.args[0]
+    x, shift = _of_columns(aten.sub.Tensor, source)
+    x, factor = _of_columns(aten.mul.Tensor, x)
+    if shift is None and factor is None:
+        x = _before_widening(x)
+    made = edit.call(ops.quantize_tokens.default, x, factor, shift, affine)
+    tokens = tuple(edit.item(made, index) for index in range(3 if affine else 2))
+    for old in quantize.users:
+        edit.stand_for(tokens[old.args[1]], old)  # type: ignore[index]
+    return tokens
+
+
 def _unsigned(zero_point: fx.Node, edit: Edit) -> fx.Node:
-    shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
-    return edit.constant(f"{zero_point.target}_unsigned", shifted)
+    def make() -> fx.Node:
+        shifted = ops.shift_to_unsigned(edit.tensor(zero_point))
+        return edit.constant(f"{zero_point.target}_unsigned", shifted)
+
+    return edit.once(("unsigned", zero_point), make)
 
 
 def _row_sums(weight: fx.Node, edit: Edit) -> fx.Node:

@@ -7,8 +7,8 @@ from torch import fx
 
 from fxopt.device import Device
 from fxopt.kernels.sparse24 import compress24, is_sparse24, refuse_sparse24
+from fxopt.nodes import origins
 from fxopt.operators import Linear, as_linear
-from fxopt.passes.linear_layers.selection import has_mark
 from fxopt.passes.pruning.sparsify24 import SPARSE24
 from fxopt.program import Program
 from fxopt.recipe import materialize
@@ -26,7 +26,6 @@ class SelectSparse24Linear(Rule):
     def __init__(self, program: Program) -> None:
         self.program = program
         self.sparse: dict[str, bool] = {}
-        self.compressed: dict[str, tuple[fx.Node, fx.Node]] = {}
 
     def targets(self) -> tuple[Target, ...]:
         return (aten.linear.default,)
@@ -45,19 +44,19 @@ class SelectSparse24Linear(Rule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         name = str(linear.weight.target)
-        if name not in self.compressed:
+
+        def make() -> tuple[fx.Node, ...]:
             values, places = compress24(edit.tensor(linear.weight))
-            self.compressed[name] = (
-                edit.constant(f"{name}_values", values),
-                edit.constant(f"{name}_places", places),
-            )
-        return edit.call(ops.linear_sparse24.default, linear.x, *self.compressed[name], linear.bias)
+            return edit.constant(f"{name}_values", values), edit.constant(f"{name}_places", places)
+
+        compressed = edit.once((self, name), make)
+        return edit.call(ops.linear_sparse24.default, linear.x, *compressed, linear.bias)
 
     def _is_sparse(self, weight: fx.Node) -> bool:
         """Looks at the values only where a product could gain by them."""
         name = str(weight.target)
         if not Device.describe(weight.meta["val"].device).sparse24():
-            return has_mark(name, SPARSE24)
+            return SPARSE24 in origins(weight)
         if name not in self.sparse:
             state = self.program.state.get(name)
             sparse = state is not None and self.program.is_constant(weight)

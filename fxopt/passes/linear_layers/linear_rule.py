@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
 from torch import fx
 
+from fxopt.errors import PassError
 from fxopt.nodes import module_path
 from fxopt.observation import Observer, calibration_warnings, observe
 from fxopt.operators import LINEAR_TARGETS, PRODUCT_TARGETS, Linear, as_linear, why_no_linear
 from fxopt.program import Mode, Program
-from fxopt.rewriting import Match, Rule, Site, plan_rules
+from fxopt.rewriting import Match, Plan, Rule, Site, plan_rules
 from fxopt.rewriting.pattern import Target
 
 Seen = TypeVar("Seen", bound=Observer)
@@ -71,17 +74,55 @@ def path_of(linear: Linear) -> str:
     return module_path(linear.node) or linear.node.name
 
 
-def observe_inputs(
-    program: Program, rule: Rule, observer: Callable[[], Seen]
-) -> tuple[list[tuple[Linear, Seen]], tuple[str, ...]]:
-    """Each linear that `rule` would rewrite with what an `observer` has seen of its input, one for
-    each input, and what makes that doubtful. Reads the program's calibration."""
-    chosen = {site.node for site in plan_rules(program, (rule,), "").sites}
-    found = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
-    linears = [linear for linear in found if linear is not None]
+@dataclass(frozen=True)
+class JudgedPlan(Plan):
+    """A plan with what calibration found for linears, or why it found nothing, by node name."""
+
+    found: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+Judged = TypeVar("Judged", bound=JudgedPlan)
+
+
+def judged_plan(
+    program: Program,
+    make: Callable[..., Judged],
+    rule_of: Callable[[Mapping[str, Any], Mapping[str, str]], Rule],
+    observer: Callable[[], Seen],
+    judge: Callable[[Seen], tuple[Any, str]],
+) -> Judged:
+    """The plan that `make` makes of what `judge` finds in what an `observer`, one for each input,
+    has seen of each linear: that and a detail, or None and the reason. Reads the calibration."""
+    chosen = {site.node for site in plan_rules(program, (rule_of({}, {}),), "").sites}
+    nodes = (as_linear(node) for node in program.graph.nodes if node.name in chosen)
+    linears = [linear for linear in nodes if linear is not None]
     watched = {linear.x: (observer(),) for linear in linears}
-    if not watched:
-        return [], ()
     layers = {path_of(linear): watched[linear.x] for linear in linears}
-    warnings = calibration_warnings(observe(program, watched), layers)
-    return [(linear, watched[linear.x][0]) for linear in linears], warnings
+    warnings = calibration_warnings(observe(program, watched), layers) if watched else ()
+    found, reasons, details = {}, {}, []
+    for linear in linears:
+        one, text = judge(watched[linear.x][0])
+        if one is None:
+            reasons[linear.node.name] = text
+            continue
+        found[linear.node.name] = one
+        details.append(f"{path_of(linear)}: {text}")
+    base = plan_rules(program, (rule_of(found, reasons),), "")
+    return make(
+        sites=base.sites,
+        refusals=base.refusals,
+        warnings=warnings,
+        details=tuple(details),
+        found=found,
+        reasons=reasons,
+    )
+
+
+def check_unquantized(program: Program, spec: str, verb: str) -> None:
+    """Raise `PassError` where the pass `spec` comes too late to `verb` linears."""
+    if any(node.target is torch.ops.fxopt.dequantize.default for node in program.graph.nodes):
+        raise PassError(
+            f"{spec} comes after a pass that quantized linears, which it can't {verb} any more: "
+            "move it before Int8Linear"
+        )

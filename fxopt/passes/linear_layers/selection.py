@@ -1,8 +1,7 @@
-"""Which linears a pass takes: by module path, by their weight, by what a pass left there."""
+"""Which linears a pass takes: by module path, by their weight."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 from fxopt.nodes import module_path
 from fxopt.operators import Linear
-from fxopt.rewriting.option_types import OptionType, Several
+from fxopt.rewriting.option_types import OptionType, Paths
 
 Selection = str | Callable[[str], bool]
 """A glob over module paths, or a function of a module path."""
@@ -35,7 +34,7 @@ class Select(OptionType):
 
 
 Selections: TypeAlias = Annotated[
-    tuple[Selection, ...], Several(Select(), Select().expected, "globs over module paths")
+    tuple[Selection, ...], Paths(Select(), Select().expected, "globs over module paths")
 ]
 """One selection, or several."""
 
@@ -65,14 +64,6 @@ def refuse_weight(linear: Linear) -> str | None:
     if not linear.in_features or not linear.out_features:
         return "its weight is empty"
     return None
-
-
-def has_mark(name: str, mark: str) -> bool:
-    """Whether a pass made the weight called `name`, as `mark` at its end tells.
-
-    `Edit.constant` numbers a name that is taken: a weight met twice is marked `_mark_1` there.
-    """
-    return re.search(rf"{re.escape(mark)}(_\d+)?$", name) is not None
 
 
 def _selects(choice: Selection, path: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxopt.nodes import label
-from fxopt.observation import Observer, calibration_warnings, observe
+from fxopt.observation import Observer, SecondMoment, calibration_warnings, observe
 from fxopt.operators import Linear
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.program import Program
@@ -43,6 +43,29 @@ def watch_inputs(
         warnings.update(dict.fromkeys(calibration_warnings(seen, named)))
         for inputs, observer in observers.items():
             yield wave[inputs], observer
+
+
+def watch_moments(
+    program: Program, linears: Sequence[Linear], warnings: dict[str, None], plain: str, without: str
+) -> Iterator[tuple[list[Linear], SecondMoment]]:
+    """`watch_inputs` of second moments, to which weights are fitted with error feedback.
+
+    Warns where there are fewer rows than channels: what was fitted may be worse than `plain`,
+    which the option `without` gives.
+    """
+    for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
+        inner = layers[0].in_features
+        if moment.rows < inner:
+            names = ", ".join(label(linear.node) for linear in layers)
+            warnings[
+                f"the weight of {names} was fitted to {moment.rows} rows of {inner} channels, and "
+                f"can be worse than {plain} on others: give calibration= more inputs, or {without}"
+            ] = None
+        yield layers, moment
+
+
+def _moment_bytes(channels: int) -> int:
+    return 4 * channels**2
 
 
 def _waves(

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -250,6 +249,8 @@ def _theirs(program: Program, dtype: torch.dtype) -> str:
 
 def _regions(low: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """The low nodes that hand each other values in half, in the graph's order."""
+    import networkx as nx
+
     order = {node: index for index, node in enumerate(low)}
     graph = nx.Graph()
     graph.add_nodes_from(low)

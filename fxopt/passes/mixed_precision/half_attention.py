@@ -25,7 +25,7 @@ from fxopt.operators.views import PARTS, WHOLE_VIEWS
 from fxopt.passes.mixed_precision.half_precision import ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import is_cast, is_tensor_of
 from fxopt.program import Program
-from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
+from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments, has_dtype, hole, op
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
@@ -61,18 +61,11 @@ class RoundAttention(ComputeInHalf):
 class CastBeforeView(Rule):
     """bf16(view(x)) = view(bf16(x))"""
 
-    def targets(self) -> tuple[Target, ...]:
-        return (aten.to.dtype,)
-
-    def match(self, node: fx.Node) -> Match | None:
-        view = node.args[0]
-        if (
-            not _is_plain_cast(node)
-            or not isinstance(view, fx.Node)
-            or view.target not in WHOLE_VIEWS
-        ):
-            return None
-        return Match((node,), {"view": view, "x": view.args[0]}, (view,))
+    pattern = op(
+        aten.to.dtype,
+        op(tuple(WHOLE_VIEWS), hole("x"), name="view", where=has_dtype(torch.float32), rest=True),
+        torch.bfloat16,
+    )
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         view = match["view"]

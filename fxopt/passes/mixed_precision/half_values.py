@@ -45,7 +45,6 @@ class HalfValues:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.constants: dict[str, fx.Node] = {}
 
     def of(self, x: fx.Node, edit: Edit, root: fx.Node) -> fx.Node:
         """half(x), for use at `root`: stored, found, or cast there."""
@@ -108,12 +107,12 @@ class HalfValues:
 
     def _constant(self, x: fx.Node, edit: Edit) -> fx.Node:
         name = str(x.target) if x.op == "get_attr" else x.name
-        if name not in self.constants:
-            self.constants[name] = edit.constant(
-                f"{name}_{str(self.dtype).removeprefix('torch.')}",
-                rounded(edit.state(x), self.dtype),
-            )
-        return self.constants[name]
+
+        def make() -> fx.Node:
+            half = f"{name}_{str(self.dtype).removeprefix('torch.')}"
+            return edit.constant(half, rounded(edit.state(x), self.dtype), of=x)
+
+        return edit.once((self, name), make)
 
     def call(
         self, edit: Edit, root: fx.Node, target: Any, x: fx.Node, *args: Any, **kwargs: Any

@@ -27,16 +27,12 @@ from fxopt.analyses.constant_channels.readers import (
 from fxopt.errors import RewriteError
 from fxopt.nodes import arguments, label
 from fxopt.operators.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from fxopt.passes.linear_layers.selection import has_mark
 from fxopt.program import Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Rule
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
-
-ABSORBED = "_absorbed"
-"""How the state name of a weight or bias that took constants up ends."""
 
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 
@@ -64,6 +60,7 @@ class AbsorbConstants(Rule):
 
     Columns that are zero already need no rewrite. Weights and biases become recipes over the old
     ones, which other readers keep; a bias is made where there was none and the sum isn't zero.
+    `former` maps the names that they have to the old ones.
     Raises `RewriteError` for a mask in `only` of another length.
     """
 
@@ -77,7 +74,7 @@ class AbsorbConstants(Rule):
     ) -> None:
         facts = constant_channels(program) if facts is None else facts
         self.decisions: dict[str, _Absorption | str] = {}
-        self.made: dict[tuple[Any, ...], fx.Node] = {}
+        self.former: dict[str, str] = {}
         for node in program.graph.nodes:
             if node.target in READERS and (only is None or node.name in only):
                 wanted = None if only is None else only[node.name]
@@ -116,32 +113,35 @@ class AbsorbConstants(Rule):
         return result
 
     def _weight(self, reader: Reader, absorption: _Absorption, edit: Edit) -> fx.Node:
-        key = (reader.name, reader.columns, reader.groups, _bits(absorption.mask))
-        if not self._is_made(key, edit):
+        def make() -> fx.Node:
             weight = edit.state(reader.weight)
             sources = weight, reader.aligned(~absorption.mask)
             recipe = _recipe(keep_columns, sources, weight.shape, weight)
-            self.made[key] = edit.constant(_marked(reader.name), recipe)
-        return self.made[key]
+            return self._constant(reader.name, recipe, reader.weight, edit)
+
+        key = (reader.name, reader.columns, reader.groups, _bits(absorption.mask))
+        return edit.once((self, "weight", *key), make)
 
     def _bias(self, reader: Reader, absorption: _Absorption, edit: Edit) -> fx.Node:
         constants = torch.where(absorption.mask, absorption.constants, 0.0)
         old = None if reader.bias is None else str(reader.bias.target)
-        key = (reader.name, old, reader.columns, reader.groups, _bits(constants))
-        if not self._is_made(key, edit):
+
+        def make() -> fx.Node:
             weight = edit.state(reader.weight)
             bias = () if reader.bias is None else (edit.state(reader.bias),)
-            make = raised_by_columns if reader.columns else raised_by_rows
+            raised = raised_by_columns if reader.columns else raised_by_rows
             sources = weight, reader.aligned(constants), *bias
             shape = torch.Size((reader.outputs,))
-            recipe = _recipe(make, sources, shape, bias[0] if bias else weight)
-            self.made[key] = edit.constant(_marked(old or _bias_name(reader.name)), recipe)
-        return self.made[key]
+            recipe = _recipe(raised, sources, shape, bias[0] if bias else weight)
+            return self._constant(old or _bias_name(reader.name), recipe, reader.bias, edit)
 
-    def _is_made(self, key: tuple[Any, ...], edit: Edit) -> bool:
-        """Whether this was made of a weight for another of its readers, and is still there."""
-        made = self.made.get(key)
-        return made is not None and made.graph is edit.graph and not made._erased
+        key = (reader.name, old, reader.columns, reader.groups, _bits(constants))
+        return edit.once((self, "bias", *key), make)
+
+    def _constant(self, name: str, recipe: Recipe, of: fx.Node | None, edit: Edit) -> fx.Node:
+        made = edit.constant(f"{name}_absorbed", recipe, of=of)
+        self.former[str(made.target)] = name
+        return made
 
 
 def keep_columns(weight: Tensor, keep: Tensor) -> Tensor:
@@ -267,10 +267,6 @@ def _recipe(
     make: Any, sources: tuple[Tensor | Recipe, ...], shape: torch.Size, like: Tensor | Recipe
 ) -> Recipe:
     return Recipe(make, sources, shape, like.dtype, like.device, like.requires_grad)
-
-
-def _marked(name: str) -> str:
-    return name if has_mark(name, ABSORBED) else name + ABSORBED
 
 
 def _bias_name(weight: str) -> str:

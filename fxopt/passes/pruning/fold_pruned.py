@@ -20,8 +20,7 @@ from torch import Tensor
 from fxopt.analyses.channels import Channels, Group, channels
 from fxopt.analyses.dead_channels import dead_channels
 from fxopt.claim import Claim, Close
-from fxopt.passes.linear_layers.selection import has_mark
-from fxopt.passes.pruning.absorb_constants import ABSORBED, AbsorbConstants
+from fxopt.passes.pruning.absorb_constants import AbsorbConstants
 from fxopt.passes.pruning.channel_plan import ChannelPlan, cut_details, node_of, sites_of
 from fxopt.passes.pruning.cut_channels import cut
 from fxopt.passes.structure.canonicalize import FoldConstant
@@ -103,10 +102,11 @@ class FoldPruned(Pass[FoldPlan]):
         found = channels(program)
         if not only:
             return cut(program, found, keep)
-        absorbed = rewrite(program, (AbsorbConstants(program, only=only),))
+        rule = AbsorbConstants(program, only=only)
+        absorbed = rewrite(program, (rule,))
         now = channels(absorbed)
         keep = _keep_now({found[name]: kept for name, kept in keep.items()}, absorbed, now)
-        return cut(absorbed, now, keep, names=_former_names(absorbed.state))
+        return cut(absorbed, now, keep, names=_unambiguous(rule.former, absorbed.state))
 
 
 def _keep_now(keep: Mapping[Group, Tensor], absorbed: Program, now: Channels) -> dict[str, Tensor]:
@@ -133,16 +133,11 @@ def _keys(group: Group, renamed: Mapping[str, str]) -> list[tuple[str, int, tupl
     ]
 
 
-def _former_name(name: str) -> str:
-    """The name that a weight or bias had before it took constants up."""
-    return name[: name.rindex(ABSORBED)]
-
-
-def _former_names(state: Collection[str]) -> dict[str, str]:
+def _unambiguous(former: Mapping[str, str], state: Collection[str]) -> dict[str, str]:
     """The former names of what took constants up, where nothing else has them now."""
-    former = {name: _former_name(name) for name in state if has_mark(name, ABSORBED)}
-    once = Counter(former.values())
-    return {name: old for name, old in former.items() if old not in state and once[old] == 1}
+    left = {name: old for name, old in former.items() if name in state}
+    once = Counter(left.values())
+    return {name: old for name, old in left.items() if old not in state and once[old] == 1}
 
 
 def _unmasked(program: Program) -> Program:

@@ -28,6 +28,7 @@ from fxopt.rewriting import Pass, Stage
 from fxopt.rewriting.option_annotations import Give
 from fxopt.rewriting.option_types import Bounds, Several, Text
 from fxopt.rewriting.options import Conflict
+from fxopt.rewriting.unmatched import unmatched
 from fxopt.weights.reconstruction import Fitted, reconstruct, refuse_fit
 
 _GROUPS = GroupKind.__args__  # type: ignore[attr-defined]
@@ -117,8 +118,10 @@ class PruneChannels(Pass[PrunePlan]):
         """Rank the channels in scope and choose those that stay."""
         found = channels(program)
         groups, refusals = self._in_scope(found.groups, program.pruned)
+        missed = unmatched("exclude", self.exclude, {group.name for group in found.groups})
         if not groups:
-            return PrunePlan(repr(self), refusals=refusals, warnings=self._missed(found, refusals))
+            warnings = (*self._missed(found, refusals), *missed)
+            return PrunePlan(repr(self), refusals=refusals, warnings=warnings)
         scores = importance(program, groups, self.importance, self.seed, self.weighting)
         if self.ranking == "global":
             scores = normalized(scores, "none" if self.importance in _COMPARABLE else "mean")
@@ -141,7 +144,7 @@ class PruneChannels(Pass[PrunePlan]):
             repr(self),
             sites_of(cut_groups),
             (*refusals, *unfitted),
-            warnings=warnings,
+            warnings=(*warnings, *missed),
             details=(
                 *cut_details(cut_groups, keep),
                 *_costs(cut_cost(program, {}), cut_cost(program, keep)),

@@ -23,19 +23,17 @@ from torch import Tensor, fx
 from fxopt.claim import Claim, Sqnr
 from fxopt.device import Answer, Device
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
-from fxopt.nodes import label
-from fxopt.observation import SecondMoment
+from fxopt.nodes import origins
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
 from fxopt.passes.linear_layers.linear_rule import LinearRule
 from fxopt.passes.linear_layers.selection import (
     Selections,
-    has_mark,
     refuse_by_path,
     refuse_weight,
 )
-from fxopt.passes.linear_layers.weight_inputs import watch_inputs
+from fxopt.passes.linear_layers.weight_inputs import watch_inputs, watch_moments
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
-from fxopt.program import Program
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe, materialize
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import DeviceOption
@@ -43,8 +41,8 @@ from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, 
 
 aten = torch.ops.aten
 
-SPARSE24 = "_sparse24"
-"""How the state name of a weight that was masked ends."""
+SPARSE24 = Origin("sparsify24", "sparse24")
+"""A weight that was masked."""
 
 Learnt = Mapping[WeightKey, Tensor]
 """By weight: Wanda's norms of the channels [K], or SparseGPT's pruned weights [N, K]."""
@@ -56,12 +54,12 @@ class MaskLinear(LinearRule):
     def __init__(self, options: Sparsify24, program: Program, learnt: Learnt | None = None) -> None:
         self.options, self.program, self.learnt = options, program, learnt or {}
         self.reasons: dict[WeightKey, str | None] = {}
-        self.weights: dict[WeightKey, fx.Node] = {}
+        self.made: set[fx.Node] = set()
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
         # What this rule made is a linear too, and nothing was refused there.
-        return match if match and match["linear"].weight not in self.weights.values() else None
+        return match if match and match["linear"].weight not in self.made else None
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -69,7 +67,7 @@ class MaskLinear(LinearRule):
         unfit = unfit or refuse_weight(linear)
         if unfit is not None:
             return unfit
-        if has_mark(str(linear.weight.target), SPARSE24):
+        if SPARSE24 in origins(linear.weight):
             return "its weight is 2:4 sparse already"
         if linear.in_features % GROUP:
             return f"its K = {linear.in_features} is no multiple of {GROUP}"
@@ -80,11 +78,10 @@ class MaskLinear(LinearRule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        key = weight_key(linear)
-        if key not in self.weights:
-            make = self._masked_parameter if self.program.mode == "train" else self._masked
-            self.weights[key] = make(linear, edit)
-        return edit.call(aten.linear.default, linear.x, self.weights[key], linear.bias)
+        make = self._masked_parameter if self.program.mode == "train" else self._masked
+        weight = edit.once((self, weight_key(linear)), lambda: make(linear, edit))
+        self.made.add(weight)
+        return edit.call(aten.linear.default, linear.x, weight, linear.bias)
 
     def _refuse_tied(self, linear: Linear) -> str | None:
         """In train mode the weight stays one parameter, whoever reads it."""
@@ -106,11 +103,14 @@ class MaskLinear(LinearRule):
 
     def _masked(self, linear: Linear, edit: Edit) -> fx.Node:
         """W * m, computed when it is needed: until then the model's own W is the only copy."""
-        name, pruned = f"{linear.weight.target}{SPARSE24}", self._pruned(linear)
-        if pruned is None:
-            return edit.constant(name, self._recipe(linear, edit, masked24, linear.dtype))
+        name, pruned = f"{linear.weight.target}_sparse24", self._pruned(linear)
         trains = edit.state(linear.weight).requires_grad
-        return edit.constant(name, torch.nn.Parameter(pruned) if trains else pruned)
+        masked: Tensor | Recipe
+        if pruned is None:
+            masked = self._recipe(linear, edit, masked24, linear.dtype)
+        else:
+            masked = torch.nn.Parameter(pruned) if trains else pruned
+        return edit.constant(name, masked, origin=SPARSE24, of=linear.weight)
 
     def _masked_parameter(self, linear: Linear, edit: Edit) -> fx.Node:
         """W * m with a constant m: W stays the parameter that trains, its zeros stay zeros."""
@@ -127,7 +127,7 @@ class MaskLinear(LinearRule):
         return self.learnt.get(weight_key(linear)) if self.options.feeds_back else None
 
     def _recipe(self, linear: Linear, edit: Edit, make: Any, dtype: torch.dtype) -> Recipe:
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         norm = None if self.options.feeds_back else self.learnt.get(weight_key(linear))
         sources = (rows,) if norm is None else (rows, norm)
         grad = rows.requires_grad and dtype.is_floating_point
@@ -213,8 +213,8 @@ class Sparsify24(Pass[Sparse24Plan]):
                 norm = power.power.sqrt()
                 learnt.update({weight_key(linear): norm for linear in layers if power.rows})
             return learnt
-        for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
-            warnings.update(dict.fromkeys(_few(layers, moment)))
+        without = "importance='wanda'"
+        for layers, moment in watch_moments(program, linears, warnings, "masked", without):
             for linear in layers if moment.rows else ():
                 learnt[weight_key(linear)] = prune24(_rows(program, linear), moment.matrix)
         return learnt
@@ -222,7 +222,7 @@ class Sparsify24(Pass[Sparse24Plan]):
 
 def _rows(program: Program, linear: Linear) -> Tensor:
     state = program.state[str(linear.weight.target)]
-    return materialize(linear.rows_first(state)).detach()
+    return materialize(linear.weight_nk(state)).detach()
 
 
 def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:
@@ -241,21 +241,5 @@ def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:
     return told
 
 
-def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
-    """Warns that feedback was fitted to fewer inputs than there are channels to fit."""
-    inner = layers[0].in_features
-    if moment.rows >= inner:
-        return []
-    names = ", ".join(label(linear.node) for linear in layers)
-    return [
-        f"the weights of {names} were fitted to {moment.rows} rows of {inner} channels, and can be "
-        "worse than masked ones on others: give calibration= more inputs, or importance='wanda'"
-    ]
-
-
 def _power_bytes(channels: int) -> int:
     return 8 * channels
-
-
-def _moment_bytes(channels: int) -> int:
-    return 4 * channels**2

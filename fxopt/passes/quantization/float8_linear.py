@@ -39,8 +39,6 @@ class QuantizeFloat8Linear(ProductRule):
 
     def __init__(self, options: Float8Linear) -> None:
         self.options = options
-        self.weights: dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]] = {}
-        self.rounded: dict[fx.Node, fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -55,31 +53,28 @@ class QuantizeFloat8Linear(ProductRule):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        values, scale = self._weight(linear, edit)
+        key = (self, linear.weight, linear.transposed)
+        values, scale = edit.once(key, lambda: _rounded_weight(linear, edit))
         weight = edit.call(ops.dequantize.default, values, scale, linear.dtype)
-        return edit.call(aten.linear.default, self._rounded(linear.x, edit), weight, linear.bias)
+        x = edit.once((self, linear.x), lambda: _rounded_input(linear.x, edit))
+        return edit.call(aten.linear.default, x, weight, linear.bias)
 
-    def _rounded(self, x: fx.Node, edit: Edit) -> fx.Node:
-        """dq(q(x)), made once for linears that share x: roots come in topological order."""
-        if x not in self.rounded:
-            pair = edit.call(ops.quantize_float8.default, x)
-            values, scale = edit.item(pair, 0), edit.item(pair, 1)
-            dtype = x.meta["val"].dtype
-            self.rounded[x] = edit.call(ops.dequantize.default, values, scale, dtype)
-        return self.rounded[x]
 
-    def _weight(self, linear: Linear, edit: Edit) -> tuple[fx.Node, fx.Node]:
-        """The float8 weight [N, K] and its scale [N, 1], made once for linears that share it."""
-        key = (linear.weight, linear.transposed)
-        if key not in self.weights:
-            rows = linear.rows_first(edit.state(linear.weight))
-            values, scale = quantize_weight_float8(materialize(rows).detach())
-            name = linear.name
-            self.weights[key] = (
-                edit.constant(f"{name}_float8", values),
-                edit.constant(f"{name}_scale", scale),
-            )
-        return self.weights[key]
+def _rounded_input(x: fx.Node, edit: Edit) -> fx.Node:
+    """dq(q(x))."""
+    pair = edit.call(ops.quantize_float8.default, x)
+    values, scale = edit.item(pair, 0), edit.item(pair, 1)
+    return edit.call(ops.dequantize.default, values, scale, x.meta["val"].dtype)
+
+
+def _rounded_weight(linear: Linear, edit: Edit) -> tuple[fx.Node, ...]:
+    """The float8 weight [N, K] and its scale [N, 1]."""
+    rows = linear.weight_nk(edit.state(linear.weight))
+    values, scale = quantize_weight_float8(materialize(rows).detach())
+    return (
+        edit.constant(f"{linear.name}_float8", values),
+        edit.constant(f"{linear.name}_scale", scale),
+    )
 
 
 class SelectFloat8Linear(Rule):

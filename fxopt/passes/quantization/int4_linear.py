@@ -26,11 +26,10 @@ from fxopt.constant_expressions import stored
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
 from fxopt.nodes import label
-from fxopt.observation import SecondMoment
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selections
-from fxopt.passes.linear_layers.weight_inputs import watch_inputs
+from fxopt.passes.linear_layers.weight_inputs import watch_moments
 from fxopt.passes.quantization.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
 from fxopt.program import Program
 from fxopt.recipe import materialize
@@ -70,7 +69,6 @@ class QuantizeInt4Linear(QuantizeLinear):
         super().__init__(options.scheme)
         self.options = options
         self.ahead = ahead or {}
-        self.constants: dict[WeightKey, tuple[fx.Node, fx.Node]] = {}
 
     def refuse(self, match: Match) -> str | None:
         reason = super().refuse(match)
@@ -82,7 +80,7 @@ class QuantizeInt4Linear(QuantizeLinear):
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        packed, scale = self._constants(linear, edit)
+        packed, scale = edit.once((self, weight_key(linear)), lambda: self._constants(linear, edit))
         rows, groups, _ = scale.meta["val"].shape
         q = edit.call(ops.unpack_int4.default, packed)
         q = edit.call(aten.view.default, q, [rows, groups, linear.in_features // groups])
@@ -90,20 +88,17 @@ class QuantizeInt4Linear(QuantizeLinear):
         dense = edit.call(aten.view.default, dense, [rows, linear.in_features])
         return edit.call(aten.linear.default, linear.x, dense, linear.bias)
 
-    def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, fx.Node]:
-        """The packed weight and its scales, made once for linears that share it."""
-        key = weight_key(linear)
-        if key not in self.constants:
-            values = self.ahead.get(key)
-            if values is None:
-                rows = materialize(linear.rows_first(edit.state(linear.weight)))
-                values = self.options.round(linear, rows, None)
-            packed, scale = values
-            self.constants[key] = (
-                edit.constant(f"{linear.name}_int4", packed),
-                edit.constant(f"{linear.name}_scale", scale),
-            )
-        return self.constants[key]
+    def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, ...]:
+        """The packed weight and its scales."""
+        values = self.ahead.get(weight_key(linear))
+        if values is None:
+            rows = materialize(linear.weight_nk(edit.state(linear.weight)))
+            values = self.options.round(linear, rows, None)
+        packed, scale = values
+        return (
+            edit.constant(f"{linear.name}_int4", packed),
+            edit.constant(f"{linear.name}_scale", scale),
+        )
 
 
 class SelectInt4Linear(Rule):
@@ -231,26 +226,10 @@ def _round_by_inputs(
     """The weights of `linears` rounded with feedback, and what calibration warns of."""
     rounded: dict[WeightKey, Packed] = {}
     warnings: dict[str, None] = {}
-    for layers, moment in watch_inputs(program, linears, SecondMoment, _moment_bytes, warnings):
-        warnings.update(dict.fromkeys(_few(layers, moment)))
+    without = "weights='nearest'"
+    for layers, moment in watch_moments(program, linears, warnings, "the nearest", without):
         for linear in layers:
-            rows = materialize(linear.rows_first(stored(program, linear.weight)))
+            rows = materialize(linear.weight_nk(stored(program, linear.weight)))
             matrix = moment.matrix if moment.rows else None
             rounded[weight_key(linear)] = options.round(linear, rows, matrix)
     return rounded, warnings
-
-
-def _few(layers: Sequence[Linear], moment: SecondMoment) -> list[str]:
-    """Warns that feedback was fitted to fewer inputs than there are channels to fit."""
-    inner = layers[0].in_features
-    if moment.rows >= inner:
-        return []
-    names = ", ".join(label(linear.node) for linear in layers)
-    return [
-        f"the rounding of {names} was fitted to {moment.rows} rows of {inner} channels, and can be "
-        "worse than the nearest on others: give calibration= more inputs, or weights='nearest'"
-    ]
-
-
-def _moment_bytes(channels: int) -> int:
-    return 4 * channels**2

@@ -53,7 +53,6 @@ class QuantizeEmbedding(Rule):
     def __init__(self, options: Int8Embedding) -> None:
         self.options = options
         self.learning: frozenset[str] = frozenset()
-        self.tables: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def see(self, program: Program) -> None:
         """What a table learns gets lost in rounding."""
@@ -132,9 +131,8 @@ class QuantizeEmbedding(Rule):
 
     def _rows(self, node: fx.Node, table: fx.Node, indices: fx.Node, edit: Edit) -> fx.Node:
         """The rows at `indices`, [..., D] in the table's dtype."""
-        if table not in self.tables:
-            self.tables[table] = _rounded_table(node, table, edit)
-        q, scale = (edit.call(LOOKUP, one, indices) for one in self.tables[table])
+        made = edit.once((self, table), lambda: _rounded_table(node, table, edit))
+        q, scale = (edit.call(LOOKUP, one, indices) for one in made)
         return edit.call(ops.dequantize.default, q, scale, table.meta["val"].dtype)
 
     def _bag(self, node: fx.Node, table: fx.Node, given: dict[str, Any], edit: Edit) -> fx.Node:
@@ -219,7 +217,7 @@ class Int8Embedding(RulePass):
                 yield f"{_name(table)} stays as it is for {reader}; its int8 copy adds {added}"
 
 
-def _rounded_table(node: fx.Node, table: fx.Node, edit: Edit) -> tuple[fx.Node, fx.Node]:
+def _rounded_table(node: fx.Node, table: fx.Node, edit: Edit) -> tuple[fx.Node, ...]:
     """int8 [V, D] and scales [V, 1] as constants."""
     name = _name(table)
     try:

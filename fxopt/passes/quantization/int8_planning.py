@@ -264,7 +264,7 @@ class _Planning:
     def _rows_of(self, linear: Linear) -> Tensor:
         """W [N, K]."""
         state = stored(self.program, linear.weight)
-        return materialize(linear.rows_first(state)).detach()
+        return materialize(linear.weight_nk(state)).detach()
 
     def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:
         """Each weight rounded for all the inputs that meet it: their moments are summed.

@@ -143,8 +143,6 @@ class QuantizeLinear(ProductRule):
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
-        self.weights: dict[WeightKey, fx.Node] = {}
-        self.rounded: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def refuse(self, match: Match) -> str | None:
         linear: Linear = match["linear"]
@@ -165,17 +163,18 @@ class QuantizeLinear(ProductRule):
         return edit.call(aten.linear.default, self._input(linear, edit), weight, linear.bias)
 
     def _input(self, linear: Linear, edit: Edit) -> fx.Node:
-        """dq(q(x)), made once for linears that share x: roots come in topological order."""
+        """dq(q(x)), made once for linears that share x."""
         x: Any = linear.x
         if self.scheme.mode == "static" and self._is_masked_for_nothing(linear, edit):
             x = x.args[0]
-        key = (x, linear.x)
-        if key not in self.rounded:
+
+        def make() -> fx.Node:
             named = zip(("scale", "zero_point"), self.scheme.static_scale(linear), strict=False)
             static = [edit.constant(f"{x.name}_{name}", number) for name, number in named]
-            dtype = x.meta["val"].dtype
-            self.rounded[key] = self.scheme.rounded_input(x, dtype, static, edit.call)
-        return self.rounded[key]
+            rounded: fx.Node = self.scheme.rounded_input(x, x.meta["val"].dtype, static, edit.call)
+            return rounded
+
+        return edit.once((self, x, linear.x), make)
 
     def _is_masked_for_nothing(self, linear: Linear, edit: Edit) -> bool:
         """Whether x is y times a mask, and W zero wherever the mask is.
@@ -188,26 +187,27 @@ class QuantizeLinear(ProductRule):
         if not isinstance(mask, fx.Node) or mask.op != "get_attr" or mask.meta["val"].ndim != 1:
             return False
         values = edit.tensor(mask)
-        weight = materialize(linear.rows_first(edit.state(linear.weight))).detach()
+        weight = materialize(linear.weight_nk(edit.state(linear.weight))).detach()
         binary = bool(((values == 0) | (values == 1)).all())
         return binary and not bool(weight[:, values == 0].any())
 
     def _weight(self, linear: Linear, edit: Edit) -> fx.Node:
         """dq(q(W)) [N, K]; the int8 weight is made once for linears that share it."""
-        key = weight_key(linear)
-        name = linear.name
-        if key not in self.weights:
+
+        def make() -> fx.Node:
             values, scale = self.scheme.stored(self._rounded_weight(linear, edit))
-            q = edit.constant(f"{name}_int8", values)
-            s = edit.constant(f"{name}_scale", scale)
-            self.weights[key] = self.scheme.dense_weight(linear, q, s, edit.call)
-        return self.weights[key]
+            q = edit.constant(f"{linear.name}_int8", values)
+            s = edit.constant(f"{linear.name}_scale", scale)
+            dense: fx.Node = self.scheme.dense_weight(linear, q, s, edit.call)
+            return dense
+
+        return edit.once((self, weight_key(linear)), make)
 
     def _rounded_weight(self, linear: Linear, edit: Edit) -> Rounded:
         ahead = self.scheme.weights.get(weight_key(linear))
         if ahead is not None:
             return ahead
-        rows = linear.rows_first(edit.state(linear.weight))
+        rows = linear.weight_nk(edit.state(linear.weight))
         return self.scheme.round_weight(materialize(rows))
 
 

@@ -13,33 +13,38 @@ Equivalent and Effective Shifting and Scaling", EMNLP 2023, section 4.1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
+from fxopt.nodes import origins
 from fxopt.observation import ChannelRange
 from fxopt.operators import Linear
-from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
+from fxopt.passes.linear_layers.linear_rule import (
+    JudgedPlan,
+    LinearRule,
+    check_unquantized,
+    judged_plan,
+)
 from fxopt.passes.linear_layers.selection import (
-    has_mark,
     refuse_by_path,
     refuse_weight,
 )
 from fxopt.passes.quantization.smoothing_rule import rebuilt, weight_operand
-from fxopt.program import Program
+from fxopt.program import Mode, Origin, Program
 from fxopt.recipe import Recipe
-from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting import Edit, Match, Pass, Stage, rewrite
 from fxopt.rewriting.option_annotations import Globs
 from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
-SHIFT = "_shift"
-"""How the name of what is subtracted from an input ends."""
+SHIFT = Origin("shift-channels", "shift")
+"""What is subtracted from an input."""
 
 
 class ShiftLinear(LinearRule):
@@ -48,13 +53,12 @@ class ShiftLinear(LinearRule):
     def __init__(
         self,
         options: ShiftChannels,
-        trains: bool,
+        mode: Mode,
         middles: Mapping[str, Tensor],
         reasons: Mapping[str, str],
     ) -> None:
-        self.options, self.trains = options, trains
+        self.options, self.mode = options, mode
         self.middles, self.reasons = middles, reasons
-        self.shifted: dict[fx.Node, fx.Node] = {}
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
@@ -66,7 +70,7 @@ class ShiftLinear(LinearRule):
         unfit = unfit or refuse_weight(linear)
         if unfit is None and linear.x.meta["val"].dtype != linear.dtype:
             unfit = f"it multiplies {linear.x.meta['val'].dtype} by {linear.dtype}"
-        if unfit is None and self.trains:
+        if unfit is None and self.mode == "train":
             unfit = "it trains, and the weight's part in the new bias would have no gradient"
         if unfit is None and linear.bias is not None and linear.bias.op != "get_attr":
             unfit = "its bias is computed"
@@ -76,13 +80,7 @@ class ShiftLinear(LinearRule):
         linear: Linear = match["linear"]
         middle = self.middles[linear.node.name]
         bias = edit.constant(f"{linear.weight.target}_shifted_bias", _bias(linear, middle, edit))
-        if linear.x not in self.shifted:
-            value = linear.x.meta["val"]
-            shift = edit.constant(
-                f"{linear.x.name}{SHIFT}", middle.to(value.dtype).to(value.device)
-            )
-            self.shifted[linear.x] = edit.call(aten.sub.Tensor, linear.x, shift)
-        x = self.shifted[linear.x]
+        x = edit.once((self, linear.x), lambda: _centred(linear.x, middle, edit))
         if linear.bias is not None:
             return rebuilt(edit, linear.node, {linear.x: x, linear.bias: bias})
         if linear.node.target is aten.linear.default:
@@ -90,12 +88,8 @@ class ShiftLinear(LinearRule):
         return edit.call(aten.add.Tensor, rebuilt(edit, linear.node, {linear.x: x}), bias)
 
 
-@dataclass(frozen=True)
-class ShiftPlan(Plan):
-    """A plan with the channels' middles and the reasons not to shift, by the linear's node name."""
-
-    middles: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    reasons: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+class ShiftPlan(JudgedPlan):
+    """A plan that has found the channels' middles."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,36 +114,13 @@ class ShiftChannels(Pass[ShiftPlan]):
 
     def plan(self, program: Program) -> ShiftPlan:
         """The linears whose input gets narrower, with the middles of its channels."""
-        if any(n.target is torch.ops.fxopt.dequantize.default for n in program.graph.nodes):
-            raise PassError(
-                f"{self!r} comes after a pass that quantized linears, which it can't shift any "
-                "more: move it before Int8Linear"
-            )
-        trains = program.mode == "train"
-        rule = ShiftLinear(self, trains, {}, {})
-        seen, warnings = observe_inputs(program, rule, ChannelRange)
-        middles, reasons, details = {}, {}, []
-        for linear, channels in seen:
-            middle, text = self._middle(channels)
-            if middle is None:
-                reasons[linear.node.name] = text
-                continue
-            middles[linear.node.name] = middle
-            details.append(f"{path_of(linear)}: {text}")
-        base = plan_rules(program, (ShiftLinear(self, trains, middles, reasons),), repr(self))
-        return ShiftPlan(
-            base.spec,
-            base.sites,
-            base.refusals,
-            warnings=warnings,
-            details=tuple(details),
-            middles=middles,
-            reasons=reasons,
-        )
+        check_unquantized(program, repr(self), "shift")
+        make, rule = partial(ShiftPlan, repr(self)), partial(ShiftLinear, self, program.mode)
+        return judged_plan(program, make, rule, ChannelRange, self._middle)
 
     def apply(self, program: Program, plan: ShiftPlan) -> Program:
         """Shift the inputs of the plan's linears."""
-        rule = ShiftLinear(self, program.mode == "train", plan.middles, plan.reasons)
+        rule = ShiftLinear(self, program.mode, plan.found, plan.reasons)
         return rewrite(program, (rule,), plan.excluded)
 
     def _middle(self, seen: ChannelRange) -> tuple[Tensor | None, str]:
@@ -172,7 +143,14 @@ def _is_shifted(x: fx.Node) -> bool:
     if x.target is not aten.sub.Tensor:
         return False
     shift = x.args[1]
-    return isinstance(shift, fx.Node) and has_mark(str(shift.target), SHIFT)
+    return isinstance(shift, fx.Node) and SHIFT in origins(shift)
+
+
+def _centred(x: fx.Node, middle: Tensor, edit: Edit) -> fx.Node:
+    value = x.meta["val"]
+    rounded = middle.to(value.dtype).to(value.device)
+    shift = edit.constant(f"{x.name}_shift", rounded, origin=SHIFT)
+    return edit.call(aten.sub.Tensor, x, shift)
 
 
 @dataclass(frozen=True)
@@ -188,7 +166,7 @@ class _ShiftedBias:
 
 
 def _bias(linear: Linear, middle: Tensor, edit: Edit) -> Recipe:
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     sources = (rows,) if linear.bias is None else (rows, edit.state(linear.bias))
     shape = torch.Size((linear.out_features,))
     return Recipe(_ShiftedBias(middle), sources, shape, rows.dtype, rows.device)

@@ -20,13 +20,12 @@ from torch import Tensor, fx
 
 from fxopt.analyses.channel_scaling import Absorption, find_absorption, view_source
 from fxopt.claim import Claim, Close
-from fxopt.errors import PassError
-from fxopt.nodes import label
+from fxopt.nodes import label, origins
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
 from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
+from fxopt.passes.linear_layers.linear_rule import check_unquantized
 from fxopt.passes.linear_layers.selection import (
-    has_mark,
     refuse_by_path,
     refuse_weight,
 )
@@ -59,7 +58,7 @@ class SmoothQuant(Pass[SmoothPlan]):
     none, as `Int8Linear` of this `mode` rounds the input: `"static"` has one scale for all tokens
     and gains by more smoothing; `range` is that of its weights. `include` and `exclude` are globs
     over module paths. Scales come from the calibration inputs, or from the example where none were
-    given, with a warning. A smoothed weight ends in `_smoothed`, which a second run leaves alone.
+    given, with a warning. What is smoothed already, a second run leaves alone.
 
     Claim: close. Raises `PassError` for another alpha or mode, and when it comes after a pass that
     quantized linears.
@@ -114,11 +113,7 @@ class _Planning:
 
     def plan(self) -> SmoothPlan:
         nodes = self.program.graph.nodes
-        if any(node.target is torch.ops.fxopt.dequantize.default for node in nodes):
-            raise PassError(
-                f"{self.options!r} comes after a pass that quantized linears, which it can't "
-                "smooth any more: move it before Int8Linear"
-            )
+        check_unquantized(self.program, repr(self.options), "smooth")
         groups = self._groups()
         warnings = self._observe(groups) if groups else ()
         # From the end, since a scale that a linear's rows absorb changes its own columns' largest.
@@ -167,7 +162,7 @@ class _Planning:
             return unfit
         if linear.x.op == "get_attr":
             return "its input is a constant"
-        if has_mark(str(linear.weight.target), SMOOTHED):
+        if SMOOTHED in origins(linear.weight):
             return "it is smoothed already"
         return None
 
@@ -236,7 +231,7 @@ class _Planning:
         samples = []
         for linear in group.linears:
             weight = self.program.state[str(linear.weight.target)]
-            rows = materialize(linear.rows_first(weight)).detach().cpu()
+            rows = materialize(linear.weight_nk(weight)).detach().cpu()
             if linear.node in self.row_factors:
                 rows = rows * self.row_factors[linear.node].to(rows)[:, None]
             found = largest_per_channel(rows)

@@ -20,16 +20,17 @@ from fxopt.analyses.channel_scaling import (
     find_absorption,
     view_source,
 )
+from fxopt.nodes import origins
 from fxopt.operators.linears import Linear, as_linear
 from fxopt.passes.linear_layers.linear_rule import LinearRule
-from fxopt.passes.linear_layers.selection import has_mark
+from fxopt.program import Origin
 from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match
 
 aten = torch.ops.aten
 
-SMOOTHED = "_smoothed"
-"""How the state name of a weight with smoothed columns ends."""
+SMOOTHED = Origin("smooth-quant", "smoothed")
+"""A weight with smoothed columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,6 @@ class SmoothLinear(LinearRule):
         self.groups = {name: group for group in groups for name in group.linears}
         self.reasons = reasons
         self.moved: dict[Smoothing, dict[fx.Node, fx.Node]] = {}
-        self.inverses: dict[Smoothing, fx.Node] = {}
-        self.products: dict[fx.Node, fx.Node] = {}
-        self.weights: dict[fx.Node, fx.Node] = {}
 
     def match(self, node: fx.Node) -> Match | None:
         group = self.groups.get(node.name)
@@ -114,28 +112,29 @@ class SmoothLinear(LinearRule):
                     edit.start(view)
                     moved[view] = rebuilt(edit, view, moved)
             return moved[linear.x]
-        if linear.x not in self.products:
-            edit.start(linear.node)
-            if group not in self.inverses:
-                name = f"{linear.weight.target}_smoothing"
-                inverse = group.inverse.to(linear.x.meta["val"].device)
-                self.inverses[group] = edit.constant(name, inverse)
-            product = edit.call(aten.mul.Tensor, linear.x, self.inverses[group])
-            self.products[linear.x] = product
-        return self.products[linear.x]
+
+        def make() -> fx.Node:
+            name = f"{linear.weight.target}_smoothing"
+            inverse = group.inverse.to(linear.x.meta["val"].device)
+            constant = edit.once((self, group), lambda: edit.constant(name, inverse))
+            return edit.call(aten.mul.Tensor, linear.x, constant)
+
+        edit.start(linear.node)
+        return edit.once((self, "input", linear.x), make)
 
     def _weight(self, linear: Linear, group: Smoothing, edit: Edit) -> fx.Node:
         """The scaled weight as the linear's own operand: under the transposition it had."""
         weight, operand = linear.weight, weight_operand(linear)
         edit.start(linear.node)
-        if weight not in self.weights:
+
+        def make() -> fx.Node:
             scale = _widened(group.inverse).reciprocal()
             factor = scale[:, None] if linear.transposed else scale[None, :]
-            scaled = _scaled(edit, weight, factor)
-            self.weights[weight] = edit.constant(f"{weight.target}{SMOOTHED}", scaled)
-        if operand is weight:
-            return self.weights[weight]
-        return rebuilt(edit, operand, {weight: self.weights[weight]})
+            scaled, name = _scaled(edit, weight, factor), f"{weight.target}_smoothed"
+            return edit.constant(name, scaled, origin=SMOOTHED, of=weight)
+
+        made = edit.once((self, "weight", weight), make)
+        return made if operand is weight else rebuilt(edit, operand, {weight: made})
 
 
 def readers(linears: Sequence[Linear]) -> set[fx.Node]:
@@ -192,9 +191,9 @@ def _scaled_constant(edit: Edit, constant: fx.Node, factor: Tensor) -> fx.Node:
         factor = factor.to(value.dtype).to(value.device)
         return edit.call(aten.mul.Tensor, constant, edit.constant(f"{constant.name}_scale", factor))
     name = str(constant.target)
-    if not has_mark(name, SMOOTHED):
+    if SMOOTHED not in origins(constant):
         name += "_scaled"
-    return edit.constant(name, _scaled(edit, constant, factor))
+    return edit.constant(name, _scaled(edit, constant, factor), of=constant)
 
 
 def _scaled(edit: Edit, constant: fx.Node, factor: Tensor) -> Recipe:

@@ -15,27 +15,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxopt.claim import Claim, Close
+from fxopt.nodes import origins
 from fxopt.observation import ChannelMagnitude
 from fxopt.operators import Linear, as_linear, refuse_shared_weight
-from fxopt.passes.linear_layers.linear_rule import LinearRule, observe_inputs, path_of
-from fxopt.passes.linear_layers.selection import has_mark, refuse_by_path
-from fxopt.program import Program
+from fxopt.passes.linear_layers.linear_rule import JudgedPlan, LinearRule, judged_plan
+from fxopt.passes.linear_layers.selection import refuse_by_path
+from fxopt.program import Origin, Program
 from fxopt.recipe import Recipe
-from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
+from fxopt.rewriting import Edit, Match, Pass, Stage, rewrite
 from fxopt.rewriting.option_annotations import Globs
 from fxopt.rewriting.option_types import Bounds
 
 aten = torch.ops.aten
 
-OUTLIERS, MAIN = "_outliers", "_main"
-"""How the names of split weights end: float columns, and what int8 may round."""
+OUTLIERS, MAIN = Origin("split-outliers", "outliers"), Origin("split-outliers", "main")
+"""Parts of split weights: float columns, and what int8 may round."""
 
 _ELEMENTWISE: frozenset[Any] = frozenset(
     {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default}
@@ -52,8 +54,6 @@ class SplitLinear(LinearRule):
         reasons: Mapping[str, str],
     ) -> None:
         self.options, self.channels, self.reasons = options, channels, reasons
-        self.masked: dict[fx.Node, fx.Node] = {}
-        self.apart: dict[fx.Node, fx.Node] = {}
 
     def match(self, node: fx.Node) -> Match | None:
         match = super().match(node)
@@ -76,32 +76,22 @@ class SplitLinear(LinearRule):
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
         channels = torch.tensor(self.channels[linear.node.name])
-        name = str(linear.weight.target)
-        rows = linear.rows_first(edit.state(linear.weight))
-        main = edit.constant(f"{name}{MAIN}", _recipe(_Without(channels), rows, rows.shape))
-        shape = torch.Size((linear.out_features, len(channels)))
-        own = edit.constant(f"{name}{OUTLIERS}", _recipe(_Columns(channels), rows, shape))
-        if linear.x not in self.masked:
-            self.masked[linear.x] = self._mask(linear, channels, edit)
-            self.apart[linear.x] = _outlying(linear.x, channels, edit)
-        product = edit.call(aten.linear.default, self.masked[linear.x], main, linear.bias)
-        rest = edit.call(aten.linear.default, self.apart[linear.x], own)
-        return edit.call(aten.add.Tensor, product, rest)
-
-    def _mask(self, linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
-        value = linear.x.meta["val"]
-        mask = torch.ones(linear.in_features, dtype=value.dtype, device=value.device)
-        mask[channels.to(value.device)] = 0.0
-        constant = edit.constant(f"{linear.x.name}_mask", mask)
-        return edit.call(aten.mul.Tensor, linear.x, constant)
+        name, weight = str(linear.weight.target), linear.weight
+        rows = linear.weight_nk(edit.state(weight))
+        without = _recipe(_Without(channels), rows, rows.shape)
+        main = edit.constant(f"{name}_main", without, origin=MAIN, of=weight)
+        columns = _recipe(_Columns(channels), rows, (linear.out_features, len(channels)))
+        own = edit.constant(f"{name}_outliers", columns, origin=OUTLIERS, of=weight)
+        masked, apart = edit.once(
+            (self, linear.x),
+            lambda: (_masked(linear, channels, edit), _outlying(linear.x, channels, edit)),
+        )
+        product = edit.call(aten.linear.default, masked, main, linear.bias)
+        return edit.call(aten.add.Tensor, product, edit.call(aten.linear.default, apart, own))
 
 
-@dataclass(frozen=True)
-class SplitPlan(Plan):
-    """A plan with the channels to split off and the reasons not to, by the linear's node name."""
-
-    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+class SplitPlan(JudgedPlan):
+    """A plan that has found the channels to split off."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,53 +116,45 @@ class SplitOutliers(Pass[SplitPlan]):
 
     def plan(self, program: Program) -> SplitPlan:
         """The linears whose inputs have outliers, with their channels."""
-        seen, warnings = observe_inputs(program, SplitLinear(self, {}, {}), ChannelMagnitude)
-        channels, reasons, details = {}, {}, []
-        for linear, magnitude in seen:
-            largest, reason = _outliers(magnitude.largest, self.channels, self.ratio)
-            if not largest:
-                reasons[linear.node.name] = reason
-                continue
-            channels[linear.node.name] = largest
-            details.append(f"{path_of(linear)}: {reason}")
-        base = plan_rules(program, (SplitLinear(self, channels, reasons),), repr(self))
-        return SplitPlan(
-            base.spec,
-            base.sites,
-            base.refusals,
-            warnings=warnings,
-            details=tuple(details),
-            channels=channels,
-            reasons=reasons,
-        )
+        make, rule = partial(SplitPlan, repr(self)), partial(SplitLinear, self)
+        return judged_plan(program, make, rule, ChannelMagnitude, self._outliers)
 
     def apply(self, program: Program, plan: SplitPlan) -> Program:
         """Split the plan's linears."""
-        rules = (SplitLinear(self, plan.channels, plan.reasons),)
+        rules = (SplitLinear(self, plan.found, plan.reasons),)
         return rewrite(program, rules, plan.excluded)
+
+    def _outliers(self, seen: ChannelMagnitude) -> tuple[tuple[int, ...] | None, str]:
+        """The largest channels and how much they exceed the rest, or why they don't by enough."""
+        if seen.largest.numel() <= self.channels:
+            return None, "its input was never seen"
+        values, order = seen.largest.sort(descending=True, stable=True)
+        first, rest = float(values[0]), float(values[self.channels])
+        excess = first / rest if rest else math.inf
+        if first == 0.0 or excess < self.ratio:
+            text = f"its largest input channel is {excess:.1f} times the rest, below {self.ratio:g}"
+            return None, text
+        chosen = tuple(sorted(order[: self.channels].tolist()))
+        return chosen, f"{len(chosen)} channels of up to {first:.3g} apart, {rest:.3g} remains"
 
 
 def is_split(linear: Linear) -> bool:
     """Whether this linear is one of the two halves that `SplitOutliers` makes."""
-    return is_outlying(linear) or has_mark(str(linear.weight.target), MAIN)
+    return is_outlying(linear) or MAIN in origins(linear.weight)
 
 
 def is_outlying(linear: Linear) -> bool:
     """Whether this linear belongs to the outliers, which stay in float."""
-    return has_mark(str(linear.weight.target), OUTLIERS)
+    return OUTLIERS in origins(linear.weight)
 
 
-def _outliers(largest: Tensor, count: int, ratio: float) -> tuple[tuple[int, ...], str]:
-    """The largest channels and how much they exceed the rest, or why they don't by enough."""
-    if largest.numel() <= count:
-        return (), "its input was never seen"
-    values, order = largest.sort(descending=True, stable=True)
-    first, rest = float(values[0]), float(values[count])
-    excess = first / rest if rest else math.inf
-    if first == 0.0 or excess < ratio:
-        return (), f"its largest input channel is {excess:.1f} times the rest, below {ratio:g}"
-    chosen = sorted(order[:count].tolist())
-    return tuple(chosen), f"{count} channels of up to {first:.3g} apart, {rest:.3g} remains"
+def _masked(linear: Linear, channels: Tensor, edit: Edit) -> fx.Node:
+    """x · m."""
+    value = linear.x.meta["val"]
+    mask = torch.ones(linear.in_features, dtype=value.dtype, device=value.device)
+    mask[channels.to(value.device)] = 0.0
+    constant = edit.constant(f"{linear.x.name}_mask", mask)
+    return edit.call(aten.mul.Tensor, linear.x, constant)
 
 
 def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
@@ -182,15 +164,16 @@ def _outlying(x: fx.Node, channels: Tensor, edit: Edit) -> fx.Node:
     if linear is None:
         index = edit.constant(f"{x.name}_channels", channels.to(x.meta["val"].device))
         return edit.call(aten.index_select.default, x, x.meta["val"].ndim - 1, index)
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     count = len(channels)
-    shape = torch.Size((count, linear.in_features))
-    name = str(linear.weight.target)
-    weight = edit.constant(f"{name}{OUTLIERS}", _recipe(_Rows(channels), rows, shape))
+    few = _recipe(_Rows(channels), rows, (count, linear.in_features))
+    weight = edit.constant(
+        f"{linear.weight.target}_outliers", few, origin=OUTLIERS, of=linear.weight
+    )
     bias = None
     if linear.bias is not None:
-        recipe = _recipe(_Rows(channels), edit.state(linear.bias), torch.Size((count,)))
-        bias = edit.constant(f"{linear.bias.target}{OUTLIERS}", recipe)
+        recipe = _recipe(_Rows(channels), edit.state(linear.bias), (count,))
+        bias = edit.constant(f"{linear.bias.target}_outliers", recipe)
     before = edit.call(aten.linear.default, linear.x, weight, bias)
     return edit.call(x.target, before, *x.args[1:], **x.kwargs)
 

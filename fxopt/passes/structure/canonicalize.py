@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxopt.claim import Claim, Exact
 from fxopt.nodes import draws_random, is_pure, same_sizes
 from fxopt.operators import CASTS, COPIES, PERMUTATIONS, UNCHANGED, WHOLE_VIEWS, permutation
-from fxopt.passes.structure.fold_masks import CountsFromThere, DropTrue
+from fxopt.passes.structure.fold_masks import DropTrue, FoldArangeCompare
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Rule, RulePass, Stage, arguments
 from fxopt.rewriting.pattern import Target
@@ -179,7 +179,7 @@ class Canonicalize(RulePass):
             DropIdentity(program.mode == "train"),
             DropDoubleTranspose(),
             MergeDuplicate(),
-            CountsFromThere(),
+            FoldArangeCompare(),
             DropTrue(),
         ]
         return [*rules, FoldConstant()] if program.mode == "eval" else rules

@@ -27,7 +27,7 @@ _ONES = (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 
 
-class CountsFromThere(Rule):
+class FoldArangeCompare(Rule):
     """x >= c = ones_like(x) where x can't be less"""
 
     def targets(self) -> tuple[Target, ...]:

@@ -297,7 +297,7 @@ def _without_weights(norm: Norm, edit: Edit) -> fx.Node:
 
 def _folded_weight(norm: Norm, linear: Linear, edit: Edit) -> fx.Node:
     """W * g, [N, K]; W where there is no g."""
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     if norm.gain is not None:
         rows = _recipe(scaled_columns, (rows, edit.state(norm.gain)), rows.shape, rows.dtype)
     return edit.constant(f"{linear.name}_folded", rows)
@@ -307,7 +307,7 @@ def _folded_bias(norm: Norm, linear: Linear, edit: Edit) -> fx.Node | None:
     """c + W b, [N]; c itself where there is no b."""
     if norm.shift is None:
         return linear.bias
-    rows = linear.rows_first(edit.state(linear.weight))
+    rows = linear.weight_nk(edit.state(linear.weight))
     sources: tuple[Tensor | Recipe, ...] = (rows, edit.state(norm.shift))
     if linear.bias is not None:
         sources = (*sources, edit.state(linear.bias))

@@ -19,27 +19,11 @@ aten = torch.ops.aten
 class FoldPadding(Rule):
     """conv(pad(x, p), W, b, stride, q) = conv(x, W, b, stride, p + q)"""
 
-    pattern = op(
-        NUMBER_PADDED,
-        op(
-            aten.pad.default,
-            hole("x"),
-            hole("pad"),
-            hole("pad_mode"),
-            hole("value"),
-            name="padded",
-        ),
-        hole("weight"),
-        hole("bias"),
-        hole("stride"),
-        hole("padding"),
-        hole("dilation"),
-        hole("groups"),
-    )
+    pattern = op(NUMBER_PADDED, op(aten.pad.default, hole("x"), rest=True), rest=True)
 
     def refuse(self, match: Match) -> str | None:
-        if match["pad_mode"] != "constant" or match["value"] not in (None, 0):
-            return f"it pads by {match['pad_mode']!r} with {match['value']}, not by zeros"
+        if match["mode"] != "constant" or match["value"] not in (None, 0):
+            return f"it pads by {match['mode']!r} with {match['value']}, not by zeros"
         sizes = list(match["pad"])
         rank = match["x"].meta["val"].ndim
         if not all(isinstance(size, int) and size >= 0 for size in sizes):

@@ -38,27 +38,14 @@ class FoldBatchNorm(Rule):
     pattern = op(
         aten.batch_norm.default,
         either(
-            op(
-                CONVOLUTIONS,
-                hole("x"),
-                hole("weight"),
-                hole("bias"),
-                hole("stride"),
-                hole("padding"),
-                hole("dilation"),
-                hole("groups"),
-                name="layer",
-            ),
+            op(CONVOLUTIONS, hole("x"), hole("weight"), hole("bias"), name="layer", rest=True),
             op(aten.linear.default, hole("x"), hole("weight"), hole("bias"), name="layer"),
         ),
         hole("gamma"),
         hole("beta"),
         hole("mean"),
         hole("var"),
-        hole("training"),
-        hole("momentum"),
-        hole("eps"),
-        hole("cudnn"),
+        rest=True,
     )
 
     def match(self, node: fx.Node) -> Match | None:

@@ -146,7 +146,7 @@ def _joined(parts: Sequence[Tensor | Recipe]) -> Recipe:
 
 
 def _rows(edit: Edit, linear: Linear) -> Tensor | Recipe:
-    return linear.rows_first(edit.state(linear.weight))
+    return linear.weight_nk(edit.state(linear.weight))
 
 
 def _bias(edit: Edit, linear: Linear) -> Tensor | Recipe:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-
-import networkx
+from typing import TYPE_CHECKING
 
 from fxopt.report.graph_picture.boxes import Box, Op, operations
 from fxopt.report.graph_picture.picture import PictureNode
+
+if TYPE_CHECKING:
+    import networkx
 
 _VIEWS = {
     *("alias", "clone", "contiguous", "detach", "expand", "flatten", "permute", "reshape"),
@@ -55,6 +57,8 @@ def group_own(box: Box, made_by: Mapping[str, Op]) -> None:
 
     Only groups that joining can't make feed themselves through a submodule.
     """
+    import networkx
+
     flow = networkx.DiGraph()
     holder: dict[Op, Op | Box] = {}
     for child in box.children:
@@ -80,6 +84,8 @@ def group_own(box: Box, made_by: Mapping[str, Op]) -> None:
 
 
 def _feeds_itself(flow: networkx.DiGraph, members: set[Op]) -> bool:
+    import networkx
+
     after = set().union(*(networkx.descendants(flow, op) for op in members)) - members
     before = set().union(*(networkx.ancestors(flow, op) for op in members)) - members
     return bool(after & before)

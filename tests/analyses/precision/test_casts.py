@@ -17,7 +17,7 @@ from fxopt.errors import FxoptError, PassError
 from fxopt.interpreter import evaluate
 from fxopt.program import Program
 from fxopt.recipe import Recipe
-from tests.architectures import TRANSFORMERS
+from tests.captured import captured, case
 from tests.models import Drawn, ParallelLinears, models
 from tests.rewriting.functions import program_of
 from tests.sweeps import in_parts
@@ -123,18 +123,17 @@ def test_autocast_on_fake_tensors_casts_what_autocast_casts(drawn: Drawn) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "distilbert"])
 def test_autocast_of_a_transformer_is_told_to_the_byte(name: str, dtype: torch.dtype) -> None:
-    case = TRANSFORMERS[name]()
-    program = capture(case.model, case.example)
+    shared, program = case(name), captured(name)
     predicted = autocast_casts(program, dtype)
     assert predicted.weights
     assert predicted.activations
-    assert predicted == _eager(case.model, case.example, dtype)
+    assert predicted == _eager(shared.model, shared.example, dtype)
 
 
 def test_a_model_that_asks_for_dtypes_casts_more_activations_than_its_graph() -> None:
-    case = TRANSFORMERS["t5-encoder"]()
-    predicted = autocast_casts(capture(case.model, case.example), _HALF)
-    measured = _eager(case.model, case.example, _HALF)
+    shared = case("t5-encoder")
+    predicted = autocast_casts(captured("t5-encoder"), _HALF)
+    measured = _eager(shared.model, shared.example, _HALF)
     assert (predicted.weights, predicted.weight_bytes) == (
         measured.weights,
         measured.weight_bytes,

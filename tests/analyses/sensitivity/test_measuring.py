@@ -186,7 +186,8 @@ def test_a_layer_that_gives_nan_has_all_the_noise_and_is_kept() -> None:
     (node,) = candidates[1].values
     candidates[1] = Candidate("broken", {node: lambda x, w, b: x * math.nan})
     found = measure_sensitivity(program, candidates, batches)
-    assert found.rows[0] == Effect("broken", -math.inf, -math.inf, 1.0)
+    assert found.rows[0] == Effect("broken", -math.inf, -math.inf, 1.0, candidates[1].paths)
+    assert found.rows[0].paths == (module_path(node),)
     assert found.within(Sqnr(10.0)) == {"broken"}
 
 

@@ -24,7 +24,7 @@ from fxopt.interpreter import evaluate
 from fxopt.passes.mixed_precision.autocast import AutocastPlan
 from fxopt.passes.mixed_precision.autocast_planning import cast_graph, sides_of
 from fxopt.program import Program
-from tests.architectures import TRANSFORMERS
+from tests.captured import canonicalized, captured, case
 from tests.check import check, tensors_of
 from tests.models import Attention, Drawn, GatedMlp, Residual, conv_models, sequence_models
 from tests.sweeps import in_parts
@@ -410,8 +410,7 @@ def test_no_placement_of_a_model_casts_fewer_bytes(drawn: Drawn) -> None:
 @pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5-encoder"])
 def test_it_casts_far_less_than_torch_autocast(name: str) -> None:
-    case = TRANSFORMERS[name]()
-    program = capture(case.model, case.example)
+    program = captured(name)
     program = Canonicalize().apply(program, Canonicalize().plan(program))
     plan = planned(PASS, program)
     ours = graph_casts(PASS.apply(program, plan))
@@ -480,12 +479,10 @@ def test_masters_stay_float32_and_casts_are_differentiable() -> None:
 
 
 def test_it_can_be_lowered_and_judged_on_a_real_architecture() -> None:
-    case = TRANSFORMERS["bert"]()
-    opt = fxopt.transform(
-        case.model, ["canonicalize, fuse-linears", PASS, "prepack"], example_inputs=case.example
-    )
+    shared = case("bert")
+    opt = fxopt.transform(canonicalized("bert"), ["canonicalize, fuse-linears", PASS, "prepack"])
     record = opt.report.steps[3]
 
     assert record.name == "autocast"
     assert isinstance(PASS.claim, Sqnr | Close)
-    assert opt(**case.others[0]).last_hidden_state.dtype == torch.float32
+    assert opt(**shared.others[0]).last_hidden_state.dtype == torch.float32

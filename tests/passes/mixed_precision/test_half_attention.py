@@ -11,9 +11,8 @@ from torch import Tensor, fx, nn
 import fxopt
 from fxopt import FuseLinears, HalfAttention, PassError, Prepack, Sqnr
 from fxopt.capture import capture
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.kernels import native
-from fxopt.passes.mixed_precision import half_attention
 from fxopt.program import Program
 from tests.check import check
 from tests.models import Attention
@@ -147,20 +146,12 @@ def test_attention_in_bfloat16_is_left_as_it_is() -> None:
     assert not plan.refusals
 
 
-class _OldMachine:
-    @staticmethod
-    def describe(device: object) -> Device:
-        return Device("cpu", "Old CPU", frozenset({"avx2"}))
-
-
-def test_a_device_without_bfloat16_is_refused_unless_forced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(half_attention, "Device", _OldMachine)
-    result = check(HalfAttention(), Given(), inputs(), 0)
+def test_a_device_without_bfloat16_is_refused_unless_forced() -> None:
+    with pretending(Device("cpu", "Old CPU", frozenset({"avx2"}))):
+        result = check(HalfAttention(), Given(), inputs(), 0)
+        check(HalfAttention(force=True), Given(), inputs(), 1)
     (refusal,) = result.changes.refused
     assert refusal.reason.startswith("Old CPU has no instruction that multiplies torch.bfloat16")
-    check(HalfAttention(force=True), Given(), inputs(), 1)
 
 
 def test_options_and_claim() -> None:

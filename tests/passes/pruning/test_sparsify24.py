@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from fxopt import Close, EquivalenceError, HalfLinear, PassError, SelectKernels,
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.claim import sqnr
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.interpreter import evaluate
 from fxopt.kernels.sparse24 import is_sparse24
 from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
@@ -52,11 +54,13 @@ def applied(pass_: fxopt.Pass, program: Program) -> Program:
     return replace(pass_.apply(program, pass_.plan(program)), changes=Changes())
 
 
-def on(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
-    """The CPU passes for a GPU of this capability, with cuSPARSELt."""
+@contextmanager
+def on(monkeypatch: pytest.MonkeyPatch, *capability: int) -> Iterator[None]:
+    """Inside, the CPU passes for a GPU of this capability, with cuSPARSELt."""
     device = Device("cuda", "GPU", capability=capability)  # type: ignore[arg-type]
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda _: device))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    with pretending(device):
+        yield
 
 
 @st.composite
@@ -226,7 +230,7 @@ def test_calibration_is_asked_for_and_its_absence_told() -> None:
     wanda = str(Sparsify24("wanda", force=True).plan(program))
     assert "calibrated on the example alone (3 x 64), since calibration= was left out" in wanda
     fitted = str(Sparsify24("sparsegpt", force=True).plan(program))
-    assert "were fitted to 3 rows of 64 channels, and can be worse than masked ones" in fitted
+    assert "was fitted to 3 rows of 64 channels, and can be worse than masked" in fitted
     assert "calibrat" not in str(FORCED.plan(program))
 
 
@@ -323,20 +327,22 @@ def test_on_sparse_tensor_cores_it_becomes_one_operator(
     torch.manual_seed(0)
     x = torch.randn(5, 64)
     program = capture(nn.Linear(64, 32, bias=bias), (x,))
-    on(monkeypatch, 9, 0)
-    sparse = applied(HalfLinear(dtype=torch.float16), applied(Sparsify24(), program))
-    result = SelectKernels().apply(sparse, SelectKernels().plan(sparse))
-    assert {name: n for name, n in result.changes.fired.items() if n} == {"SelectSparse24Linear": 1}
-    targets = [node.target for node in result.graph.nodes]
-    assert ops.linear_sparse24.default in targets
-    state = result.materialized().state.values()
-    dtypes = {str(t.dtype): tuple(t.shape) for t in state if len(t.shape) == 2}
-    assert dtypes == {"torch.float16": (32, 32), "torch.uint8": (32, 8)}
-    (before,), (after,) = evaluate(sparse, (x,)), evaluate(result, (x,))
-    assert torch.equal(before, after)
-    save(result.materialized(), tmp_path / "saved")
-    loaded = load(tmp_path / "saved").program
-    assert torch.equal(evaluate(loaded, (x,))[0], after)
+    with on(monkeypatch, 9, 0):
+        sparse = applied(HalfLinear(dtype=torch.float16), applied(Sparsify24(), program))
+        result = SelectKernels().apply(sparse, SelectKernels().plan(sparse))
+        assert {name: n for name, n in result.changes.fired.items() if n} == {
+            "SelectSparse24Linear": 1
+        }
+        targets = [node.target for node in result.graph.nodes]
+        assert ops.linear_sparse24.default in targets
+        state = result.materialized().state.values()
+        dtypes = {str(t.dtype): tuple(t.shape) for t in state if len(t.shape) == 2}
+        assert dtypes == {"torch.float16": (32, 32), "torch.uint8": (32, 8)}
+        (before,), (after,) = evaluate(sparse, (x,)), evaluate(result, (x,))
+        assert torch.equal(before, after)
+        save(result.materialized(), tmp_path / "saved")
+        loaded = load(tmp_path / "saved").program
+        assert torch.equal(evaluate(loaded, (x,))[0], after)
 
 
 def test_a_linear_that_cannot_run_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,13 +351,13 @@ def test_a_linear_that_cannot_run_there_says_why(monkeypatch: pytest.MonkeyPatch
     select = SingleRule(SelectSparse24Linear(program))
     (refusal,) = select.plan(program).refusals
     assert refusal.reason.endswith("has no sparse tensor cores")
-    on(monkeypatch, 8, 0)
-    (refusal,) = select.plan(program).refusals
-    assert "torch multiplies 2:4 in float16 and bfloat16, so put HalfLinear()" in refusal.reason
-    dense = capture(nn.Linear(64, 32).half(), (x.half(),))
-    plan = SingleRule(SelectSparse24Linear(dense)).plan(dense)
-    assert not plan.sites
-    assert not plan.refusals
+    with on(monkeypatch, 8, 0):
+        (refusal,) = select.plan(program).refusals
+        assert "torch multiplies 2:4 in float16 and bfloat16, so put HalfLinear()" in refusal.reason
+        dense = capture(nn.Linear(64, 32).half(), (x.half(),))
+        plan = SingleRule(SelectSparse24Linear(dense)).plan(dense)
+        assert not plan.sites
+        assert not plan.refusals
 
 
 @pytest.mark.cuda

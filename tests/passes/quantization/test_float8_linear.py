@@ -8,7 +8,7 @@ from torch import nn
 
 from fxopt import Close, Float8Linear, PassError, Sqnr
 from fxopt.capture import capture
-from fxopt.device import Device
+from fxopt.device import Device, pretending
 from fxopt.interpreter import evaluate
 from fxopt.kernels.float8 import FLOAT8
 from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
@@ -38,13 +38,13 @@ def test_a_device_without_the_units_is_refused_with_its_reason() -> None:
     assert "no CPU kernel multiplies torch.float8_e4m3fn natively" in reason
 
 
-def test_a_device_with_the_units_needs_no_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_with_the_units_needs_no_force() -> None:
     h100 = Device("cuda", "H100", capability=(9, 0))
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda device: h100))
-    check(Float8Linear(), nn.Linear(8, 8), (torch.randn(3, 8),), 1)
+    with pretending(h100):
+        check(Float8Linear(), nn.Linear(8, 8), (torch.randn(3, 8),), 1)
     a100 = Device("cuda", "A100", capability=(8, 0))
-    monkeypatch.setattr(Device, "describe", staticmethod(lambda device: a100))
-    result = check(Float8Linear(), nn.Linear(8, 8), (torch.randn(3, 8),), 0)
+    with pretending(a100):
+        result = check(Float8Linear(), nn.Linear(8, 8), (torch.randn(3, 8),), 0)
     assert "capability 8.0, needs 8.9" in result.changes.refused[0].reason
 
 

@@ -17,7 +17,7 @@ from fxopt import EquivalenceError, Int8Embedding, Int8Linear, PassError, Sqnr
 from fxopt.capture import capture
 from fxopt.program import Program
 from fxopt.recipe import materialize
-from tests.architectures import ARCHITECTURES
+from tests.captured import captured, case
 from tests.check import assert_close_to_model, check
 from tests.models import Drawn, TiedHead, sequence_models
 
@@ -295,13 +295,13 @@ def test_onnx_gathers_int8_rows_and_dequantizes_those(tmp_path: Path) -> None:
 @pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma", "t5-encoder", "clip-text", "electra"])
 def test_the_architectures_keep_the_claim(name: str) -> None:
-    case = ARCHITECTURES[name]()
+    shared = case(name)
     pass_ = Int8Embedding(tied=True)
-    program = capture(case.model, case.example)
+    program = captured(name)
     result = pass_.apply(program, pass_.plan(program)).materialized()
     assert result.changes.fired["QuantizeEmbedding"]
-    for call in (case.example, *case.others):
-        assert_close_to_model(pass_.claim, case.model, result, call)
+    for call in (shared.example, *shared.others):
+        assert_close_to_model(pass_.claim, shared.model, result, call)
 
 
 @settings(max_examples=15)

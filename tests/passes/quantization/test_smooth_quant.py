@@ -20,10 +20,11 @@ from fxopt.errors import PassError
 from fxopt.interpreter import evaluate
 from fxopt.pass_list import parse_passes
 from fxopt.passes.quantization import smooth_quant, smoothing_rule
-from fxopt.program import Changes, Program
+from fxopt.program import Changes, Origin, Program
 from fxopt.rewriting import Plan
 from fxopt.weights.smoothing import ALPHAS, smoothing_scale
-from tests.architectures import ARCHITECTURES, randomize
+from tests.architectures import randomize
+from tests.captured import canonicalized, case
 from tests.check import assert_close_to_model, assert_unchanged, check, grown
 from tests.models import Attention, Drawn, GatedMlp, SharedLinear, models
 from tests.sweeps import in_parts
@@ -152,8 +153,8 @@ def reasons(program: Program) -> str:
     ],
 )
 def test_architectures_keep_their_outputs(name: str, linears: int, multiplied: int) -> None:
-    case = ARCHITECTURES[name]()
-    result = check(SmoothQuant(), case.model, case.example, linears, others=case.others)
+    shared = case(name)
+    result = check(SmoothQuant(), shared.model, shared.example, linears, others=shared.others)
     assert multiplies(result) == multiplied
 
 
@@ -434,7 +435,7 @@ def test_without_its_mark_a_smoothed_model_is_level_already(
 ) -> None:
     """Scales that rows absorb are known before the columns of those rows are levelled."""
     result = check(SmoothQuant(), randomize(PreNorm(nn.ReLU())), (x(40, 8),), 2)
-    monkeypatch.setattr(smooth_quant, "SMOOTHED", "nothing is called this")
+    monkeypatch.setattr(smooth_quant, "SMOOTHED", Origin("no pass", "nothing"))
     groups = SmoothQuant().plan(replace(result, changes=Changes())).groups
     assert len(groups) == 2
     for group in groups:
@@ -472,8 +473,7 @@ def test_coming_after_int8_is_an_error() -> None:
 
 def test_no_scale_crosses_a_cast_to_half() -> None:
     """Scaled values round to other bits, by more than the claim allows."""
-    case = ARCHITECTURES["bert"]()
     passes = [FuseLinears(), HalfAttention(force=True), SmoothQuant()]
-    opt = transform(case.model, passes, example_inputs=case.example)
+    opt = transform(canonicalized("bert"), passes)
     assert opt.steps[-1].record.fired["SmoothLinear"]
     assert opt.steps[-1].record.holds

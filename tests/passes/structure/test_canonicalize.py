@@ -127,7 +127,7 @@ VISIBLE = (torch.randn(3, 4), torch.rand(3, 4) < 0.5)
 @pytest.mark.parametrize(("first", "least"), [(0, 0), (2, 1), (0, -3)])
 def test_what_a_mask_holds_that_is_true_everywhere_leaves_it(first: int, least: int) -> None:
     result = check(
-        Canonicalize(), Positions(first, least), VISIBLE, {"CountsFromThere": 1, "DropTrue": 1}
+        Canonicalize(), Positions(first, least), VISIBLE, {"FoldArangeCompare": 1, "DropTrue": 1}
     )
     left = {str(node.target) for node in result.graph.nodes}
     assert not left & {"aten.ge.Scalar", "aten.__and__.Tensor"}
@@ -140,7 +140,7 @@ def test_what_may_be_false_somewhere_stays(first: int, least: int) -> None:
 
 def test_a_mask_that_is_an_output_is_computed() -> None:
     model = Positions(0, 0, as_output=True)
-    result = check(Canonicalize(), model, VISIBLE, {"CountsFromThere": 1})
+    result = check(Canonicalize(), model, VISIBLE, {"FoldArangeCompare": 1})
     reasons = [refusal.reason for refusal in result.changes.refused]
     assert reasons == ["it is an output, which must not share memory with another value"]
 

@@ -17,7 +17,8 @@ from fxopt import EquivalenceError, FoldNorms
 from fxopt.capture import capture
 from fxopt.program import Program
 from fxopt.recipe import Recipe, materialize
-from tests.architectures import ARCHITECTURES, randomize
+from tests.architectures import randomize
+from tests.captured import canonicalized, case
 from tests.check import assert_close_to_model, check
 from tests.models import Drawn, sequence_models
 
@@ -266,8 +267,8 @@ FIRES = {"bert": 0, "bert-sequence-classification": 1, "gpt2": 4, "llama": 5, "g
 @pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", FIRES)
 def test_pre_norm_architectures_fold_and_post_norm_ones_say_why_not(name: str) -> None:
-    case = ARCHITECTURES[name]()
-    result = check(FoldNorms(), case.model, case.example, FIRES[name], others=case.others)
+    shared = case(name)
+    result = check(FoldNorms(), shared.model, shared.example, FIRES[name], others=shared.others)
     reasons = {refusal.reason for refusal in result.changes.refused}
     if name == "bert":
         assert any(reason.startswith("add reads it too, at encoder.layer.0") for reason in reasons)
@@ -279,13 +280,12 @@ def test_pre_norm_architectures_fold_and_post_norm_ones_say_why_not(name: str) -
 
 
 def test_llama_is_folded_fused_rounded_and_saved(tmp_path: Any) -> None:
-    case = ARCHITECTURES["llama"]()
     passes = "canonicalize, fold-norms, fuse-linears, smooth-quant, int8-linear{where=always}"
-    opt = fxopt.transform(case.model, passes, example_inputs=case.example)
+    opt = fxopt.transform(canonicalized("llama"), passes)
     assert opt.report.steps[2].fired == {"FoldNorm": 5}
     opt.save(tmp_path / "llama")
     loaded = fxopt.load(tmp_path / "llama")
-    call = case.others[0]
+    call = case("llama").others[0]
     torch.testing.assert_close(loaded(**call).logits, opt(**call).logits)
 
 

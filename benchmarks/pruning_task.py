@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class PruningTask:
     """The trained model's folder, what it is pruned and distilled with, and the budget of that."""
 
     folder: Path

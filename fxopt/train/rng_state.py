@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-Draws: TypeAlias = dict[str, Any]
+RngState: TypeAlias = dict[str, Any]
 """What `torch.load(weights_only=True)` reads: tensors, numbers and containers."""
 
 
-def draws(generators: Sequence[torch.Generator] = ()) -> Draws:
+def rng_state(generators: Sequence[torch.Generator] = ()) -> RngState:
     """The present states; `generators` are the data's own."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -30,7 +30,7 @@ def draws(generators: Sequence[torch.Generator] = ()) -> Draws:
     }
 
 
-def restore(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+def set_rng_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
     """Put every generator where it was when `state` was taken."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
@@ -44,19 +44,19 @@ def restore(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()
 
 
 @contextmanager
-def undone(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+def rng_state_kept(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     """What is drawn inside leaves the generators where they were."""
-    before = draws(generators)
+    before = rng_state(generators)
     try:
         yield
     finally:
-        restore(before, generators)
+        set_rng_state(before, generators)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """All generators of the process start from `seed` inside, and are as before after it."""
-    with undone():
+    with rng_state_kept():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)

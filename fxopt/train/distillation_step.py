@@ -11,13 +11,13 @@ from fxopt.errors import TrainError
 from fxopt.train.calling import call, moved
 from fxopt.train.data import Batches
 from fxopt.train.distillation_loss import DistillationLoss
-from fxopt.train.draws import undone
 from fxopt.train.history import not_finite
-from fxopt.train.labels import check_labels
+from fxopt.train.labels import class_count
 from fxopt.train.precision import Precision
+from fxopt.train.rng_state import rng_state_kept
 
 
-class Lesson(nn.Module):
+class DistillationStep(nn.Module):
     """Batch and teacher's outputs -> the terms; a module, so that DDP sees all that is trained."""
 
     def __init__(
@@ -45,34 +45,35 @@ class Lesson(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-def rehearse(lesson: Lesson, batches: Batches, device: torch.device) -> bool:
+def dry_run(
+    step_module: DistillationStep, batches: Batches, device: torch.device
+) -> tuple[Batches, bool]:
     """Run the first batch without a step: terms are settled, projections made, errors found.
 
-    Returns whether some parameter to be trained has no part in the loss. Generators, buffers and
+    Returns the batches, which from now on check their labels, and whether some parameter to be
+    trained has no part in the loss. Generators, buffers and
     gradients are left as they were. Raises `TrainError` for data without a batch, a loss that
     reaches no parameter, and one that isn't finite; `InputError` for labels without a class.
     """
-    student, objective = lesson.student, lesson.objective
+    student, objective = step_module.student, step_module.objective
     buffers = [(buffer, buffer.detach().clone()) for buffer in student.buffers()]
     student.train()
-    with undone(batches.generators):
+    with rng_state_kept(batches.generators):
         first = next(batches.epoch(0), None)
     if first is None:
         raise TrainError("data= is empty: it gave no batch")
     batch = moved(first, device)
     try:
-        with undone():
-            taught = lesson.teach(batch)
-            outputs = lesson.outputs(batch)
-        check_labels(batches.source, batch, outputs)
-        with (
-            undone()
-        ):  # projections follow from the seed alone, not from what data and dropout drew
+        with rng_state_kept():
+            taught = step_module.teach(batch)
+            outputs = step_module.outputs(batch)
+        batches = batches.with_classes(class_count(batch, outputs))
+        with rng_state_kept():  # projections follow from the seed, not from what data drew
             objective.fit(outputs, taught)
-        with undone():
+        with rng_state_kept():
             values = objective.losses(outputs, batch, taught)
             total = objective.total(values)
-            used = _reached(total, lesson.trained())
+            used = _reached(total, step_module.trained())
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
@@ -83,7 +84,7 @@ def rehearse(lesson: Lesson, batches: Batches, device: torch.device) -> bool:
             f"the first batch gives {', '.join(wrong)} that aren't finite; look for NaN in its "
             "values, in the student's weights and in the teacher's outputs"
         )
-    return not all(used)
+    return batches, not all(used)
 
 
 def _reached(total: Tensor, parameters: list[nn.Parameter]) -> list[bool]:
