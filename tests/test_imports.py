@@ -56,6 +56,7 @@ ROOMS = (
     "pass_registry",
     "pass_list",
     "recommendation",
+    "generation",
     "optimized",
     "pipeline",
     "transform",

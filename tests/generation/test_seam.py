@@ -1,0 +1,73 @@
+"""A model as a step: the same modules, and what it can't hold is said."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import ModelError
+from fxopt.generation import generation_plan, step_of
+from fxopt.generation.seam import ATTENTION, StepCache, attention
+from tests.generation.language_models import language_model
+
+
+def test_a_step_shares_everything_and_leaves_the_model() -> None:
+    model = language_model("Llama")
+    before = model.config._attn_implementation
+    step = step_of(model)
+    assert step is step_of(model)
+    assert dict(step.named_parameters()) == dict(model.named_parameters())
+    generation_plan(model)
+    assert model.config._attn_implementation == before != ATTENTION
+
+
+def test_a_step_lives_as_long_as_the_model() -> None:
+    model = language_model("Llama")
+    plan = generation_plan(model)
+    held = weakref.ref(step_of(model).lm_head)
+    assert plan.step() is step_of(model)
+    del model
+    gc.collect()
+    assert plan.step() is None
+    assert held() is None
+
+
+def _cache() -> StepCache:
+    empty = torch.zeros(1, 1, 1, 4)
+    return StepCache(torch.zeros(1, 1).bool(), torch.ones(1, 2).bool(), [empty], [empty])
+
+
+class _Attention(nn.Module):
+    layer_idx = 0
+    is_causal = True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 2, 3)}, "makes an attention mask of its own"),
+        ({"is_causal": False}, "attends to later tokens too"),
+        ({"position_bias": torch.zeros(1)}, "gives its attention position_bias"),
+    ],
+)
+def test_attention_that_no_step_computes(
+    options: dict[str, Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = _cache()
+    key = torch.zeros(1, 1, 2, 4)
+    cache.update(key, key, 0)
+    monkeypatch.setattr("fxopt.generation.seam._active", [cache])
+    mask = options.pop("attention_mask", None)
+    with pytest.raises(ModelError, match=message):
+        attention(_Attention(), key, key, key, mask, **options)
+
+
+def test_attention_to_other_keys_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = torch.zeros(1, 1, 2, 4)
+    monkeypatch.setattr("fxopt.generation.seam._active", [_cache()])
+    with pytest.raises(ModelError, match="attends to other keys than those it gives to the cache"):
+        attention(_Attention(), key, key, key, None)
