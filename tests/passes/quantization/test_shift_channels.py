@@ -130,6 +130,7 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__call__(rows * 0.99, bias)
 
     monkeypatch.setattr(shift_channels, "_ShiftedBias", Forgetful)
+    torch.manual_seed(0)  # some weights leave tanh where nothing shows
     with pytest.raises(EquivalenceError, match="ShiftChannels"):
         fxopt.transform(Norms(), [ShiftChannels()], example_inputs=(X,))
 
