@@ -32,6 +32,7 @@ with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
+    cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix
     quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
@@ -50,6 +51,7 @@ from torch._ops import OpOverload
 from fxopt.device import Answer, Device
 from fxopt.kernels import (
     attention,
+    cached_attention,
     float8,
     gelu,
     int4,
@@ -110,6 +112,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.int8_linear_fused_tokens.default: "fxopt.int8_linear_fused_tokens",
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
+    torch.ops.fxopt.cached_attention.default: "fxopt.cached_attention",
     torch.ops.fxopt.quantized_attention.default: "fxopt.quantized_attention",
     torch.ops.fxopt.attention_bias.default: "fxopt.attention_bias",
 }
@@ -140,6 +143,7 @@ __all__ = [
     "POST_OPS",
     "SHAPE_RULES",
     "attention",
+    "cached_attention",
     "float8",
     "gelu",
     "int4",
