@@ -15,7 +15,8 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
+with AVX-512 nine of them, marked *, are compiled for it instead (`native`), and those marked + on
+one with AVX2 or AVX-512.
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
@@ -32,7 +33,7 @@ with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
-    cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix
+    cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix +
     quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
