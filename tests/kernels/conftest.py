@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fxopt.kernels import native
+from fxopt.kernels.native import building
 from fxopt.kernels.native.kernel_sets import DECODING
 
 
@@ -31,8 +32,11 @@ def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
         with native.without():
             yield "library"
         return
+    before = building._running.get("decoding")
     answer = native.load(DECODING[request.param])
     if not answer:
         pytest.skip(answer.reason)
     yield request.param
-    native.load(native.decoding())
+    building._stop("decoding")
+    if before is not None:
+        building._start("decoding", before)

@@ -53,16 +53,22 @@ def product_layer(suffix: str) -> Layer:
 
 
 def decoding_layer(suffix: str) -> Layer:
-    """A step's attention to a prefix, four heads to a key head."""
-    attention = getattr(ops, f"cached_attention{suffix}")
+    """A step's attention to a prefix, four heads to a key head, and linears of its one row."""
+    names = ("cached_attention", "int8_weight_only_linear", "int4_weight_only_linear")
+    attention, int8, int4 = (getattr(ops, f"{name}{suffix}") for name in names)
     groups, size = 4, 64
     q = _spread(groups * 4, size)[None, :, None]
     new = _spread(groups, size)[None, :, None]
     past = _spread(groups * _POSITIONS, size).view(1, groups, _POSITIONS, size)
     past_seen, seen = torch.ones(1, _POSITIONS).bool(), torch.ones(1, 1).bool()
+    x, weight = _spread(1, _INNER), (_spread(_OUTPUTS, _INNER) * 127).to(torch.int8)
+    scale, packed = torch.ones(_OUTPUTS, 1), weight[:, : _INNER // 2].contiguous().view(torch.uint8)
+    scales = torch.ones(_OUTPUTS, _INNER // 32)
 
     def run() -> None:
         attention(q, new, new, past, past, past_seen, seen, 0.125)
+        int8(x, weight, scale, None)
+        int4(x, packed, scales, None)
 
     return run
 

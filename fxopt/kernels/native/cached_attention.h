@@ -20,6 +20,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 // From here on in rows, turning the keys over costs less than adding up along them.
 constexpr int kManyRows = 8;
+// Keys that are fetched before they are needed: a processor's own prefetching stops at each page.
+constexpr int64_t kAhead = 16;
 constexpr int64_t kLeastRun = 256;
 // Tasks of fewer multiply-adds than this together are not worth a second thread.
 constexpr int64_t kWorthThreads = 1 << 17;
@@ -112,40 +114,55 @@ void product(int64_t rows, const float* a, int64_t a_row, const T* b, int64_t b_
   }
 }
 
-// The dot products of one query with `count` keys.
-template <class T>
-void dots(const float* query, const T* keys, int64_t stride, int64_t count, int64_t size,
-          float* to) {
-  int64_t key = 0;
-  for (; key + 4 <= count; key += 4) {
-    Vec sums[4] = {zero(), zero(), zero(), zero()};
-    const T* from = keys + key * stride;
-    int64_t d = 0;
-    for (; d + kLanes <= size; d += kLanes) {
-      const Vec q = load(query + d);
+// The dot products of `keys` neighbouring keys with one query.
+template <int keys, class T>
+inline void dots(const float* query, const T* from, int64_t stride, int64_t size, float* to) {
+  Vec sums[4] = {zero(), zero(), zero(), zero()};
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) {
+    const Vec q = load(query + d);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[j] = fmadd(q, load(from + j * stride + d), sums[j]);
-    }
-    if (d < size) {
-      const Vec q = load_first(query + d, size - d);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        sums[j] = fmadd(q, load_first(from + j * stride + d, size - d), sums[j]);
-      }
-    }
-    _mm_storeu_ps(to + key, sums_of(sums));
+    for (int j = 0; j < keys; ++j) sums[j] = fmadd(q, load(from + j * stride + d), sums[j]);
   }
-  for (; key < count; ++key) {
-    Vec total = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= size; d += kLanes) {
-      total = fmadd(load(query + d), load(keys + key * stride + d), total);
+  if (d < size) {
+    const Vec q = load_first(query + d, size - d);
+#pragma GCC unroll 4
+    for (int j = 0; j < keys; ++j) {
+      sums[j] = fmadd(q, load_first(from + j * stride + d, size - d), sums[j]);
     }
-    if (d < size) {
-      const T* from = keys + key * stride + d;
-      total = fmadd(load_first(query + d, size - d), load_first(from, size - d), total);
+  }
+  if constexpr (keys == 4) {
+    _mm_storeu_ps(to, sums_of(sums));
+  } else {
+    to[0] = sum(sums[0]);
+  }
+}
+
+template <class T>
+inline void fetch(const T* row, int64_t size) {
+  const auto* from = reinterpret_cast<const char*>(row);
+  for (int64_t at = 0; at < size * int64_t(sizeof(T)); at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+}
+
+// Scores [count, kSlots] of a few queries for the keys of a block; what is read next is fetched
+// meanwhile, keys some rows ahead, and the block's values.
+template <class T>
+void score_few(int64_t count, const float* queries, const T* keys, int64_t stride, const T* values,
+               int64_t value_row, int64_t slots, int64_t size, int64_t value_size, float* to) {
+  int64_t key = 0;
+  for (; key + 4 <= slots; key += 4) {
+    for (int j = 0; j < 4; ++j) {
+      fetch(keys + (key + kAhead + j) * stride, size);
+      fetch(values + (key + j) * value_row, value_size);
     }
-    to[key] = sum(total);
+    for (int64_t i = 0; i < count; ++i) {
+      dots<4>(queries + i * size, keys + key * stride, stride, size, to + i * kSlots + key);
+    }
+  }
+  for (; key < slots; ++key) {
+    for (int64_t i = 0; i < count; ++i) {
+      dots<1>(queries + i * size, keys + key * stride, stride, size, to + i * kSlots + key);
+    }
   }
 }
 
@@ -268,10 +285,8 @@ void attend(const Sizes& sizes, const Options& options, Rows& rows, const Slots<
     const T* keys = slots.keys + at * slots.key_row;
     const T* values = slots.values + at * slots.value_row;
     if (rows.count < kManyRows) {
-      for (int64_t i = 0; i < rows.count; ++i) {
-        dots(rows.queries.data() + i * sizes.size, keys, slots.key_row, count, sizes.size,
-             rows.scores + i * kSlots);
-      }
+      score_few(rows.count, rows.queries.data(), keys, slots.key_row, values, slots.value_row,
+                count, sizes.size, sizes.value_size, rows.scores);
     } else {
       turn_over(keys, slots.key_row, count, sizes.size, rows.turned.data());
       product(rows.count, rows.queries.data(), sizes.size, rows.turned.data(), kSlots, sizes.size,

@@ -7,6 +7,9 @@ extern "C" void register_kernels() {
   registered = std::make_unique<torch::Library>(torch::Library::IMPL, "fxopt",
                                                 c10::DispatchKey::CPU, __FILE__, __LINE__);
   registered->impl("cached_attention", fxopt::cached_attention);
+  registered->impl("int8_weight_only_linear", fxopt::int8_weight_only_linear);
+  registered->impl("int4_weight_only_linear", fxopt::int4_weight_only_linear);
+  registered->impl("half_weight_only_linear", fxopt::half_weight_only_linear);
 }
 
 extern "C" void unregister_kernels() { registered.reset(); }

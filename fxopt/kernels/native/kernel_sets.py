@@ -80,7 +80,8 @@ PRODUCTS = KernelSet(
 
 
 def _decoding(capability: str, lanes: int) -> KernelSet:
-    sources = ("includes.h", "library.h", "lanes.h", "cached_attention.h", "decoding.h")
+    kernels = ("cached_attention.h", "few_rows.h", "decoding.h")
+    sources = ("includes.h", "library.h", "lanes.h", *kernels)
     wide = capability == "AVX512"
     needed = ("avx2", "fma", "f16c", *(_AVX512 if wide else ()))
     vectors = "AVX-512" if wide else "AVX2"
