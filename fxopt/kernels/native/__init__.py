@@ -9,7 +9,7 @@ that is read where it lies. What they do not take goes on to the library.
 """
 
 from fxopt.kernels.native.building import load, load_for, loaded, without
-from fxopt.kernels.native.kernel_sets import decoding
+from fxopt.kernels.native.kernel_sets import PRODUCTS, decoding
 from fxopt.kernels.native.registration import on_cpu
 
-__all__ = ["decoding", "load", "load_for", "loaded", "on_cpu", "without"]
+__all__ = ["PRODUCTS", "decoding", "load", "load_for", "loaded", "on_cpu", "without"]

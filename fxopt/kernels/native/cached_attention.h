@@ -141,7 +141,8 @@ inline void dots(const float* query, const T* from, int64_t stride, int64_t size
 template <class T>
 inline void fetch(const T* row, int64_t size) {
   const auto* from = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < size * int64_t(sizeof(T)); at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+  const int64_t bytes = size * int64_t(sizeof(T));
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
 }
 
 // Scores [count, kSlots] of a few queries for the keys of a block; what is read next is fetched
