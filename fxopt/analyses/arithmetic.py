@@ -141,6 +141,11 @@ def _attention(node: fx.Node, sizes: Sizes) -> int:
     return (math.prod(sizes(node.args[0])) + math.prod(sizes(node))) * positions
 
 
+def _cached_attention(node: fx.Node, sizes: Sizes) -> int:
+    positions = sizes(node.args[1])[-2] + sizes(node.args[3])[-2]
+    return (math.prod(sizes(node.args[0])) + math.prod(sizes(node))) * positions
+
+
 def _einsum(node: fx.Node, sizes: Sizes) -> int:
     equation, operands = node.args[:2]
     inputs, _, result = str(equation).replace(" ", "").partition("->")
@@ -168,6 +173,7 @@ _RULES: Mapping[str, Callable[[fx.Node, Sizes], int]] = MappingProxyType(
         "transformers.grouped_mm_fallback.default": _summed(0),
         "aten.einsum.default": _einsum,
         "aten.scaled_dot_product_attention.default": _attention,
+        "fxopt.cached_attention.default": _cached_attention,
         **dict.fromkeys(map(str, CONVOLUTIONS), _convolution),
         **dict.fromkeys(map(str, TRANSPOSED_CONVOLUTIONS), _transposed_convolution),
     }

@@ -18,6 +18,8 @@ from fxopt.program import Refusal
 
 aten = torch.ops.aten
 
+_NO_GROUPS = "query heads that don't group by key heads"
+
 
 def _linear(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes:
     x, weight = args["input"], args["weight"]
@@ -91,12 +93,8 @@ def _attention(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[A
         return unfollowed(walk, node, "attention without heads")
     heads = walk.broadcast([key[:-2], value[:-2]], node)
     if args["enable_gqa"] and query[-3].size != heads[-1].size:
-        count = heads[-1].size
-        halves = walk.dims.split(query[-3], (count, query[-3].size // count))
-        if halves is None:
-            return unfollowed(walk, node, "query heads that don't group by key heads")
-        walk.unify(halves[0], heads[-1], node)
-        walk.dims.mark(halves[1], "copied")
+        if not _share_heads(walk, node, query[-3], heads[-1]):
+            return unfollowed(walk, node, _NO_GROUPS)
         heads = (*walk.broadcast([query[:-3], heads[:-1]], node), query[-3])
     else:
         heads = walk.broadcast([query[:-2], heads], node)
@@ -113,6 +111,43 @@ def _attention(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[A
     for dim in (over, query[-2]):
         walk.dims.mark(dim, "place")
     return (*heads, query[-2], value[-1])
+
+
+def _share_heads(walk: Walk, node: fx.Node, heads: Dim, key_heads: Dim) -> bool:
+    """State that neighbouring query heads read one key head; False where they don't divide so."""
+    count = key_heads.size
+    halves = walk.dims.split(heads, (count, heads.size // count))
+    if halves is None:
+        return False
+    walk.unify(halves[0], key_heads, node)
+    walk.dims.mark(halves[1], "copied")
+    return True
+
+
+def _cached_attention(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[Axes]:
+    q, k, v, past_k, past_v = (walk.of(args[n]) for n in ("q", "k", "v", "past_k", "past_v"))
+    for one, other in ((q, k), (q, past_k)):
+        walk.unify(one[0], other[0], node)
+        walk.unify(one[3], other[3], node)
+    for one, other in ((k, v), (k, past_k), (v, past_v)):
+        walk.broadcast([one[:2], other[:2]], node)
+    walk.unify(v[3], past_v[3], node)
+    if q[1].size == k[1].size:
+        walk.unify(q[1], k[1], node)
+    elif not _share_heads(walk, node, q[1], k[1]):
+        return unfollowed(walk, node, _NO_GROUPS)
+    for dim in walk.of(args["sinks"]):
+        walk.unify(dim, q[1], node)
+    walk.dims.mark(q[1], "heads")
+    walk.dims.mark(q[3], "head_dim")
+    walk.dims.mark(v[3], "head_dim")
+    walk.read(node, "product", args["q"], 3, args["k"], 3)
+    positions = (q[2], k[2], v[2], past_k[2], past_v[2])
+    masks = (walk.of(args["past_seen"])[1], walk.of(args["seen"])[1])
+    walk.pin((*positions, *masks), Refusal("attention's positions", label(node)))
+    for dim in positions:
+        walk.dims.mark(dim, "place")
+    return (q[0], q[2], q[1], v[3])
 
 
 def _convolution(walk: Walk, node: fx.Node, args: dict[str, Any]) -> Axes | list[Axes]:
@@ -206,5 +241,6 @@ HANDLERS: dict[Any, Handler] = {
 BY_NAME: dict[str, Handler] = {
     "transformers.grouped_mm_fallback.default": _grouped_mm,
     "aten._grouped_mm.default": _grouped_mm,
+    "fxopt.cached_attention.default": _cached_attention,
 }
-"""Operators that are registered only once a library is loaded."""
+"""Operators that are registered only once a library, or a room above, is loaded."""

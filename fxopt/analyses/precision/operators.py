@@ -137,6 +137,9 @@ _NO_FLOAT = OperatorPrecision("high", "it decides or counts: its result is no fl
 _QUANTIZED = OperatorPrecision(
     "high", "its operands are quantized: its kernel has its own dtype", always=True
 )
+_CACHED = OperatorPrecision(
+    "high", "it reads what earlier calls computed, in the dtype that it is kept in", always=True
+)
 _OTHER_FLOAT = OperatorPrecision("high", "it computes in other dtypes than float32", always=True)
 
 
@@ -146,6 +149,8 @@ def operator_precision(node: fx.Node) -> OperatorPrecision:
         return _ITEM
     if not isinstance(node.target, torch._ops.OpOverload):
         return UNLISTED
+    if node.target is torch.ops.fxopt.cached_attention.default:
+        return _CACHED
     namespace, _, name = node.target._schema.name.partition("::")
     found = OPERATORS.get(name.removesuffix("_")) if namespace == "aten" else None
     if found is None:
