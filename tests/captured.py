@@ -6,11 +6,14 @@ test has written to a shared one is asserted when the tests end.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 import fxopt
@@ -19,6 +22,7 @@ from fxopt.program import Program
 from tests.architectures import ARCHITECTURES, Case
 
 _CASES: dict[tuple[int, int], str] = {}
+_TRAINABLE: dict[Hashable, tuple[nn.Module, fxopt.Optimized]] = {}
 _SEEN: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
 
 
@@ -55,6 +59,47 @@ def program_of(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) ->
     """The capture of `model` on `inputs`: the shared one, where they are those of a shared case."""
     name = _CASES.get((id(model), id(inputs)))
     return captured(name) if name is not None else capture(model, inputs)
+
+
+def trainable(model: nn.Module, example: Any, passes: str = "canonicalize") -> Any:
+    """`model` captured in train mode, over parameters of its own; of equal ones the first is."""
+    key = (passes, _identity(model), _digest(example))
+    if key not in _TRAINABLE:
+        own = copy.deepcopy(model)  # kept, since other sizes are captured from it
+        made = fxopt.transform(own, passes, example_inputs=example, mode="train")
+        _TRAINABLE[key] = own, made
+    return copy.deepcopy(_TRAINABLE[key][1])
+
+
+def _identity(model: nn.Module) -> Hashable:
+    """What a capture of `model` depends on: classes, plain attributes, config, state."""
+    modules = [
+        (name, type(module), repr(module), _plain(vars(module)))
+        for name, module in model.named_modules()
+    ]
+    config = str(vars(model.config)) if hasattr(model, "config") else ""
+    state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    trains = [(name, tensor.requires_grad, id(tensor)) for name, tensor in state]
+    ties = tuple((name, grad, [i for *_, i in trains].index(i)) for name, grad, i in trains)
+    return (*modules, config, ties, _digest(dict(state)))
+
+
+def _plain(attributes: Mapping[str, Any]) -> str:
+    kept = {k: v for k, v in attributes.items() if isinstance(v, (int, float, str, tuple))}
+    return repr(kept)
+
+
+def _digest(values: Any) -> str:
+    """Of every tensor's dtype, shape and bits, and of everything else."""
+    leaves, spec = pytree.tree_flatten(values)
+    digest = hashlib.sha256(str(spec).encode())
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def assert_untouched() -> None:

@@ -15,15 +15,17 @@ torch.compile, so that Inductor fuses them with their neighbours.
 
 Kernel level: which library does it on this device. A graph-level pass puts them in the place of
 numerics-level regions; each call ends up as one call of a library, opaque to the compiler. On a CPU
-with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
+with AVX-512 nine of them, marked *, are compiled for it instead (`native`), and those marked + on
+one with AVX2 or AVX-512.
 
     int8_linear(q, scale, weight, weight_scale, bias, ...)       exact int32 product, then scales
     int8_product(q, weight)                                      that product alone *
     int8_linear_fused(q, scale, zero_point, weight, weight_scale, weight_sums, bias, dtype, post_op)
                                                                  one Triton kernel on CUDA *
     float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
-    int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight
-    int4_weight_only_linear(x, packed, scale, bias)              the same, int4 in groups of columns
+    int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight +
+    int4_weight_only_linear(x, packed, scale, bias)              int4 weight, groups of columns +
+    half_weight_only_linear(x, weight, bias)                     float32 activations, half weight +
     linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
     quantize_tokens(x, factor, shift, affine)                    int8 rows of x * factor - shift *
     packed_int8_linear(q, scale, zero_point, weight, ...)        oneDNN, epilogue, requantization *
@@ -32,7 +34,7 @@ with AVX-512 nine of them, marked *, are compiled for it instead (`native`).
     packed_linear(x, weight, bias, post_op, other)               oneDNN, weight laid out once *
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
-    cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix
+    cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix +
     quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
@@ -54,6 +56,7 @@ from fxopt.kernels import (
     cached_attention,
     float8,
     gelu,
+    half_linear,
     int4,
     int8_linear,
     int8_linear_fused,
@@ -105,6 +108,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.float8_linear.default: "fxopt.float8_linear",
     torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
     torch.ops.fxopt.int4_weight_only_linear.default: "fxopt.int4_weight_only_linear",
+    torch.ops.fxopt.half_weight_only_linear.default: "fxopt.half_weight_only_linear",
     torch.ops.fxopt.linear_sparse24.default: "fxopt.linear_sparse24",
     torch.ops.fxopt.quantize_tokens.default: "fxopt.quantize_tokens",
     torch.ops.fxopt.packed_int8_linear.default: "fxopt.packed_int8_linear",
@@ -146,6 +150,7 @@ __all__ = [
     "cached_attention",
     "float8",
     "gelu",
+    "half_linear",
     "int4",
     "int8_linear",
     "int8_linear_fused",

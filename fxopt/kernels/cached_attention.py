@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 
 _AXES = {
     "q": "BHSD",
@@ -241,6 +242,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library.impl("cached_attention", _by_library, "CompositeExplicitAutograd")
+on_cpu(_SCHEMA, _by_library, "decoding")
 torch.library.register_fake("fxopt::cached_attention", _fake, lib=_library)
 torch.library.register_autograd(
     "fxopt::cached_attention", _backward, setup_context=_save, lib=_library

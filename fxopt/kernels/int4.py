@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxopt.errors import KernelError
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import dense_linear
 from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
@@ -37,9 +38,8 @@ _CPU_BLOCK = 64
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("unpack_int4(Tensor packed) -> Tensor")
-_library.define(
-    "int4_weight_only_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor"
-)
+_SCHEMA = "int4_weight_only_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor"
+_library.define(_SCHEMA)
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("unpack_int4", unpack_int4, "CompositeImplicitAutograd")
 _library.impl("int4_weight_only_linear", _reference, "CompositeExplicitAutograd")
-_library.impl("int4_weight_only_linear", _on_cpu, "CPU")
+on_cpu(_SCHEMA, _on_cpu, "decoding")
 _library.impl("int4_weight_only_linear", _on_cuda, "CUDA")
 torch.library.register_fake("fxopt::int4_weight_only_linear", _fake, lib=_library)
 torch.library.register_autograd(

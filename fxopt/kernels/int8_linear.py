@@ -37,9 +37,10 @@ _library.define(
     "int8_linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "ScalarType dtype, Tensor? zero_point=None, Tensor? weight_sums=None) -> Tensor"
 )
-_library.define(
+_WEIGHT_ONLY = (
     "int8_weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )
+_library.define(_WEIGHT_ONLY)
 
 
 def int8_linear(
@@ -172,7 +173,7 @@ on_cpu(_PRODUCT, _product_on_cpu)
 _library.impl("int8_product", _product_on_cuda, "CUDA")
 torch.library.register_fake("fxopt::int8_product", _product_fake, lib=_library)
 _library.impl("int8_weight_only_linear", _dequantized_linear, "CompositeExplicitAutograd")
-_library.impl("int8_weight_only_linear", _weight_only_on_cpu, "CPU")
+on_cpu(_WEIGHT_ONLY, _weight_only_on_cpu, "decoding")
 torch.library.register_fake("fxopt::int8_weight_only_linear", _weight_only_fake, lib=_library)
 torch.library.register_autograd(
     "fxopt::int8_weight_only_linear", _backward, setup_context=_save, lib=_library

@@ -274,11 +274,12 @@ def linear_speeds(
     m = max(m, 1)
     few = [count for count in rows if count * k * n <= _MOST_WORK]
     timings = {}
-    compiled = device.type == "cpu" and bool(kernels.native.load())
+    sets = (kernels.native.PRODUCTS, kernels.native.decoding()) if device.type == "cpu" else ()
+    compiled = [bool(kernels.native.load(one)) for one in sets]
     for count in sorted({m, *few}):
         operands = Operands(count, k, n, dtype, device, bits)
         systems = {name: functools.partial(kernel, operands) for name, kernel in table.items()}
-        key = ("linear", count, k, n, str(dtype), str(device), bits, kernels_digest(), compiled)
+        key = ("linear", count, k, n, str(dtype), str(device), bits, kernels_digest(), *compiled)
         timings[count] = compare_kernels(systems, key)
     left = tuple(sorted({*rows} - set(timings)))
     return BreakEven(k, n, dtype, str(device), timings, left)

@@ -137,7 +137,7 @@ def compile_program(
         try:
             check_toolchain(device)
             if device.type == "cpu":
-                _load_kernels(say)
+                _load_kernels(asked, say)
             compiled = Compiled(module, options)
             say(f"compiling {program.node_count()} operations for {device} with Inductor")
             _run_once(compiled, module, program)
@@ -162,10 +162,11 @@ def compile_program(
     )
 
 
-def _load_kernels(say: Progress) -> None:
+def _load_kernels(asked: Sequence[fx.Node], say: Progress) -> None:
     if not native.loaded():
         say("loading the kernels for this CPU, which are compiled once on a machine")
     native.load()
+    native.load_for(node.target for node in asked)
 
 
 def _eager(module: fx.GraphModule) -> Callable[..., Any]:

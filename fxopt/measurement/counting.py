@@ -225,6 +225,7 @@ _KERNELS: Mapping[str, Callable[[fx.Node], int]] = MappingProxyType(
         **dict.fromkeys(
             (
                 "fxopt.float8_linear.default",
+                "fxopt.half_weight_only_linear.default",
                 "fxopt.int4_weight_only_linear.default",
                 "fxopt.int8_linear.default",
                 "fxopt.int8_linear_fused.default",

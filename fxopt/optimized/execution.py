@@ -47,8 +47,7 @@ class Execution:
         kinds = sorted({tensor.device.type for tensor in program.signature.tensors})
         self.device_types = [one for one in kinds if torch.amp.is_autocast_available(one)]
         programs = (program, *([evaluation] if evaluation else []))
-        if any(native.serves(node.target) for one in programs for node in one.graph.nodes):
-            native.load()
+        native.load_for(node.target for one in programs for node in one.graph.nodes)
         if compiled is not None:
             self.compiled[program.mode, program.mode == "train"] = compiled
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from fxopt.kernels import native
+from fxopt.kernels.native import building
+from fxopt.kernels.native.kernel_sets import DECODING
 
 
 @pytest.fixture(scope="module", params=["library", "native"])
@@ -20,3 +22,21 @@ def served_by(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with native.without():
         yield "library"
+
+
+@pytest.fixture(scope="module", params=["library", *DECODING])
+def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who runs the module's operators of a step of generation: a library, or the kernels for what
+    torch calls AVX2 or AVX512."""
+    if request.param == "library":
+        with native.without():
+            yield "library"
+        return
+    before = building._running.get("decoding")
+    answer = native.load(DECODING[request.param])
+    if not answer:
+        pytest.skip(answer.reason)
+    yield request.param
+    building._stop("decoding")
+    if before is not None:
+        building._start("decoding", before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from fxopt.interpreter import evaluate
 from fxopt.kernels import cached_attention as kernel
 from fxopt.lower.generated import count_calls
 from tests.rewriting.functions import calls, program_of
+
+pytestmark = pytest.mark.usefixtures("decoded_by")
 
 cached_attention = torch.ops.fxopt.cached_attention
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-10}
@@ -144,6 +147,65 @@ def _tokens(kind: str, batch: int, past: int, queries: int) -> tuple[Tensor, Ten
 @given(cases())
 def test_is_the_definition(case: Case) -> None:
     check(case)
+
+
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def long_cases(draw: st.DrawFn) -> Case:
+    """Prefixes of several blocks and runs, heads that share a key head in every number of rows."""
+    batch, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    each = draw(st.sampled_from([1, 3, 4, 7, 8, 40]))
+    queries = draw(st.sampled_from([1, 1, 2, 9, 70]))
+    past = draw(st.sampled_from([0, 63, 64, 65, 300, 900]))
+    size, value_size = (draw(st.sampled_from([16, 64, 80, 37])) for _ in range(2))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    q = torch.randn(batch, groups * each, queries, size)
+    k, past_k = torch.randn(batch, groups, past + queries, size).split((queries, past), 2)
+    v, past_v = torch.randn(batch, groups, past + queries, value_size).split((queries, past), 2)
+    # Scores that grow along the prefix, so that the largest comes up late.
+    past_k = past_k * torch.linspace(0.1, draw(st.sampled_from([1.0, 6.0])), past)[:, None]
+    past_seen, seen = _tokens(draw(st.sampled_from(PADDING)), batch, past, queries)
+    window = draw(st.none() | st.sampled_from([1, 50, 64, 400]))
+    softcap, sinks = draw(st.none() | st.just(5.0)), draw(st.booleans())
+    logits = torch.randn(groups * each).to(dtype) if sinks else None
+    rows = (t.to(dtype) for t in (q, k, v, past_k, past_v))
+    return Case(*rows, past_seen, seen, size**-0.5, window, softcap, logits)
+
+
+@pytest.mark.usefixtures("threads")
+@settings(max_examples=60)
+@given(long_cases())
+def test_long_prefixes_are_the_definition(case: Case) -> None:
+    """The definition in aten, in float64; it is the definition one query at a time, see below."""
+    exact = {
+        name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for name, t in vars(case).items()
+    }
+    expected = kernel.cached_attention(**exact)
+    got = case.call()
+    assert got.dtype == case.q.dtype
+    assert got.is_contiguous()
+    error = ERROR[got.dtype] * (1.0 + float(expected.abs().max()))
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=error)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("where", ["k", "past_k", "q", "v"])
+def test_not_a_number_reaches_the_result(where: str) -> None:
+    for queries in (1, 12):
+        case = plain(300, queries)
+        spoilt = getattr(case, where).clone()
+        spoilt[:, :, 0] = math.nan
+        got = replace(case, **{where: spoilt}).call()
+        assert bool(got[:, 0].isnan().all())
 
 
 def plain(past: int = 5, queries: int = 3, heads: int = 4, groups: int = 2) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxopt.errors import KernelError
-from fxopt.kernels import PACKED_WEIGHTS, int4, pack_int4
+from fxopt.kernels import PACKED_WEIGHTS, int4, native, pack_int4
 
 ops = torch.ops.fxopt
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -90,6 +91,13 @@ def test_every_byte_unpacks_to_its_halves() -> None:
     assert torch.equal(ops.unpack_int4(packed.flatten()), q.flatten())
 
 
+@pytest.fixture
+def by_libraries() -> Iterator[None]:
+    with native.without():
+        yield
+
+
+@pytest.mark.usefixtures("by_libraries")
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_atens_kernel_is_right_at_every_size_it_takes(
     group: int, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +169,7 @@ def test_a_weight_written_in_place_is_packed_anew() -> None:
     torch.testing.assert_close(ops.int4_weight_only_linear(x, packed, scale, None), before * -2)
 
 
+@pytest.mark.usefixtures("by_libraries")
 def test_copies_die_with_their_weight() -> None:
     PACKED_WEIGHTS.clear()
     q = torch.randint(-7, 8, (16, 64), dtype=torch.int8)

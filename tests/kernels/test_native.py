@@ -14,6 +14,7 @@ from torch import Tensor
 from fxopt.device import Device, pretending
 from fxopt.kernels import PACKED_WEIGHTS, native
 from fxopt.kernels.native import building
+from fxopt.kernels.native.kernel_sets import PRODUCTS
 from fxopt.kernels.packed_linear import activate
 from fxopt.timing import Latency, summarize, timings_in
 
@@ -191,7 +192,7 @@ def test_what_the_machine_lacks_is_said() -> None:
 
 
 def test_a_cpu_with_matrix_units_is_left_to_onednn() -> None:
-    has = frozenset({*building._NEEDED, "amx_bf16", "amx_int8"})
+    has = frozenset({*PRODUCTS.needed, "amx_bf16", "amx_int8"})
     with pretending(Device("cpu", "New", has)):
         answer = native.load()
     assert not answer
@@ -221,11 +222,11 @@ def test_a_compiler_that_is_missing_or_fails_is_said(
 ) -> None:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    def fail() -> None:
+    def fail(source: str) -> None:
         raise InvalidCxxCompiler if failure == "missing" else CppCompileError(["g++"], "no header")
 
-    monkeypatch.setattr(building, "_build", fail)
-    kernels, answer = building._kernels.__wrapped__(Device.describe("cpu"))
+    monkeypatch.setattr(building, "build", fail)
+    kernels, answer = building._compile(PRODUCTS, Device.describe("cpu"))
     assert kernels is None
     expected = {
         "missing": "no C++ compiler was found to build the kernels for this CPU",

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from fxopt.errors import TrainError
 from fxopt.train import Hidden, Logits, Task, distill
-from tests.train.models import bert, captured, rows, text_batch
+from tests.captured import trainable
+from tests.train.models import bert, rows, text_batch
 
 STATES = {"output_hidden_states": True}
 TERMS = [Task(), Logits(), Hidden()]
@@ -29,7 +30,7 @@ ROWS = 16
 
 def student(capture: bool = False, dropout: float = 0.0) -> Any:
     model = bert(1, 8, dropout, seed=1, **STATES)
-    return captured(model, {**text_batch(0), **STATES}) if capture else model
+    return trainable(model, {**text_batch(0), **STATES}) if capture else model
 
 
 def train(one: nn.Module, data: Any, **options: Any) -> Any:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-import fxopt
 from tests.training.models import Batch, text_batch
 
-__all__ = ["Batch", "Rows", "bert", "captured", "encoder", "rows", "state_of", "text_batch"]
+__all__ = ["Batch", "Rows", "bert", "encoder", "rows", "state_of", "text_batch"]
 
 
 def _config(layers: int, width: int, dropout: float, **options: Any) -> Any:
@@ -37,11 +35,6 @@ def encoder(layers: int = 2, width: int = 16, seed: int = 0, **options: Any) -> 
     """A BERT that gives embeddings, without a pooler."""
     torch.manual_seed(seed)
     return transformers.BertModel(_config(layers, width, 0.0, **options), add_pooling_layer=False)
-
-
-def captured(model: nn.Module, example: Any, passes: str = "canonicalize") -> Any:
-    """`model` in train mode as a graph over parameters of its own."""
-    return copy.deepcopy(fxopt.transform(model, passes, example_inputs=example, mode="train"))
 
 
 class Rows(torch.utils.data.Dataset[Batch]):

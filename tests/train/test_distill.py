@@ -20,7 +20,8 @@ from fxopt import ModelError, transform
 from fxopt.device import Device, HalfChoice
 from fxopt.errors import InputError, TrainError
 from fxopt.train import Attention, Hidden, Logits, Task, distill
-from tests.train.models import Batch, bert, captured, encoder, rows, state_of, text_batch
+from tests.captured import trainable
+from tests.train.models import Batch, bert, encoder, rows, state_of, text_batch
 
 BATCHES = [text_batch(index) for index in range(3)]
 STATES = {"output_hidden_states": True, "output_attentions": True}
@@ -57,7 +58,7 @@ def learn(student: nn.Module, teacher: nn.Module, **options: Any) -> Any:
 def test_the_student_gets_closer_to_its_teacher(terms: Any, width: int, capture: bool) -> None:
     """On fixed data and a fixed seed; each term falls by itself."""
     teacher, student = bert(2, **STATES), bert(1, width, seed=1, **STATES)
-    student = captured(student, {**BATCHES[0], **STATES}) if capture else student
+    student = trainable(student, {**BATCHES[0], **STATES}) if capture else student
     before = state_of(teacher)
     done = distill(student, teacher, BATCHES, terms=terms, epochs=12, learning_rate=0.01)
     assert done.student is student
@@ -81,7 +82,7 @@ def test_embeddings_models_learn_the_last_state() -> None:
 def test_a_pruned_student_learns_from_what_it_was_cut_from() -> None:
     model = bert(2, **STATES)
     passes = "prune-channels{ratio=0.5}"
-    pruned = captured(model, {**BATCHES[0], **STATES}, passes)
+    pruned = trainable(model, {**BATCHES[0], **STATES}, passes)
     assert sum(one.numel() for one in pruned.parameters()) < sum(
         one.numel() for one in model.parameters()
     )
@@ -348,7 +349,7 @@ def test_float16_scales_the_loss_and_skips_an_overflow(monkeypatch: pytest.Monke
 def test_a_captured_student_in_float16_is_scaled_without_autocast() -> None:
     batch = text_batch(0)
     passes = "canonicalize, autocast{mode=mixed, dtype=float16, force=true}"
-    opt = captured(bert(1, seed=1), batch, passes)
+    opt = trainable(bert(1, seed=1), batch, passes)
     half = distill(opt, bert(), BATCHES, epochs=2, learning_rate=0.01)
     full = distill(bert(1, seed=1), bert(), BATCHES, epochs=2, learning_rate=0.01)
     assert half.precision == "as the student's passes placed the casts"
@@ -531,7 +532,7 @@ def test_labels_without_a_class_are_said_before_anything_is_trained(
     data: list[Batch], text: str, capture: bool
 ) -> None:
     teacher, student = bert(2), bert(1, seed=1)
-    student = captured(student, BATCHES[0]) if capture else student
+    student = trainable(student, BATCHES[0]) if capture else student
     before, generator = (state_of(teacher), state_of(student)), torch.get_rng_state()
     with pytest.raises(InputError) as caught:
         distill(student, teacher, data, terms=[Task(), Logits()])
@@ -624,7 +625,7 @@ def test_a_student_captured_in_eval_mode_is_refused() -> None:
 
 
 def test_mixed_precision_is_refused_where_it_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    opt = captured(small(1), (vectors().tensors[0],))
+    opt = trainable(small(1), (vectors().tensors[0],))
     with pytest.raises(TrainError) as caught:
         learn(opt, small(0), precision="mixed")
     assert str(caught.value) == (

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fxopt.train import DistillationLoss, Hidden, Logits, Task, distill
-from tests.train.models import Rows, bert, captured, rows, text_batch
+from tests.captured import trainable
+from tests.train.models import Rows, bert, rows, text_batch
 
 STATES = {"output_hidden_states": True}
 TERMS = [Task(), Logits(temperature=3.0), Hidden()]
@@ -37,7 +38,7 @@ class DistillationTrainer(transformers.Trainer):
 
 def student(capture: bool) -> Any:
     model = bert(1, 8, seed=1, **STATES)
-    return captured(model, {**text_batch(0), **STATES}) if capture else model
+    return trainable(model, {**text_batch(0), **STATES}) if capture else model
 
 
 def whole(data: Rows) -> DataLoader[Any]:

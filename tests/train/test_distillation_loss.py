@@ -15,7 +15,8 @@ from torch.nn import functional
 from fxopt.errors import TrainError
 from fxopt.train import Attention, DistillationLoss, Hidden, Logits, Task
 from fxopt.train.losses import logits_divergence
-from tests.train.models import bert, captured, encoder, text_batch
+from tests.captured import trainable
+from tests.train.models import bert, encoder, text_batch
 
 WITH_STATES = {"output_hidden_states": True}
 WITH_ATTENTIONS = {"output_attentions": True}
@@ -174,7 +175,7 @@ def test_every_kind_of_output_is_read() -> None:
 def test_a_captured_student_gives_the_same_loss() -> None:
     teacher, model = bert(2, **WITH_STATES), bert(1, 8, seed=1, **WITH_STATES)
     batch = text_batch(1)
-    opt = captured(model, text_batch(0))
+    opt = trainable(model, text_batch(0))
     loss = DistillationLoss(teacher, [Task(), Logits(), Hidden()]).prepare(opt, batch)
     expected = loss(model(**batch), batch)
     torch.testing.assert_close(loss(opt(**batch), batch), expected)
@@ -200,7 +201,7 @@ def test_labels_are_kept_from_a_model_that_takes_none() -> None:
     batch = {"input_ids": text_batch(0)["input_ids"], "labels": text_batch(0)["labels"]}
     assert DistillationLoss(Plain(), [Logits()])(Plain()(batch["input_ids"]), batch) == 0
     unlabelled = {name: one for name, one in text_batch(0).items() if name != "labels"}
-    opt = captured(bert(1), unlabelled)
+    opt = trainable(bert(1), unlabelled)
     assert DistillationLoss(opt, [Logits()])(opt.eval()(**unlabelled), text_batch(0)) == 0
 
 

@@ -24,7 +24,8 @@ from fxopt.train import Distilled, Hidden, Logits, Task, distill
 from fxopt.train.checkpoint import check_is_plain, write_checkpoint
 from fxopt.train.interrupts import deferred_interrupts
 from fxopt.train.rng_state import rng_state, rng_state_kept, set_rng_state
-from tests.train.models import bert, captured, rows, state_of, text_batch
+from tests.captured import trainable
+from tests.train.models import bert, rows, state_of, text_batch
 
 STATES = {"output_hidden_states": True}
 
@@ -56,7 +57,7 @@ def loader(data: Any) -> DataLoader[Any]:
 def student(capture: bool = False) -> Any:
     """With dropout, so that every step draws."""
     model = bert(1, 8, dropout=0.2, seed=1, **STATES)
-    return captured(model, {**text_batch(0), **STATES}) if capture else model
+    return trainable(model, {**text_batch(0), **STATES}) if capture else model
 
 
 def run(one: nn.Module, path: Path | None, stop_at: int | None = None, **options: Any) -> Distilled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-import fxopt
+from tests.captured import trainable
 from tests.training.models import Batch, bert, causal_batch, gpt2, loss_of, text_batch
 
 EXAMPLES = 22
@@ -29,10 +28,6 @@ class Rows(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return {name: tensor[index] for name, tensor in self.batch.items()}
-
-
-def captured(model: Any, batch: Batch, passes: str = "canonicalize") -> Any:
-    return copy.deepcopy(fxopt.transform(model, passes, example_inputs=batch, mode="train"))
 
 
 def trainer(
@@ -72,7 +67,7 @@ def losses(used: Any) -> list[float]:
 def test_trainer_trains_evaluates_and_predicts(tmp_path: Path, accumulation: int) -> None:
     rows = Rows(text_batch(0, EXAMPLES))
     model = bert()
-    opt = captured(model, text_batch(1))
+    opt = trainable(model, text_batch(1))
     results = []
     for name, one in (("eager", model), ("captured", opt)):
         used = trainer(one, tmp_path / name, rows, gradient_accumulation_steps=accumulation)
@@ -92,9 +87,9 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path: Path, accumulation: int
 def test_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     rows = Rows(text_batch(0, EXAMPLES))
     options = {"save_strategy": "steps", "save_steps": 3}
-    whole = trainer(captured(bert(), text_batch(1)), tmp_path, rows, **options)
+    whole = trainer(trainable(bert(), text_batch(1)), tmp_path, rows, **options)
     whole.train()
-    again = trainer(captured(bert(seed=5), text_batch(1)), tmp_path, rows, **options)
+    again = trainer(trainable(bert(seed=5), text_batch(1)), tmp_path, rows, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses(again)[3:] == pytest.approx(losses(whole)[3:], rel=1e-5)
     for name, tensor in whole.model.state_dict().items():
@@ -103,7 +98,7 @@ def test_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_the_saved_checkpoint_opens_in_the_original_architecture(tmp_path: Path) -> None:
     rows = Rows(text_batch(0, EXAMPLES))
-    opt = captured(bert(), text_batch(1))
+    opt = trainable(bert(), text_batch(1))
     used = trainer(opt, tmp_path, rows)
     used.train()
     used.save_model(str(tmp_path / "saved"))
@@ -115,7 +110,7 @@ def test_the_saved_checkpoint_opens_in_the_original_architecture(tmp_path: Path)
 
 def test_trainer_decays_the_same_parameters(tmp_path: Path) -> None:
     model = gpt2()
-    opt = captured(model, causal_batch(0))
+    opt = trainable(model, causal_batch(0))
     rows = Rows(causal_batch(0, EXAMPLES))
     groups = []
     for one in (model, opt):
@@ -142,10 +137,10 @@ def test_tied_weights_are_saved_once_and_resumed(tmp_path: Path) -> None:
     rows = Rows(causal_batch(0, EXAMPLES))
     options = {"save_strategy": "steps", "save_steps": 3}
     with pytest.raises(RuntimeError, match="Some tensors share memory"):
-        trainer(captured(gpt2(), causal_batch(1)), tmp_path, rows, **options).train()
-    whole = trainer(captured(gpt2(), causal_batch(1)), tmp_path, rows, TiedTrainer, **options)
+        trainer(trainable(gpt2(), causal_batch(1)), tmp_path, rows, **options).train()
+    whole = trainer(trainable(gpt2(), causal_batch(1)), tmp_path, rows, TiedTrainer, **options)
     whole.train()
-    again = trainer(captured(gpt2(5), causal_batch(1)), tmp_path, rows, TiedTrainer, **options)
+    again = trainer(trainable(gpt2(5), causal_batch(1)), tmp_path, rows, TiedTrainer, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses(again)[3:] == pytest.approx(losses(whole)[3:], rel=1e-5)
     for name, tensor in whole.model.state_dict().items():
@@ -153,9 +148,9 @@ def test_tied_weights_are_saved_once_and_resumed(tmp_path: Path) -> None:
 
 
 def test_the_number_of_items_is_taken_where_the_example_held_it() -> None:
-    assert not captured(bert(), text_batch(0)).accepts_loss_kwargs
+    assert not trainable(bert(), text_batch(0)).accepts_loss_kwargs
     example = {**causal_batch(0), "num_items_in_batch": torch.tensor(20)}
-    assert captured(gpt2(), example).accepts_loss_kwargs
+    assert trainable(gpt2(), example).accepts_loss_kwargs
 
 
 def test_accelerate_prepares_accumulates_clips_and_resumes(tmp_path: Path) -> None:
@@ -186,11 +181,11 @@ def test_accelerate_prepares_accumulates_clips_and_resumes(tmp_path: Path) -> No
         return accelerator.unwrap_model(model), seen
 
     model = bert()
-    opt = captured(model, text_batch(1))
+    opt = trainable(model, text_batch(1))
     _, expected = run(model, 0)
     _, expected = run(model, 6)
     trained, got = run(opt, 6)
     assert trained is opt
     assert got == pytest.approx(expected, rel=1e-3)
-    _, resumed = run(captured(bert(seed=5), text_batch(1)), 6, start=2)
+    _, resumed = run(trainable(bert(seed=5), text_batch(1)), 6, start=2)
     assert resumed == pytest.approx(got[2:], rel=1e-4)

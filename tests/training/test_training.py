@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
+from tests.captured import trainable
 from tests.training.models import (
     Batch,
     bert,
@@ -35,11 +36,6 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 0.01),
 }
 cases = pytest.mark.parametrize(("make", "batches"), CASES.values(), ids=CASES)
-
-
-def captured(model: nn.Module, batch: Batch, passes: str = "canonicalize") -> Any:
-    """`model` captured in train mode, over parameters of its own."""
-    return copy.deepcopy(fxopt.transform(model, passes, example_inputs=batch, mode="train"))
 
 
 def step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, seed: int) -> float:
@@ -66,7 +62,7 @@ def assert_same_gradients(model: nn.Module, opt: nn.Module) -> None:
 @cases
 def test_gradients_are_those_of_the_eager_model(make: Make, batches: Batches) -> None:
     model = make()
-    opt = captured(model, batches(0))
+    opt = trainable(model, batches(0))
     for batch in (batches(1), batches(2, size=7)):
         model.zero_grad()
         opt.zero_grad()
@@ -80,7 +76,7 @@ def test_gradients_are_those_of_the_eager_model(make: Make, batches: Batches) ->
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_steps_track_the_eager_model(make: Make, batches: Batches, make_optimizer: Any) -> None:
     model = make()
-    opt = captured(model, batches(0))
+    opt = trainable(model, batches(0))
     before = {name: one.detach().clone() for name, one in opt.named_parameters()}
     optimizers = [make_optimizer(one.parameters()) for one in (model, opt)]
     for index in range(5):
@@ -99,7 +95,7 @@ def test_steps_track_the_eager_model(make: Make, batches: Batches, make_optimize
 @cases
 def test_gradients_accumulate(make: Make, batches: Batches) -> None:
     model = make()
-    opt = captured(model, batches(0))
+    opt = trainable(model, batches(0))
     for one in (model, opt):
         torch.manual_seed(0)
         for index in range(3):
@@ -113,7 +109,7 @@ def test_frozen_parameters_stay() -> None:
     model = bert()
     for parameter in model.bert.parameters():
         parameter.requires_grad_(False)
-    opt = captured(model, text_batch(0))
+    opt = trainable(model, text_batch(0))
     frozen = {name for name, one in opt.named_parameters() if not one.requires_grad}
     assert frozen
     assert all(name.startswith("bert.") for name in frozen)
@@ -125,7 +121,7 @@ def test_frozen_parameters_stay() -> None:
 
 
 def test_a_parameter_may_be_frozen_after_the_capture() -> None:
-    opt = captured(bert(), text_batch(0))
+    opt = trainable(bert(), text_batch(0))
     opt.get_parameter("classifier.weight").requires_grad_(False)
     loss_of(opt(**text_batch(0))).backward()
     assert opt.get_parameter("classifier.weight").grad is None
@@ -133,7 +129,7 @@ def test_a_parameter_may_be_frozen_after_the_capture() -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    opt = captured(gpt2(), causal_batch(0))
+    opt = trainable(gpt2(), causal_batch(0))
     step(opt, causal_batch(0), torch.optim.SGD(opt.parameters(), 0.1), 0)
     embedding = opt.get_parameter("transformer.wte.weight")
     assert opt.get_parameter("lm_head.weight") is embedding
@@ -155,7 +151,7 @@ def test_training_the_optimized_module_trains_the_original() -> None:
 def test_trained_weights_go_back_into_the_original_architecture(
     make: Make, batches: Batches
 ) -> None:
-    opt = captured(make(), batches(0))
+    opt = trainable(make(), batches(0))
     optimizer = torch.optim.SGD(opt.parameters(), 0.1)
     for index in range(2):
         step(opt, batches(index), optimizer, index)
@@ -171,13 +167,13 @@ def test_training_goes_on_from_a_checkpoint(make: Make, batches: Batches) -> Non
     def resumed(checkpoint: io.BytesIO) -> tuple[Any, torch.optim.Optimizer]:
         checkpoint.seek(0)
         saved = torch.load(checkpoint)
-        opt = captured(make(), batches(0))
+        opt = trainable(make(), batches(0))
         optimizer = torch.optim.AdamW(opt.parameters(), 0.01)
         opt.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         return opt, optimizer
 
-    opt = captured(make(), batches(0))
+    opt = trainable(make(), batches(0))
     optimizer = torch.optim.AdamW(opt.parameters(), 0.01)
     for index in range(2):
         step(opt, batches(index), optimizer, index)
@@ -193,7 +189,7 @@ def test_training_goes_on_from_a_checkpoint(make: Make, batches: Batches) -> Non
 
 
 def test_a_deep_copy_trains_alone_and_keeps_its_mode() -> None:
-    opt = captured(classifier(), image_batch(0))
+    opt = trainable(classifier(), image_batch(0))
     twin = copy.deepcopy(opt.eval())
     assert not twin.training
     assert copy.deepcopy(opt.train()).training
@@ -219,7 +215,7 @@ def test_the_same_device_keeps_parameters_and_another_keeps_gradients_and_mode()
 
 
 def test_evaluation_between_steps_writes_nothing() -> None:
-    opt = captured(classifier(), image_batch(0))
+    opt = trainable(classifier(), image_batch(0))
     step(opt, image_batch(0), torch.optim.SGD(opt.parameters(), 0.1), 0)
     state = {name: tensor.clone() for name, tensor in opt.state_dict().items()}
     batch = image_batch(1, size=1)
@@ -231,7 +227,7 @@ def test_evaluation_between_steps_writes_nothing() -> None:
 
 
 def test_gradients_follow_the_callers_grad_mode_in_both_modes() -> None:
-    opt = captured(bert(), text_batch(0))
+    opt = trainable(bert(), text_batch(0))
     for mode in (True, False):
         assert opt.train(mode)(**text_batch(0)).logits.requires_grad
         with torch.no_grad():
@@ -266,7 +262,7 @@ class Scaled:
 def test_loss_scaling_skips_an_overflow_and_recovers(bad: float) -> None:
     """The skipped step halves the scale; the next one trains, and `growth_interval` (3) good steps
     after the overflow the scale is back where it was."""
-    scaled = Scaled(captured(bert(), text_batch(0)), 2.0**10)
+    scaled = Scaled(trainable(bert(), text_batch(0)), 2.0**10)
     assert scaled.step(text_batch(0))
     assert not scaled.step(text_batch(1), inject=bad)
     assert scaled.scaler.get_scale() == 2.0**9
@@ -279,7 +275,7 @@ def test_loss_scaling_skips_an_overflow_and_recovers(bad: float) -> None:
 
 
 def test_the_evaluation_graph_can_be_optimized_further() -> None:
-    opt = captured(bert(), text_batch(0))
+    opt = trainable(bert(), text_batch(0))
     step(opt, text_batch(0), torch.optim.SGD(opt.parameters(), 0.1), 0)
     served = fxopt.transform(opt.eval(), "fuse-linears, int8-linear")
     assert "dropout" not in str(served.graph)
@@ -289,7 +285,7 @@ def test_the_evaluation_graph_can_be_optimized_further() -> None:
 
 
 def test_graph_and_program_are_those_of_the_mode() -> None:
-    opt = captured(bert(), text_batch(0))
+    opt = trainable(bert(), text_batch(0))
     assert "dropout" in str(opt.graph)
     assert opt.program.mode == "train"
     opt.eval()
@@ -299,7 +295,7 @@ def test_graph_and_program_are_those_of_the_mode() -> None:
 
 
 def test_it_is_saved_in_the_mode_it_is_in(tmp_path: Any) -> None:
-    opt = captured(bert(), text_batch(0))
+    opt = trainable(bert(), text_batch(0))
     opt.save(tmp_path / "training")
     opt.eval().save(tmp_path / "evaluation")
     training, evaluation = (fxopt.load(tmp_path / name) for name in ("training", "evaluation"))
@@ -325,7 +321,7 @@ def test_the_mode_asked_for_before_the_capture_holds_after_it() -> None:
 
 
 def test_torch_compile_takes_both_modes() -> None:
-    opt = captured(bert(dropout=0.0), text_batch(0))
+    opt = trainable(bert(dropout=0.0), text_batch(0))
     torch._dynamo.reset()
     for mode in (True, False):
         opt.train(mode)
@@ -336,7 +332,7 @@ def test_torch_compile_takes_both_modes() -> None:
 
 def test_gradient_checkpointing_is_refused_with_its_reason() -> None:
     with pytest.raises(fxopt.ModelError) as caught:
-        captured(bert(), text_batch(0)).gradient_checkpointing_enable()
+        trainable(bert(), text_batch(0)).gradient_checkpointing_enable()
     assert str(caught.value) == (
         "a captured graph can't switch gradient checkpointing on: its module boundaries are gone. "
         "Train with gradient_checkpointing=False; Lower() recomputes what is cheap."

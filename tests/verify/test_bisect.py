@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,10 +30,16 @@ aten = torch.ops.aten
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
 
-def blamed(rule: SplitLinear) -> list[Blame]:
+@functools.cache
+def deep() -> tuple[Program, Sequence[Trial]]:
+    """The deep model, captured, and its trials."""
     model = deep_model()
     program = capture(model, (X,))
-    found, _ = trials(program, run_model(model, program))
+    return program, trials(program, run_model(model, program))[0]
+
+
+def blamed(rule: SplitLinear) -> list[Blame]:
+    program, found = deep()
     return blame(program, rewrite(program, [rule]), found[0])
 
 
@@ -39,7 +47,7 @@ def blamed(rule: SplitLinear) -> list[Blame]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_guilty_node_is_the_worst_and_far_from_the_innocent(fault: str, guilty: str) -> None:
     worst, *others = blamed(SplitLinear(fault, (guilty,)))
-    program = capture(deep_model(), (X,))
+    program, _ = deep()
     (node,) = [n for n in calls(program) if n.meta["module_path"] == guilty]
     assert worst.before == node.name
     assert guilty in worst.text
@@ -74,9 +82,7 @@ def test_a_blame_shows_the_call_its_users_and_its_source_line() -> None:
 
 
 def test_nodes_are_judged_each_on_the_inputs_it_had() -> None:
-    model = deep_model()
-    program = capture(model, (X,))
-    found, _ = trials(program, run_model(model, program))
+    program, found = deep()
     right = judge_nodes(Close(), program, rewrite(program, [SplitLinear()]), found)
     assert right is not None
     assert right.holds

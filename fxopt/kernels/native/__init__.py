@@ -2,11 +2,14 @@
 
 oneDNN's products are tuned for other CPUs than AMD's, each call of it costs 10 to 40 microseconds
 before it multiplies, and torch has no attention on CPUs that multiplies in bfloat16 without AMX.
-The sources beside this file are one product of registers for float32, bfloat16 and 8-bit integers
-(`product.h`), linear layers and attention on it. What they do not take goes on to the library.
+The sources beside this file are two sets. One is for many rows on AVX-512: a product of registers
+for float32, bfloat16 and 8-bit integers (`product.h`), linear layers and attention on it. The other
+is for the few rows of a step of generation, on AVX2 or AVX-512 (`lanes.h`): attention to a prefix
+that is read where it lies. What they do not take goes on to the library.
 """
 
-from fxopt.kernels.native.building import load, loaded, without
-from fxopt.kernels.native.registration import on_cpu, serves
+from fxopt.kernels.native.building import load, load_for, loaded, without
+from fxopt.kernels.native.kernel_sets import PRODUCTS, decoding
+from fxopt.kernels.native.registration import on_cpu
 
-__all__ = ["load", "loaded", "on_cpu", "serves", "without"]
+__all__ = ["PRODUCTS", "decoding", "load", "load_for", "loaded", "on_cpu", "without"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +15,13 @@ from torch import Tensor
 from fxopt.cpp_library import build
 from fxopt.device import Answer, Device
 from fxopt.kernels.native.benchmark import trial
-from fxopt.kernels.native.registration import register_libraries, unregister_libraries
-from fxopt.kernels.packed_weights import PACKED_WEIGHTS
-
-# Compiled as one text, in this order.
-_SOURCES = (
-    "includes.h",
-    "vectors.h",
-    "product.h",
-    "panels.h",
-    "linear.h",
-    "quantize.h",
-    "attention.h",
-    "operators.h",
+from fxopt.kernels.native.kernel_sets import PRODUCTS, KernelSet, decoding
+from fxopt.kernels.native.registration import (
+    register_libraries,
+    serves,
+    unregister_libraries,
 )
-_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
+from fxopt.kernels.packed_weights import PACKED_WEIGHTS
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("packed_panels(Tensor weight) -> Tensor")
@@ -42,11 +33,13 @@ def _packed_panels(weight: Tensor) -> Tensor:
 
 _library.impl("packed_panels", _packed_panels, "CompositeExplicitAutograd")
 
-
+_known: dict[tuple[KernelSet, Device], tuple[Any | None, Answer]] = {}
+_running: dict[str, Any] = {}
+"""By the name of a set, the library whose kernels are registered."""
 _switched_off: ContextVar[bool] = ContextVar("switched_off", default=False)
 
 
-def load() -> Answer:
+def load(kernels: KernelSet = PRODUCTS) -> Answer:
     """Whether the compiled kernels run on this machine from now on, and why.
 
     The first call on a machine compiles them, some ten seconds, and times them beside libraries;
@@ -54,81 +47,89 @@ def load() -> Answer:
     """
     if _switched_off.get():
         return Answer(False, "the kernels for this CPU are switched off")
-    kernels, answer = _kernels(Device.describe("cpu"))
-    if kernels is None:
+    library, answer = _compiled(kernels)
+    if library is None:
         return answer
-    unregister_libraries()
-    kernels.register_kernels()
-    slower = _slower()
+    _start(kernels.name, library)
+    slower = _slower(kernels)
     if slower is None:
         return answer
-    kernels.unregister_kernels()
-    register_libraries()
+    _stop(kernels.name)
     return Answer(False, slower)
 
 
-def loaded() -> bool:
+def load_for(operators: Iterable[Any]) -> None:
+    """Load what can take the place of libraries for some of these operators."""
+    targets = list(operators)
+    for kernels in (PRODUCTS, decoding()):
+        if any(serves(target, kernels.name) for target in targets):
+            load(kernels)
+
+
+def loaded(kernels: KernelSet = PRODUCTS) -> bool:
     """Whether `load` need not compile or load anything in this process."""
-    return _kernels.cache_info().currsize > 0
+    return any(known == kernels for known, _ in _known)
 
 
 @contextmanager
 def without() -> Iterator[None]:
     """Libraries run every operator, as on a CPU that the kernels are not for."""
     token = _switched_off.set(True)
-    kernels, _ = _kernels(Device.describe("cpu")) if loaded() else (None, None)
-    if kernels is not None:
-        kernels.unregister_kernels()
-        register_libraries()
+    running = dict(_running)
+    for name in running:
+        _stop(name)
     try:
         yield
     finally:
         _switched_off.reset(token)
-        if kernels is not None:
-            load()
+        for name, library in running.items():
+            _start(name, library)
+
+
+def _start(name: str, library: Any) -> None:
+    if _running.get(name) is not library:
+        _stop(name)
+        unregister_libraries(name)
+        library.register_kernels()
+        _running[name] = library
+
+
+def _stop(name: str) -> None:
+    library = _running.pop(name, None)
+    if library is not None:
+        library.unregister_kernels()
+        register_libraries(name)
 
 
 @functools.cache
-def _slower() -> str | None:
+def _slower(kernels: KernelSet) -> str | None:
     """By how much the kernels, while registered, are slower than libraries, if they are."""
-    timing = trial(hashlib.sha256(_source().encode()).hexdigest()[:16])
+    digest = hashlib.sha256(kernels.source().encode()).hexdigest()[:16]
+    timing = trial(kernels.layer, digest)
     ratio = timing.ratios.get("compiled")
     if ratio is not None and ratio.low <= 1.0:
         return None
     return f"libraries are faster here than the kernels compiled for this CPU: {timing}"
 
 
-@functools.cache
-def _kernels(cpu: Device) -> tuple[Any | None, Answer]:
+def _compiled(kernels: KernelSet) -> tuple[Any | None, Answer]:
+    cpu = Device.describe("cpu")
+    if (kernels, cpu) not in _known:
+        _known[kernels, cpu] = _compile(kernels, cpu)
+    return _known[kernels, cpu]
+
+
+def _compile(kernels: KernelSet, cpu: Device) -> tuple[Any | None, Answer]:
     """The compiled library, where there can be one, and why there is or isn't."""
-    answer = _supported(cpu)
+    answer = kernels.supported(cpu)
     if not answer:
         return None, answer
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
-        kernels = _build()
+        library = build(kernels.source())
     except InvalidCxxCompiler:
         return None, Answer(False, "no C++ compiler was found to build the kernels for this CPU")
     except (CppCompileError, OSError) as error:
         return None, Answer(False, f"the kernels for this CPU could not be built: {error}")
-    return kernels, Answer(True, f"kernels compiled for {cpu.name} (AVX-512)")
-
-
-def _supported(cpu: Device) -> Answer:
-    matrices = sorted(name for name in cpu.instructions if name.startswith("amx_"))
-    if matrices:
-        return Answer(False, f"{cpu.name} has {', '.join(matrices)}, which oneDNN multiplies by")
-    missing = [name for name in _NEEDED if name not in cpu.instructions]
-    if missing:
-        return Answer(False, f"{cpu.name} lacks {', '.join(missing)}, which the kernels need")
-    return Answer(True, f"{cpu.name} has what the kernels need")
-
-
-def _build() -> Any:
-    return build(_source())
-
-
-def _source() -> str:
-    folder = Path(__file__).parent
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
+    return library, Answer(True, f"kernels compiled for {cpu.name} ({kernels.vectors})")

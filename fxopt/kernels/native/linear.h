@@ -5,13 +5,6 @@
 
 namespace fxopt {
 
-// The operator registered as `name`, with the signature of `kernel`: it takes the calls that
-// `kernel` has no loop for.
-template <class Result, class... Arguments>
-auto library_of(Result (*kernel)(Arguments...), const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>();
-}
-
 // A result of so many bytes leaves the caches before it is read again. Written past them, it spares
 // reading what it overwrites, and the weights their place: 7 % of a product that gives 12 MB.
 constexpr int64_t kPastCaches = 8 << 20;

@@ -14,40 +14,42 @@ import torch
 _NAMESPACE = "fxopt"
 
 _by_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_implementations: dict[str, Callable[..., Any]] = {}
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 _registered: dict[str, torch.library.Library] = {}
 
 
-def on_cpu(schema: str, implementation: Callable[..., Any]) -> None:
-    """Run the operator of `schema` by `implementation` on the CPU, until compiled kernels do."""
+def on_cpu(schema: str, implementation: Callable[..., Any], kernels: str = "products") -> None:
+    """Run the operator of `schema` by `implementation` on the CPU, until the compiled kernels of
+    the set of that name do."""
     name, _, rest = schema.partition("(")
     _by_library.define(f"{name}_by_library({rest}")
     _by_library.impl(f"{name}_by_library", implementation, "CompositeExplicitAutograd")
-    _implementations[name] = implementation
-    _register(name)
+    _implementations.setdefault(kernels, {})[name] = implementation
+    _register(name, implementation)
 
 
-def serves(operator: Any) -> bool:
-    """Whether compiled kernels can take the place of a library for this operator overload."""
+def serves(operator: Any, kernels: str) -> bool:
+    """Whether compiled kernels of that set can take the place of a library for this operator
+    overload."""
     return getattr(operator, "namespace", "") == _NAMESPACE and (
-        operator._schema.name.removeprefix(f"{_NAMESPACE}::") in _implementations
+        operator._schema.name.removeprefix(f"{_NAMESPACE}::") in _implementations[kernels]
     )
 
 
-def unregister_libraries() -> None:
+def unregister_libraries(kernels: str) -> None:
     """Take back what `on_cpu` registered, but for the operators by their longer names."""
-    while _registered:
-        _, library = _registered.popitem()
-        library._destroy()
+    for name in _implementations[kernels].keys() & _registered.keys():
+        _registered.pop(name)._destroy()
 
 
-def register_libraries() -> None:
+def register_libraries(kernels: str) -> None:
     """Register again what `unregister_libraries` took back."""
-    for name in _implementations.keys() - _registered.keys():
-        _register(name)
+    for name, implementation in _implementations[kernels].items():
+        if name not in _registered:
+            _register(name, implementation)
 
 
-def _register(name: str) -> None:
+def _register(name: str, implementation: Callable[..., Any]) -> None:
     library = torch.library.Library(_NAMESPACE, "IMPL", "CPU")
-    library.impl(name, _implementations[name])
+    library.impl(name, implementation)
     _registered[name] = library

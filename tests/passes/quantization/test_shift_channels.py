@@ -130,8 +130,11 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__call__(rows * 0.99, bias)
 
     monkeypatch.setattr(shift_channels, "_ShiftedBias", Forgetful)
+    model = Norms()
+    with torch.no_grad():
+        model.linear.weight.mul_(0.05)  # the tanh of larger values would hide the fault
     with pytest.raises(EquivalenceError, match="ShiftChannels"):
-        fxopt.transform(Norms(), [ShiftChannels()], example_inputs=(X,))
+        fxopt.transform(model, [ShiftChannels()], example_inputs=(X,))
 
 
 def test_weights_that_a_pass_cannot_shift_are_refused() -> None:
