@@ -66,21 +66,17 @@ def optimize_pipeline(
 
     `inputs` is a call like those of the service (several of a list in one batch, so that the batch
     size stays open), `calibration` a list of further ones; `passes` and `options` are those of
-    `fxopt.transform`. A pipeline that generates is refused: its model is called token by token,
-    with a cache that a graph of one call hasn't.
+    `fxopt.transform`. Of a pipeline that writes text the prompts are the example.
 
-    Raises `ModelError` for what is no pipeline with a torch model, or generates, and what
-    `transform` raises. `pipeline` is as it was then.
+    Raises `ModelError` for what is no pipeline with a torch model, or generates with a model that
+    isn't read step by step, and what `transform` raises. `pipeline` is as it was then.
     """
     held: Any = pipeline
     model = getattr(held, "model", None)
     if not isinstance(model, nn.Module) or not callable(held):
         raise ModelError(f"{type(held).__name__} is no transformers pipeline with a torch model")
     if getattr(held, "_pipeline_calls_generate", False) or _generates(model):
-        raise ModelError(
-            f"this pipeline generates with {type(model).__name__}, token by token, and a graph "
-            "answers single calls. Transform the parts that are called once, such as an encoder."
-        )
+        options = {"generation": True, **options}
 
     def call(given: Any) -> object:
         # One batch of them, so that the batch size stays open; a pipeline takes one by one else.
@@ -119,6 +115,9 @@ def _replace(
             "unknown. Transform it yourself, with example_inputs."
         )
     batches = _recorded(model, call, [list(calibration)]) if calibration else None
+    if options.get("generation"):
+        example = [_text(example[0])]
+        batches = [_text(one) for one in batches if _reads_text(one)] if batches else None
     optimized = transform(model, passes, example_inputs=example[0], calibration=batches, **options)
     setattr(owner, name, optimized)
     if not _recorded(optimized, call, [inputs]):
@@ -127,6 +126,16 @@ def _replace(
             f"{type(owner).__name__} goes on answering by the original {type(model).__name__} "
             f"after {name} was set: put the result of fxopt.transform in its place yourself"
         )
+
+
+def _reads_text(call: Mapping[str, Any]) -> bool:
+    """Whether a call reads more than one token, as that for a prompt does."""
+    return bool(call["input_ids"].shape[1] > 1)
+
+
+def _text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call reads, without what `generate` adds to it."""
+    return {name: call[name] for name in ("input_ids", "attention_mask") if name in call}
 
 
 def _recorded(

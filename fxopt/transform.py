@@ -95,8 +95,10 @@ def transform(
         check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
     plan, missing = _generation_plan(model, example_inputs, generation, mode)
+    base: type[Optimized] | None = None
     if plan is not None:
         from fxopt.generation import step_of
+        from fxopt.optimized.generating import Generating as base  # noqa: N813
 
         model, example_inputs = step_of(model), plan.many()
         verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
@@ -151,7 +153,7 @@ def transform(
             return build(args)
         return build(bind(forward_signature(model), args, kwargs))
 
-    optimized = make_optimized(model, build_at_first_call, generates=plan is not None)
+    optimized = make_optimized(model, build_at_first_call, base)
     try:
         optimized.install(build(example_inputs))
     except NotCapturedError:

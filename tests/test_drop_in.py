@@ -15,6 +15,7 @@ from torch import nn
 import fxopt
 from fxopt import InputError, ModelError
 from tests.architectures import randomize
+from tests.generation.language_models import language_model, words
 
 _SENTENCES = [
     "A map shows where the rivers meet.",
@@ -240,7 +241,7 @@ def test_a_pipeline_is_optimized_in_one_line(classifier: Any) -> None:
         assert one["score"] == pytest.approx(other["score"], abs=0.05)
 
 
-def test_pipelines_that_generate_are_refused() -> None:
+def test_pipelines_that_cant_be_transformed_are_refused() -> None:
     with pytest.raises(ModelError, match="int is no transformers pipeline with a torch model"):
         fxopt.optimize_pipeline(3, "text")
 
@@ -253,6 +254,18 @@ def test_pipelines_that_generate_are_refused() -> None:
 
         def __call__(self, inputs: object) -> None: ...
 
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match="Generates wasn't called by Pipeline"):
         fxopt.optimize_pipeline(Pipeline(), "text")
-    assert str(caught.value).startswith("this pipeline generates with Generates, token by token")
+
+
+def test_a_pipeline_that_writes_text() -> None:
+    model = language_model("Llama")
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=words())
+    options = {"max_new_tokens": 8, "do_sample": False}
+    wanted = pipe("w5 w6 w7 w8", **options)
+    same = fxopt.optimize_pipeline(
+        pipe, "w9 w10 w11 w12", "canonicalize", calibration=["w3 w4 w5", "w6 w7 w8 w9"]
+    )
+    assert same is pipe
+    assert pipe.model is not model
+    assert pipe("w5 w6 w7 w8", **options) == wanted

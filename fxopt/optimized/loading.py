@@ -9,7 +9,7 @@ from pathlib import Path
 from fxopt.errors import FxoptError, SaveError
 from fxopt.lower import Lowering
 from fxopt.optimized.configs import read_config, read_generation_config
-from fxopt.optimized.optimized import Optimized, generating, optimized_like
+from fxopt.optimized.optimized import Optimized, optimized_like
 from fxopt.optimized.pipeline_result import Evaluation, PipelineResult
 from fxopt.pass_list import parse_passes
 from fxopt.report import Report
@@ -33,10 +33,12 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
         lowering = pass_
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
-    base = None
+    base: type[Optimized] | None = None
     if saved.generation is not None:
         carried["generation_config"] = read_generation_config(saved.generation, folder)
-        base = generating()
+        from fxopt.optimized.generating import Generating  # it needs transformers
+
+        base = Generating
     twin = optimized_like(program.name, program.signature.forward, carried, base=base)
     report = Report.from_json(saved.report_json)
     known = replace(report, domains=())  # those of all programs are in the one report

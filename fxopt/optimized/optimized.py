@@ -300,9 +300,8 @@ class Optimized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         programs = [self._present(), *(one.program for one in self._saved_members())]
         outcome = replace(self._done(), report=self.report)
-        generates = self._generation() is not None
-        made = pickled(programs, self._apart(), outcome, self._carried, self.training, generates)
-        return _unpickled, (made,)
+        made = pickled(programs, self._apart(), outcome, self._carried, self.training)
+        return _unpickled, (made, type(self).__base__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         self._done()
@@ -427,12 +426,9 @@ def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
 def make_optimized(
     model: nn.Module,
     build: Callable[..., PipelineResult] | None = None,
-    generates: bool = False,
+    base: type[Optimized] | None = None,
 ) -> Optimized:
-    """An empty `Optimized` with the attributes and the forward signature of `model`.
-
-    It `generates` where `model` is a step.
-    """
+    """An empty `Optimized`, or `base`, with the attributes and forward signature of `model`."""
     carried = {
         name: value
         for name, value in vars(model).items()
@@ -445,14 +441,12 @@ def make_optimized(
             carried.setdefault(name, getattr(type(model), name))
     if isinstance(model, Optimized):
         carried = dict(model._carried)
-    base = generating() if generates else Optimized
     return optimized_like(type(model).__name__, forward_signature(model), carried, build, base)
 
 
-def _unpickled(made: Pickled) -> Optimized:
+def _unpickled(made: Pickled, base: type[Optimized] | None = None) -> Optimized:
     outcome = made.outcome()
     program = outcome.program
-    base = generating() if made.generates else Optimized
     carried = dict(made.carried)
     twin = optimized_like(program.name, program.signature.forward, carried, base=base)
     twin.install(outcome)
@@ -480,13 +474,6 @@ def optimized_like(
     members = {"forward": forward} if base.forward is Optimized.forward else {}
     kind: type[Optimized] = type(f"Optimized{name.removeprefix('Optimized')}", (base,), members)
     return kind(carried, build)
-
-
-def generating() -> type[Optimized]:
-    """The class of modules that generate; transformers is imported for it."""
-    from fxopt.optimized.generating import Generating
-
-    return Generating
 
 
 def _with_self(signature: inspect.Signature) -> inspect.Signature:

@@ -43,7 +43,6 @@ class Pickled:
     carried: dict[str, Any]
     training: bool
     further: str = "[]"
-    generates: bool = False
 
     def outcome(self) -> PipelineResult:
         """What the module held; lowered again at its first call where it was."""
@@ -65,7 +64,6 @@ def pickled(
     outcome: PipelineResult,
     carried: Mapping[str, Any],
     training: bool,
-    generates: bool = False,
 ) -> Pickled:
     """The module of `programs` for a pickle; raises `SaveError` where it has no saved form."""
     program, *further = [one.materialized() for one in programs]
@@ -80,5 +78,4 @@ def pickled(
         carried=dict(carried),
         training=training,
         further=json.dumps([to_document(one) for one in further]),
-        generates=generates,
     )

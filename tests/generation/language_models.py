@@ -85,3 +85,15 @@ def text(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Ids int64 [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def words() -> Any:
+    """A tokenizer of VOCAB words."""
+    import tokenizers
+
+    vocabulary = {f"w{index}": index for index in range(VOCAB)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="w0", unk_token="w0"
+    )

@@ -33,6 +33,8 @@ def test_a_step_lives_as_long_as_the_model() -> None:
     del model
     gc.collect()
     assert plan.step() is None
+    with pytest.raises(ModelError, match="the model of this plan is gone"):
+        plan.many()
     assert held() is None
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import fxopt
 from fxopt.errors import InputError, ModelError, PassError
-from tests.generation.language_models import FAMILIES, VOCAB, language_model, shared, text
+from tests.generation.language_models import FAMILIES, VOCAB, language_model, shared, text, words
 
 PADDED = {
     "input_ids": text(2, 7),
@@ -244,24 +244,10 @@ def test_calibration_and_examples_are_texts() -> None:
 def test_a_pipeline_writes_text() -> None:
     model, opt = shared("Llama")
     answers = [
-        transformers.pipeline("text-generation", model=one, tokenizer=_words())(
-            "w5 w6 w7", **GREEDY
-        )
+        transformers.pipeline("text-generation", model=one, tokenizer=words())("w5 w6 w7", **GREEDY)
         for one in (model, opt)
     ]
     assert answers[0] == answers[1]
-
-
-def _words() -> Any:
-    """A tokenizer of VOCAB words."""
-    import tokenizers
-
-    vocabulary = {f"w{index}": index for index in range(VOCAB)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="w0", unk_token="w0"
-    )
 
 
 @pytest.mark.parametrize(
