@@ -36,8 +36,13 @@ class TensorInput:
     device: torch.device
     sizes: tuple[int | str, ...]
 
+    @property
+    def type_text(self) -> str:
+        """Dtype, sizes and device in words."""
+        return f"{self.dtype}[{', '.join(map(str, self.sizes))}] on {self.device}"
+
     def __str__(self) -> str:
-        return f"{self.path}: {self.dtype}[{', '.join(map(str, self.sizes))}] on {self.device}"
+        return f"{self.path}: {self.type_text}"
 
 
 @dataclass(frozen=True)
@@ -282,3 +287,20 @@ class Signature:
                 f"{expected.path} has size {size} on axis {axis}; the model takes at most "
                 f"{limit.high} there."
             )
+
+
+def gathered(named: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Values by path, with the items of one container that follow each other and have the same
+    value in one entry: `keys[0] to keys[29]`."""
+    runs: list[tuple[str, str, str]] = []
+    for path, value in named:
+        first, _, before = runs[-1] if runs else ("", "", "")
+        if "[" in path and value == before and _container(path) == _container(first):
+            runs[-1] = (first, path, value)
+        else:
+            runs.append((path, path, value))
+    return [(one if one == last else f"{one} to {last}", value) for one, last, value in runs]
+
+
+def _container(path: str) -> str:
+    return path.rpartition("[")[0]

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fxopt.calls import bind, describe_leaves, forward_signature, unbind
 from fxopt.errors import InputError, OutsideError
-from fxopt.signature import Range, Signature, TensorInput
+from fxopt.signature import Range, Signature, TensorInput, gathered
 
 
 def _forward(x: Any, y: Any = None, *rest: Any, flag: bool = False, scale: Any = 1.0, **more: Any):
@@ -244,3 +244,13 @@ def test_none_and_defaults_bind_to_nothing(skipped: set[str]) -> None:
 
 def test_true_is_not_the_default_one() -> None:
     assert bind(inspect.signature(_forward), (), {"x": 1, "scale": True})["scale"] is True
+
+
+def test_items_of_one_container_are_told_together() -> None:
+    named = [("x", "a"), ("keys[0]", "b"), ("keys[1]", "b"), ("keys[2]", "c"), ("values[0]", "c")]
+    assert gathered(named) == [
+        ("x", "a"),
+        ("keys[0] to keys[1]", "b"),
+        ("keys[2]", "c"),
+        ("values[0]", "c"),
+    ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxopt.guards import Tree
 from fxopt.program import Program
+from fxopt.signature import gathered
 
 Key = tuple[bool, int]
 """(is it a batch axis, its size in the example)."""
@@ -79,8 +80,9 @@ def resized(program: Program, sizes: Mapping[Key, int]) -> tuple[Tensor, ...]:
 
 def shapes_text(program: Program, inputs: tuple[Tensor, ...]) -> str:
     """The shapes of inputs by name: `x (1, 7, 8), mask (1, 7)`."""
-    named = zip(program.signature.paths, inputs, strict=True)
-    return ", ".join(f"{path} {tuple(tensor.shape)}" for path, tensor in named)
+    shapes = [str(tuple(tensor.shape)) for tensor in inputs]
+    named = gathered(list(zip(program.signature.paths, shapes, strict=True)))
+    return ", ".join(f"{path} {shape}" for path, shape in named)
 
 
 def _axes(program: Program) -> Iterator[tuple[int, int, int | str, Key]]:
