@@ -17,6 +17,7 @@ from torch import Tensor
 from fxopt.errors import KernelError
 from fxopt.kernels.native import on_cpu
 from fxopt.kernels.onednn import dense_linear
+from fxopt.kernels.product_shapes import check_product
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -31,11 +32,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
             "half_weight_only_linear needs float x and a bfloat16 or float16 weight, not "
             f"{x.dtype}, {weight.dtype}"
         )
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise KernelError(
-            "half_weight_only_linear needs x [..., K] and a weight [N, K], not "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+    check_product("half_weight_only_linear", x, weight)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

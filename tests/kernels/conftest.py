@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from fxopt.kernels import native
 from fxopt.kernels.native import building
@@ -40,3 +41,12 @@ def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
     building._stop("decoding")
     if before is not None:
         building._start("decoding", before)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With three threads what is divided among them is uneven."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,14 +146,6 @@ def _tokens(kind: str, batch: int, past: int, queries: int) -> tuple[Tensor, Ten
 @given(cases())
 def test_is_the_definition(case: Case) -> None:
     check(case)
-
-
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite

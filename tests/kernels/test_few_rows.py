@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ ops = torch.ops.fxopt
 # Of the sum of the magnitudes of a result's terms.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 KINDS = ("int8", "int4", "bfloat16", "float16")
-
-
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"], scope="module")
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def stored(
@@ -147,7 +138,7 @@ def test_wrong_inputs_say_what_is_needed() -> None:
     for x, wrong in ((torch.ones(2, 6), weight.float()), (torch.ones(2, 6).int(), weight)):
         with pytest.raises(KernelError, match="needs float x and a bfloat16 or float16 weight"):
             ops.half_weight_only_linear(x, wrong, None)
-    with pytest.raises(KernelError, match=r"x \[..., K\] and a weight \[N, K\], not \(2, 5\)"):
+    with pytest.raises(KernelError, match=r"\[..., K\] and a weight \[N, K\], not \(2, 5\)"):
         ops.half_weight_only_linear(torch.ones(2, 5), weight, None)
 
 

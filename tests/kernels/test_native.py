@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 
 import pytest
 import torch
@@ -19,20 +19,11 @@ from fxopt.kernels.packed_linear import activate
 from fxopt.timing import Latency, summarize, timings_in
 
 ops = torch.ops.fxopt
-pytestmark = pytest.mark.usefixtures("compiled_kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernels", "threads")
 
 # Of the largest magnitude of a result: float32's sums, and one rounding to bfloat16 besides.
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
 POST_OPS = ("none", "relu", "gelu", "gelu_tanh", "silu", "add")
-
-
-@pytest.fixture(autouse=True, params=[1, 3], ids=["1 thread", "3 threads"], scope="module")
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With three threads the grid of tiles is uneven."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, slack: float = 0.0) -> None:
