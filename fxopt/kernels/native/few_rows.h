@@ -5,7 +5,8 @@
 //
 // Up to eight rows of x are multiplied with one row of W, which is converted to float32 on the way
 // and added up in it. So a weight is one stream of memory, which the processor's own prefetching
-// takes up; several rows of it side by side are not, and took one and a half times as long. Two
+// takes up; several short rows of it side by side are not, and took one and a half times as long.
+// Where x itself overflows the first cache, four rows of W share what is read of it. Two
 // neighbouring int4 columns share a byte: with the columns of x sorted into even and odd ones, a
 // byte's halves need no sorting.
 
@@ -16,22 +17,34 @@ constexpr int64_t kFewRows = 8;
 // Of a weight, what one thread reads at least.
 constexpr int64_t kLeastBytes = 1 << 15;
 constexpr int64_t kLine = 64;
+// Bytes of x that stay in the first cache beside a weight that passes through it.
+constexpr int64_t kInCache = 24 << 10;
 
-// Fetch a line of a weight before it is needed, more than a page ahead, where a processor stops by
-// itself: of one that memory is slower at than the product, into the second cache, which has room
-// for more lines on their way than the first.
-template <class T>
+// Fetch a line of a weight before it is needed. Of a single stream more than a page ahead, where a
+// processor stops by itself; into the second cache where memory is slower than the product, since
+// it has room for more lines on their way than the first. Of rows side by side, which are long,
+// further on in each: lines that lie powers of two apart share a place in the cache.
+template <int R, class T>
 inline void fetch_ahead(const T* from) {
   const auto* at = reinterpret_cast<const char*>(from);
-  if constexpr (sizeof(T) > 1) {
+  if constexpr (R > 1) {
+    _mm_prefetch(at + 1024, _MM_HINT_T0);
+  } else if constexpr (sizeof(T) > 1) {
     _mm_prefetch(at + 8192, _MM_HINT_T1);
   } else {
     _mm_prefetch(at + 4096, _MM_HINT_T0);
   }
 }
 
-// Chains of additions for one row of x: four and more together hide how long each takes.
-constexpr int chains(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+// Rows of W that go at once where they share a large x: the registers hold the sums of them all.
+constexpr int together(int rows) {
+  return kLanes == 16 ? (rows <= 4 ? 4 : 3) : (rows <= 2 ? 4 : rows <= 4 ? 2 : 1);
+}
+
+// Chains of additions for one row of x and of W: four and more in all hide how long each takes.
+constexpr int chains(int rows, int together) {
+  return together > 1 ? 1 : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+}
 
 template <class T>
 struct Plain {
@@ -39,48 +52,63 @@ struct Plain {
   int64_t inner;
   int64_t bytes() const { return inner * int64_t(sizeof(T)); }
 
-  // The products of a row of W with M rows of x, still to be added up over the lanes.
-  template <int M>
-  inline void multiply(const float* x, int64_t row, Vec (&sums)[M]) const {
-    constexpr int parts = chains(M);
-    constexpr int64_t step = parts * kLanes;
-    Vec apart[M][parts];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+  // The products of R rows of W with M rows of x, still to be added up over the lanes.
+  template <int M, int R>
+  inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
+    constexpr int parts = chains(M, R);
+    constexpr int64_t step = parts * kLanes, line = kLine / int64_t(sizeof(T));
+    Vec apart[R][M][parts];
 #pragma GCC unroll 4
-      for (int j = 0; j < parts; ++j) apart[m][j] = zero();
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int j = 0; j < parts; ++j) apart[r][m][j] = zero();
+      }
     }
     const T* from = data + row * inner;
     int64_t k = 0;
     for (; k + step <= inner; k += step) {
-      if (k * int64_t(sizeof(T)) % kLine == 0) {
+      if (k % line == 0) {
 #pragma GCC unroll 4
-        for (int64_t at = k; at < k + step; at += kLine / int64_t(sizeof(T))) {
-          fetch_ahead(from + at);
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int64_t at = k; at < k + step; at += line) fetch_ahead<R>(from + r * inner + at);
         }
       }
 #pragma GCC unroll 4
       for (int j = 0; j < parts; ++j) {
-        const Vec weight = load(from + k + j * kLanes);
+        Vec weight[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) weight[r] = load(from + r * inner + k + j * kLanes);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          apart[m][j] = fmadd(weight, load(x + (k + j * kLanes) * M + m * kLanes), apart[m][j]);
+          const Vec column = load(x + (k + j * kLanes) * M + m * kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) apart[r][m][j] = fmadd(weight[r], column, apart[r][m][j]);
         }
       }
     }
     for (; k < inner; k += kLanes) {
       const bool whole = k + kLanes <= inner;
-      const Vec weight = whole ? load(from + k) : load_first(from + k, inner - k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const T* at = from + r * inner + k;
+        const Vec weight = whole ? load(at) : load_first(at, inner - k);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        apart[m][0] = fmadd(weight, load(x + k * M + m * kLanes), apart[m][0]);
+        for (int m = 0; m < M; ++m) {
+          apart[r][m][0] = fmadd(weight, load(x + k * M + m * kLanes), apart[r][m][0]);
+        }
       }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      sums[m] = apart[m][0];
 #pragma GCC unroll 4
-      for (int j = 1; j < parts; ++j) sums[m] = add(sums[m], apart[m][j]);
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = apart[r][m][0];
+#pragma GCC unroll 4
+        for (int j = 1; j < parts; ++j) sums[r][m] = add(sums[r][m], apart[r][m][j]);
+      }
     }
   }
 };
@@ -116,28 +144,47 @@ struct Int4 {
   int64_t group;
   int64_t bytes() const { return inner / 2; }
 
-  template <int M>
-  inline void multiply(const float* x, int64_t row, Vec (&sums)[M]) const {
-    Vec apart[M][2];
+  template <int M, int R>
+  inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
+    // Sums of even and odd columns apart, where one row of W leaves registers for both.
+    constexpr int parts = R > 1 ? 1 : 2;
+    Vec apart[R][M][parts];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) apart[m][0] = apart[m][1] = zero();
+      for (int m = 0; m < M; ++m) apart[r][m][0] = apart[r][m][parts - 1] = zero();
+    }
+    const int64_t groups = inner / group;
     const uint8_t* from = data + row * bytes();
-    const float* scales = scale + row * (inner / group);
+    const float* scales = scale + row * groups;
     for (int64_t first = 0; first < inner; first += group, ++scales) {
       for (int64_t k = first; k < first + group; k += kPairs) {
-        if (k / 2 % kLine == 0) fetch_ahead(from + k / 2);
-        Vec even, odd;
-        halves(from + k / 2, *scales, even, odd);
+        Vec even[R], odd[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* at = from + r * bytes() + k / 2;
+          if (k / 2 % kLine == 0) fetch_ahead<R>(at);
+          halves(at, scales[r * groups], even[r], odd[r]);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const float* columns = x + k * M + m * kPairs;
-          apart[m][0] = fmadd(even, load(columns), apart[m][0]);
-          apart[m][1] = fmadd(odd, load(columns + kLanes), apart[m][1]);
+          const Vec left = load(columns), right = load(columns + kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            apart[r][m][0] = fmadd(even[r], left, apart[r][m][0]);
+            apart[r][m][parts - 1] = fmadd(odd[r], right, apart[r][m][parts - 1]);
+          }
         }
       }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sums[m] = add(apart[m][0], apart[m][1]);
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = parts == 1 ? apart[r][m][0] : add(apart[r][m][0], apart[r][m][parts - 1]);
+      }
+    }
   }
 };
 
@@ -155,16 +202,29 @@ struct Results {
   }
 };
 
+// Blocks of R rows of W from `begin` on; the first row that is left over.
+template <int M, int R, class Weight>
+int64_t blocks(const Weight& weight, const float* x, const Results& results, int64_t begin,
+               int64_t end) {
+  for (; begin + R <= end; begin += R) {
+    Vec sums[R][M];
+    weight.template multiply<M, R>(x, begin, sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) results.store(m, begin + r, sum(sums[r][m]));
+    }
+  }
+  return begin;
+}
+
 template <int M, class Weight>
 void multiply_few(const Weight& weight, const float* x, const Results& results) {
   const int64_t grain = std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, weight.bytes()));
+  const bool shares = M * weight.inner * int64_t(sizeof(float)) > kInCache;
   at::parallel_for(0, results.outputs, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      Vec sums[M];
-      weight.template multiply<M>(x, n, sums);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) results.store(m, n, sum(sums[m]));
-    }
+    if (shares) begin = blocks<M, together(M)>(weight, x, results, begin, end);
+    blocks<M, 1>(weight, x, results, begin, end);
   });
 }
 
