@@ -189,7 +189,7 @@ void turn_over(const T* keys, int64_t stride, int64_t count, int64_t size, float
 // The rows of a task: their queries, and what is known of their softmax after some of the slots.
 struct Rows {
   int64_t first, count;
-  std::vector<float> queries, turned, output;
+  Floats queries, turned, output;
   alignas(64) float scores[kRows * kSlots];
   alignas(64) float hidden[kSlots] = {};
   float largest[kRows], total[kRows];
@@ -204,7 +204,7 @@ struct Rows {
   void start() {
     std::fill_n(largest, kRows, -kInfinity);
     std::fill_n(total, kRows, 0.0f);
-    std::fill(output.begin(), output.end(), 0.0f);
+    output.clear();
   }
 };
 
@@ -368,7 +368,7 @@ at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const
       work < kWorthThreads || at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t runs = runs_of(sizes, heads, threads);
   const int64_t kept = kRows * (sizes.pitch() + 2);
-  std::vector<float> partial(runs > 1 ? heads * runs * kept : 0);
+  Floats partial(runs > 1 ? heads * runs * kept : 0);
   const float unit = options.softcap > 0 ? options.scale : options.scale * kLog2E;
 
   const auto take = [&](Rows& rows, int64_t head) {

@@ -3,10 +3,12 @@
 //     y[m, n]  =  s[n] (Σ_k W[n, k] x[m, k]) + b[n]              W float, bfloat16, float16 or int8
 //     y[m, n]  =  Σ_g s[n, g] (Σ_k W[n, g, k] x[m, g, k]) + b[n]             W int4 in groups
 //
-// Up to eight rows of x are multiplied with some rows of W at once, which are converted to float32
-// on the way and added up in it. Narrow weights fill the reorder buffer before a line of the cache
-// is through, so lines are fetched ahead. Two neighbouring int4 columns share a byte: with the
-// columns of x sorted into even and odd ones, a byte's halves need no sorting.
+// Up to eight rows of x are multiplied with one row of W, which is converted to float32 on the way
+// and added up in it. So a weight is one stream of memory, which the processor's own prefetching
+// takes up; several short rows of it side by side are not, and took one and a half times as long.
+// Where x itself overflows the first cache, four rows of W share what is read of it. Two
+// neighbouring int4 columns share a byte: with the columns of x sorted into even and odd ones, a
+// byte's halves need no sorting.
 
 namespace fxopt {
 namespace {
@@ -14,55 +16,98 @@ namespace {
 constexpr int64_t kFewRows = 8;
 // Of a weight, what one thread reads at least.
 constexpr int64_t kLeastBytes = 1 << 15;
-constexpr int64_t kLine = 64, kPage = 4096;
+constexpr int64_t kLine = 64;
+// Bytes of x that stay in the first cache beside a weight that passes through it.
+constexpr int64_t kInCache = 24 << 10;
 
-// How far ahead of a row's bytes its cache lines are fetched: at the rows of the next block, or,
-// where rows are long, further on in the row itself. Lines that lie powers of two apart share a
-// place in the cache, and those of two blocks of long rows would push each other out.
-inline int64_t ahead_of(int64_t bytes, int rows) {
-  return bytes < kPage ? std::max<int64_t>(rows * bytes, kPage / 2) : kPage / 4;
+// Fetch a line of a weight before it is needed. Of a single stream more than a page ahead, where a
+// processor stops by itself; into the second cache where memory is slower than the product, since
+// it has room for more lines on their way than the first. Of rows side by side, which are long,
+// further on in each: lines that lie powers of two apart share a place in the cache.
+template <int R, class T>
+inline void fetch_ahead(const T* from) {
+  const auto* at = reinterpret_cast<const char*>(from);
+  if constexpr (R > 1) {
+    _mm_prefetch(at + 1024, _MM_HINT_T0);
+  } else if constexpr (sizeof(T) > 1) {
+    _mm_prefetch(at + 8192, _MM_HINT_T1);
+  } else {
+    _mm_prefetch(at + 4096, _MM_HINT_T0);
+  }
 }
 
-// Rows of W that go at once: the registers hold the sums of them all.
+// Rows of W that go at once where they share a large x: the registers hold the sums of them all.
 constexpr int together(int rows) {
   return kLanes == 16 ? (rows <= 4 ? 4 : 3) : (rows <= 2 ? 4 : rows <= 4 ? 2 : 1);
 }
 
-// A weight of `bytes` a row. `multiply` adds to the sums of M rows of x and R of W.
+// Chains of additions for one row of x and of W: four and more in all hide how long each takes.
+constexpr int chains(int rows, int together) {
+  return together > 1 ? 1 : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+}
+
 template <class T>
 struct Plain {
   const T* data;
   int64_t inner;
   int64_t bytes() const { return inner * int64_t(sizeof(T)); }
 
+  // The products of R rows of W with M rows of x, still to be added up over the lanes.
   template <int M, int R>
-  inline __attribute__((always_inline)) void multiply(const float* x, int64_t first,
-                                                      Vec (&sums)[M][R]) const {
-    const T* from = data + first * inner;
-    const auto* ahead = reinterpret_cast<const char*>(from) + ahead_of(bytes(), R);
-    int64_t k = 0;
-    for (; k + kLanes <= inner; k += kLanes) {
-      if (k * int64_t(sizeof(T)) % kLine == 0) {
+  inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
+    constexpr int parts = chains(M, R);
+    constexpr int64_t step = parts * kLanes, line = kLine / int64_t(sizeof(T));
+    Vec apart[R][M][parts];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          _mm_prefetch(ahead + r * bytes() + k * int64_t(sizeof(T)), _MM_HINT_T0);
-        }
-      }
-      Vec weight[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) weight[r] = load(from + r * inner + k);
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const Vec row = load(x + k * M + m * kLanes);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[m][r] = fmadd(weight[r], row, sums[m][r]);
+        for (int j = 0; j < parts; ++j) apart[r][m][j] = zero();
       }
     }
-    if (k == inner) return;
+    const T* from = data + row * inner;
+    int64_t k = 0;
+    for (; k + step <= inner; k += step) {
+      if (k % line == 0) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int64_t at = k; at < k + step; at += line) fetch_ahead<R>(from + r * inner + at);
+        }
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < parts; ++j) {
+        Vec weight[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) weight[r] = load(from + r * inner + k + j * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const Vec column = load(x + (k + j * kLanes) * M + m * kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) apart[r][m][j] = fmadd(weight[r], column, apart[r][m][j]);
+        }
+      }
+    }
+    for (; k < inner; k += kLanes) {
+      const bool whole = k + kLanes <= inner;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const T* at = from + r * inner + k;
+        const Vec weight = whole ? load(at) : load_first(at, inner - k);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          apart[r][m][0] = fmadd(weight, load(x + k * M + m * kLanes), apart[r][m][0]);
+        }
+      }
+    }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec weight = load_first(from + r * inner + k, inner - k);
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        sums[m][r] = fmadd(weight, load(x + k * M + m * kLanes), sums[m][r]);
+        sums[r][m] = apart[r][m][0];
+#pragma GCC unroll 4
+        for (int j = 1; j < parts; ++j) sums[r][m] = add(sums[r][m], apart[r][m][j]);
       }
     }
   }
@@ -100,31 +145,44 @@ struct Int4 {
   int64_t bytes() const { return inner / 2; }
 
   template <int M, int R>
-  inline __attribute__((always_inline)) void multiply(const float* x, int64_t first,
-                                                      Vec (&sums)[M][R]) const {
-    const uint8_t* from = data + first * bytes();
-    const auto* ahead = reinterpret_cast<const char*>(from) + ahead_of(bytes(), R);
-    const int64_t groups = inner / group;
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t k = g * group; k < (g + 1) * group; k += kPairs) {
-        if (k / 2 % kLine == 0) {
+  inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
+    // Sums of even and odd columns apart, where one row of W leaves registers for both.
+    constexpr int parts = R > 1 ? 1 : 2;
+    Vec apart[R][M][parts];
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) _mm_prefetch(ahead + r * bytes() + k / 2, _MM_HINT_T0);
-        }
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) apart[r][m][0] = apart[r][m][parts - 1] = zero();
+    }
+    const int64_t groups = inner / group;
+    const uint8_t* from = data + row * bytes();
+    const float* scales = scale + row * groups;
+    for (int64_t first = 0; first < inner; first += group, ++scales) {
+      for (int64_t k = first; k < first + group; k += kPairs) {
         Vec even[R], odd[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          halves(from + r * bytes() + k / 2, scale[(first + r) * groups + g], even[r], odd[r]);
+          const uint8_t* at = from + r * bytes() + k / 2;
+          if (k / 2 % kLine == 0) fetch_ahead<R>(at);
+          halves(at, scales[r * groups], even[r], odd[r]);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          const float* row = x + k * M + m * kPairs;
-          const Vec left = load(row), right = load(row + kLanes);
+          const float* columns = x + k * M + m * kPairs;
+          const Vec left = load(columns), right = load(columns + kLanes);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            sums[m][r] = fmadd(odd[r], right, fmadd(even[r], left, sums[m][r]));
+            apart[r][m][0] = fmadd(even[r], left, apart[r][m][0]);
+            apart[r][m][parts - 1] = fmadd(odd[r], right, apart[r][m][parts - 1]);
           }
         }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = parts == 1 ? apart[r][m][0] : add(apart[r][m][0], apart[r][m][parts - 1]);
       }
     }
   }
@@ -144,35 +202,29 @@ struct Results {
   }
 };
 
+// Blocks of R rows of W from `begin` on; the first row that is left over.
 template <int M, int R, class Weight>
-inline void block(const Weight& weight, const float* x, int64_t first, const Results& results) {
-  Vec sums[M][R];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+int64_t blocks(const Weight& weight, const float* x, const Results& results, int64_t begin,
+               int64_t end) {
+  for (; begin + R <= end; begin += R) {
+    Vec sums[R][M];
+    weight.template multiply<M, R>(x, begin, sums);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[m][r] = zero();
-  }
-  weight.template multiply<M, R>(x, first, sums);
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    if constexpr (R == 4) {
-      alignas(16) float four[4];
-      _mm_store_ps(four, sums_of(sums[m]));
-      for (int r = 0; r < R; ++r) results.store(m, first + r, four[r]);
-    } else {
-      for (int r = 0; r < R; ++r) results.store(m, first + r, sum(sums[m][r]));
+      for (int m = 0; m < M; ++m) results.store(m, begin + r, sum(sums[r][m]));
     }
   }
+  return begin;
 }
 
 template <int M, class Weight>
 void multiply_few(const Weight& weight, const float* x, const Results& results) {
-  constexpr int R = together(M);
   const int64_t grain = std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, weight.bytes()));
+  const bool shares = M * weight.inner * int64_t(sizeof(float)) > kInCache;
   at::parallel_for(0, results.outputs, grain, [&](int64_t begin, int64_t end) {
-    int64_t n = begin;
-    for (; n + R <= end; n += R) block<M, R>(weight, x, n, results);
-    for (; n < end; ++n) block<M, 1>(weight, x, n, results);
+    if (shares) begin = blocks<M, together(M)>(weight, x, results, begin, end);
+    blocks<M, 1>(weight, x, results, begin, end);
   });
 }
 
@@ -181,33 +233,36 @@ inline int64_t filled_up(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4
 
 // x [rows, K] as float32 [K / step, M, step], where rows and columns are filled up with zeros: what
 // is read together lies together. The columns of pairs are sorted into even and odd ones.
-inline const float* as_floats(const at::Tensor& x, int64_t inner, bool pairs,
-                              std::vector<float>& room) {
-  const int64_t rows = x.numel() / inner, filled = filled_up(rows), step = pairs ? kPairs : kLanes;
-  if (x.scalar_type() == at::kFloat && !pairs && filled == 1 && inner % step == 0) {
-    return x.const_data_ptr<float>();
-  }
-  room.assign((inner + step - 1) / step * step * filled, 0.0f);
-  const auto fill = [&](const auto* from) {
-    for (int64_t m = 0; m < rows; ++m, from += inner) {
-      for (int64_t k = 0; k < inner; k += step) {
-        float* to = room.data() + k * filled + m * step;
-        if (pairs) {
-          for (int64_t i = 0; i < kLanes; ++i) {
-            to[i] = float(from[k + 2 * i]);
-            to[kLanes + i] = float(from[k + 2 * i + 1]);
-          }
-        } else {
-          const int64_t count = std::min(step, inner - k);
-          for (int64_t i = 0; i < count; ++i) to[i] = float(from[k + i]);
+template <class T>
+Floats laid_out(const T* x, int64_t rows, int64_t inner, bool pairs) {
+  const int64_t filled = filled_up(rows), step = pairs ? kPairs : kLanes;
+  Floats room((inner + step - 1) / step * step * filled);
+  for (int64_t m = 0; m < rows; ++m, x += inner) {
+    for (int64_t k = 0; k < inner; k += step) {
+      float* to = room.data() + k * filled + m * step;
+      if (pairs) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          to[i] = float(x[k + 2 * i]);
+          to[kLanes + i] = float(x[k + 2 * i + 1]);
         }
+      } else {
+        const int64_t count = std::min(step, inner - k);
+        for (int64_t i = 0; i < count; ++i) to[i] = float(x[k + i]);
       }
     }
-  };
-  if (x.scalar_type() == at::kFloat) fill(x.const_data_ptr<float>());
-  if (x.scalar_type() == at::kBFloat16) fill(x.const_data_ptr<at::BFloat16>());
-  if (x.scalar_type() == at::kHalf) fill(x.const_data_ptr<at::Half>());
-  return room.data();
+  }
+  return room;
+}
+
+inline Floats laid_out(const at::Tensor& x, int64_t inner, bool pairs) {
+  const int64_t rows = x.numel() / inner;
+  if (x.scalar_type() == at::kBFloat16) {
+    return laid_out(x.const_data_ptr<at::BFloat16>(), rows, inner, pairs);
+  }
+  if (x.scalar_type() == at::kHalf) {
+    return laid_out(x.const_data_ptr<at::Half>(), rows, inner, pairs);
+  }
+  return laid_out(x.const_data_ptr<float>(), rows, inner, pairs);
 }
 
 inline bool is_float(const at::Tensor& t) {
@@ -236,8 +291,8 @@ at::Tensor few_rows(const at::Tensor& x, const Weight& weight, int64_t outputs, 
   const Results results{y.mutable_data_ptr<float>(), count, outputs,
                         scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                         bias ? added.const_data_ptr<float>() : nullptr};
-  std::vector<float> room;
-  const float* from = as_floats(given, weight.inner, pairs, room);
+  const Floats room = laid_out(given, weight.inner, pairs);
+  const float* from = room.data();
   switch (filled_up(count)) {
     case 8:
       multiply_few<8>(weight, from, results);

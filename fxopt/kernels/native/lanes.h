@@ -98,6 +98,21 @@ inline Vec whole_power(Vec n) {
 
 #endif
 
+// Zeros that start at a cache line: a vector of 16 lanes across two takes twice as long.
+class Floats {
+  struct alignas(64) Line {
+    float lanes[16];
+  };
+  std::vector<Line> lines_;
+  int64_t count_;
+
+ public:
+  explicit Floats(int64_t count) : lines_((count + 15) / 16), count_(count) {}
+  float* data() { return reinterpret_cast<float*>(lines_.data()); }
+  const float* data() const { return reinterpret_cast<const float*>(lines_.data()); }
+  void clear() { std::fill_n(data(), count_, 0.0f); }
+};
+
 // The first `count` lanes, fewer than all; the others are 0, and nothing beyond is touched.
 template <class T>
 inline Vec load_first(const T* from, int64_t count) {
