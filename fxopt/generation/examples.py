@@ -63,7 +63,7 @@ def blank_prefix(
     def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
         key = (heads, size, dtype)
         if key not in zeros:
-            zeros[key] = torch.zeros(rows, heads, 1, size, dtype=dtype, device=device)
+            zeros[key] = torch.zeros(1, rows, heads, size, dtype=dtype, device=device)
         return zeros[key]
 
     return (
@@ -97,8 +97,8 @@ def step_inputs(
         "keep": torch.arange(min(keep, length), device=ids.device),
         "seen": seen[:, held:].contiguous(),
         "past_seen": past_seen.contiguous(),
-        "keys": tuple(key.clone(memory_format=torch.contiguous_format) for key in keys),
-        "values": tuple(value.clone(memory_format=torch.contiguous_format) for value in values),
+        "keys": tuple(key.clone() for key in keys),
+        "values": tuple(value.clone() for value in values),
     }
 
 
@@ -161,10 +161,10 @@ def reading_many(
 def reading_one(
     step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
 ) -> dict[str, Any]:
-    """A step that reads the last token of the first row of `text` [B, T] behind the others."""
+    """A step that reads the last token of each row of `text` [B, T] behind the others."""
     reader = Reader(step, shapes)
-    reader.read(text[:1, :-1], seen[:1, :-1])
-    return step_inputs(shapes, text[:1, -1:], seen[:1], reader.cache)
+    reader.read(text[:, :-1], seen[:, :-1])
+    return step_inputs(shapes, text[:, -1:], seen, reader.cache)
 
 
 @dataclass(frozen=True)

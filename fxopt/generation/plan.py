@@ -51,7 +51,7 @@ class GenerationPlan:
         return reading_many(self._present(), self.shapes, *self._text(prompts))
 
     def one(self, prompts: Any = None) -> dict[str, Any]:
-        """The inputs of a step that reads one token, the last of the first row."""
+        """The inputs of a step that reads one token, the last of each row."""
         return reading_one(self._present(), self.shapes, *self._text(prompts))
 
     def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
@@ -95,6 +95,8 @@ def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
                     f"the text has {text.shape[1]} tokens: give one of 3 or more, so that some are "
                     "read behind others"
                 )
+            if len(text) == 1:  # a size of 1 would be one of its own
+                text, seen = text.repeat(2, 1), seen.repeat(2, 1)
         _check_steps(model, step, shapes, text, seen)
     return GenerationPlan(weakref.ref(model), shapes, text, seen)
 

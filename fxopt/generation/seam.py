@@ -4,8 +4,11 @@
 
 A step is a function without state. It reads `ids` [B, S] behind a prefix of P slots, whose keys and
 values it is given layer by layer, and returns those of the S new slots: whoever calls it appends
-them. A causal graph of it holds for any prefix, whether that was read at once or token by token, in
+them. One graph of it holds for any prefix, whether that was read at once or token by token, in
 rows of a batch that were reordered, cropped or padded.
+
+Keys and values come and go slot by slot, [P, B, G, D]: the filled beginning of memory with room for
+more slots is contiguous then, whatever the room, so that code compiled for one is for all.
 
 It is the model's own forward. Two seams make it so: a `Cache` that hands new keys and values
 through and notes them, and an attention implementation that reads prefix and new slots in one
@@ -28,6 +31,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fxopt.errors import ModelError
+from fxopt.generation.cache import by_head, by_slot
 
 ATTENTION = "fxopt"
 """The name under which transformers knows the attention of a step."""
@@ -93,8 +97,8 @@ def attention(
         query,
         key,
         value,
-        cache.past_keys[layer],
-        cache.past_values[layer],
+        by_head(cache.past_keys[layer]),
+        by_head(cache.past_values[layer]),
         cache.past_seen,
         cache.seen,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -121,11 +125,11 @@ class Step:
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits [B, K, V] at the K new slots `keep`, and the new keys and values [B, G, S, D].
+        """Logits [B, K, V] at the K new slots `keep`, and the new keys and values [S, B, G, D].
 
         `input_ids` and `position_ids` are int64 [B, S], `keep` int64 [K] in 0 to S - 1; `seen`
         [B, S] and `past_seen` [B, P] are false where a slot is padding, which nothing attends to.
-        `keys` and `values` hold the prefix of each layer, [B, G, P, D], in any strides.
+        `keys` and `values` hold the prefix of each layer, [P, B, G, D].
         """
         cache = StepCache(past_seen, seen, keys, values)
         forward: Any = super().forward  # type: ignore[misc]
@@ -146,8 +150,8 @@ class Step:
         logits = output.logits if keeps else output.logits[:, keep]
         return (
             logits,
-            tuple(cache.new_keys[layer] for layer in layers),
-            tuple(cache.new_values[layer] for layer in layers),
+            tuple(by_slot(cache.new_keys[layer]) for layer in layers),
+            tuple(by_slot(cache.new_values[layer]) for layer in layers),
         )
 
 

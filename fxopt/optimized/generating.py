@@ -99,7 +99,7 @@ class Generating(Optimized, GenerationMixin):
             prefix = self._done().program.signature.tensors[_BEFORE_PREFIX:]
             pairs = zip(prefix[: len(prefix) // 2], prefix[len(prefix) // 2 :], strict=True)
             found = tuple(
-                LayerShape(int(k.sizes[1]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
+                LayerShape(int(k.sizes[2]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
                 for k, v in pairs
             )
             object.__setattr__(self, "_layer_shapes", found)

@@ -29,10 +29,10 @@ def test_both_kinds_of_step_read_the_end_of_the_text() -> None:
     plan = generation_plan(model)
     many, one = plan.many(), plan.one()
     assert torch.equal(many["input_ids"], plan.text[:, 6:])
-    assert many["keys"][0].shape == (2, 2, 6, 8)
-    assert torch.equal(one["input_ids"], plan.text[:1, -1:])
-    assert one["keys"][0].shape == (1, 2, 23, 8)
-    assert one["position_ids"].tolist() == [[23]]
+    assert many["keys"][0].shape == (6, 2, 2, 8)
+    assert torch.equal(one["input_ids"], plan.text[:, -1:])
+    assert one["keys"][0].shape == (23, 2, 2, 8)
+    assert one["position_ids"].tolist() == [[23], [23]]
 
 
 def test_padding_is_in_the_steps_of_padded_text() -> None:

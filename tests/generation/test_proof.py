@@ -34,7 +34,7 @@ def _blind(original: Callable[..., Any]) -> Callable[..., Any]:
 def _short(original: Callable[..., Any]) -> Callable[..., Any]:
     def filled(tensor: Any, length: int) -> Any:
         found = original(tensor, length).clone()
-        found[:, :, -1] = 0.0
+        found[-1] = 0.0
         return found
 
     return filled
@@ -42,7 +42,7 @@ def _short(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _lost(original: Callable[..., Any]) -> Callable[..., Any]:
     def append(cache: Any, keys: Any, values: Any) -> None:
-        original(cache, [key.flip(2) for key in keys], values)
+        original(cache, [key.flip(0) for key in keys], values)
 
     return append
 

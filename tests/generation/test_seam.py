@@ -39,7 +39,7 @@ def test_a_step_lives_as_long_as_the_model() -> None:
 
 
 def _cache() -> StepCache:
-    empty = torch.zeros(1, 1, 1, 4)
+    empty = torch.zeros(1, 1, 1, 4)  # [P, B, G, D]
     return StepCache(torch.zeros(1, 1).bool(), torch.ones(1, 2).bool(), [empty], [empty])
 
 
