@@ -19,6 +19,9 @@ from fxopt.generation.cache import PrefixCache, append, prefix_of
 _ROWS, _PREFIX, _NEW = 2, 6, 18
 """Rows of the example that reads many tokens, the slots before it, and its tokens."""
 
+BLANK = 2
+"""Slots of a prefix that is empty. One would be a size for which code is compiled anew."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -57,13 +60,13 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
 def blank_prefix(
     shapes: tuple[LayerShape, ...], rows: int, device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and values of one slot that nothing attends to: what stands for an empty prefix."""
+    """Keys and values of `BLANK` slots that nothing attends to: what stands for an empty prefix."""
     zeros: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
         key = (heads, size, dtype)
         if key not in zeros:
-            zeros[key] = torch.zeros(1, rows, heads, size, dtype=dtype, device=device)
+            zeros[key] = torch.zeros(BLANK, rows, heads, size, dtype=dtype, device=device)
         return zeros[key]
 
     return (
@@ -89,7 +92,7 @@ def step_inputs(
     if seen is None:
         seen = torch.ones(rows, held + length, dtype=torch.bool, device=ids.device)
     positions = positions_of(seen)[:, held:]
-    past_seen = seen[:, :held] if held else seen.new_zeros(rows, 1)
+    past_seen = seen[:, :held] if held else seen.new_zeros(rows, BLANK)
     keys, values = prefix_of(cache, len(shapes)) if held else blank_prefix(shapes, rows, ids.device)
     return {
         "input_ids": ids.contiguous(),

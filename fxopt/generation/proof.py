@@ -55,15 +55,10 @@ def teacher_forced(plan: GenerationPlan, generating: nn.Module, claim: Claim) ->
     text, seen = _continued(plan)
     read = plan.text.shape[1]
     with torch.no_grad():
-        wanted = _logits(original, text, seen, 0, use_cache=False).logits
-        output = _logits(generating, text[:, :read], seen[:, :read], 0, use_cache=True)
-        found = [output.logits]
-        for at in range(read, text.shape[1]):
-            cache = output.past_key_values
-            ids = text[:, at : at + 1]
-            output = _logits(generating, ids, seen[:, : at + 1], at, past_key_values=cache)
-            found.append(output.logits)
-    wanted, got = wanted[seen], torch.cat(found, 1)[seen]
+        wanted = _logits(original, text, seen, 0, use_cache=False).logits[seen]
+        # Row by row, as text is mostly written; batches were judged step by step.
+        rows = [_read(generating, text[i : i + 1], seen[i : i + 1], read) for i in range(len(text))]
+    got = torch.cat(rows)[seen]
     measured = claim.measure(wanted, got)
     if not measured.holds:
         raise EquivalenceError(
@@ -72,6 +67,17 @@ def teacher_forced(plan: GenerationPlan, generating: nn.Module, claim: Claim) ->
             "in keys and values have added up. Quantize fewer layers, or allow more with budget=."
         )
     return _compared(wanted, got, text.shape[0] * (text.shape[1] - read))
+
+
+def _read(generating: Any, text: Tensor, seen: Tensor, at_once: int) -> Tensor:
+    """The logits of text [B, T] whose first `at_once` tokens are read at once, others by one."""
+    output = _logits(generating, text[:, :at_once], seen[:, :at_once], 0, use_cache=True)
+    found = [output.logits]
+    for at in range(at_once, text.shape[1]):
+        cache, ids = output.past_key_values, text[:, at : at + 1]
+        output = _logits(generating, ids, seen[:, : at + 1], at, past_key_values=cache)
+        found.append(output.logits)
+    return torch.cat(found, 1)
 
 
 def _compared(wanted: Tensor, got: Tensor, one_by_one: int) -> TeacherForcing:

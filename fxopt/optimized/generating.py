@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxopt.claim import Claim
 from fxopt.errors import InputError
-from fxopt.generation import LayerShape, PrefixCache, append, blank_prefix, prefix_of
+from fxopt.generation import BLANK, LayerShape, PrefixCache, append, blank_prefix, prefix_of
 from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
@@ -84,13 +85,22 @@ class Generating(Optimized, GenerationMixin):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What a step is told of the prefix: which slots are seen, keys, values.
 
-        An empty prefix is one slot that nothing attends to, so that one program reads both.
+        A prefix has two slots at least, so that one program reads all. The missing ones, which
+        nothing attends to, come first: windows count the slots in between.
         """
         if not held:
             blank = blank_prefix(self._shapes(), seen.shape[0], seen.device)
-            return seen.new_zeros(seen.shape[0], 1), *blank
+            return seen.new_zeros(seen.shape[0], BLANK), *blank
         keys, values = prefix_of(cache, len(self._shapes()))
-        return seen[:, :held], keys, values
+        past_seen = seen[:, :held]
+        if held < BLANK:
+            missing = BLANK - held
+            past_seen = pad(past_seen, (missing, 0))
+            keys, values = (
+                tuple(pad(one, (0, 0, 0, 0, 0, 0, missing, 0)) for one in side)
+                for side in (keys, values)
+            )
+        return past_seen, keys, values
 
     def _shapes(self) -> tuple[LayerShape, ...]:
         """What each layer keeps of a slot."""

@@ -52,7 +52,7 @@ def test_calibration_texts_are_read_as_often_as_they_are_asked_for() -> None:
         shapes = [tuple(step["input_ids"].shape) for step in batches]
         assert shapes == [(1, 5), (2, 3)]
     (first, _) = batches
-    assert first["past_seen"].tolist() == [[False]]
+    assert first["past_seen"].tolist() == [[False, False]]
     assert not first["keys"][0].any()
 
 
