@@ -47,6 +47,12 @@ def check_batches(
         raise error(f"{what} must be an iterable of inputs ({kinds}), not {given}")
 
 
+def generates(model: object) -> bool:
+    """Whether transformers' `generate` calls `model`, token by token."""
+    can_generate = getattr(model, "can_generate", None)
+    return bool(callable(can_generate) and can_generate())
+
+
 def forward_signature(model: nn.Module) -> inspect.Signature:
     """The signature of `model.forward` without annotations that need the model's module."""
     return inspect.signature(model.forward)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fxopt.calls import bind, forward_signature
+from fxopt.calls import bind, forward_signature, generates
 from fxopt.errors import InputError, ModelError
 from fxopt.transform import transform
 
@@ -75,7 +75,7 @@ def optimize_pipeline(
     model = getattr(held, "model", None)
     if not isinstance(model, nn.Module) or not callable(held):
         raise ModelError(f"{type(held).__name__} is no transformers pipeline with a torch model")
-    if getattr(held, "_pipeline_calls_generate", False) or _generates(model):
+    if getattr(held, "_pipeline_calls_generate", False) or generates(model):
         options = {"generation": True, **options}
 
     def call(given: Any) -> object:
@@ -85,11 +85,6 @@ def optimize_pipeline(
 
     _replace(held, "model", call, inputs, calibration, passes, options)
     return pipeline
-
-
-def _generates(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return bool(callable(can_generate) and can_generate())
 
 
 def _check_texts(name: str, texts: object) -> None:

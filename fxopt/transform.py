@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fxopt.calls import Inputs, bind, check_batches, forward_signature
+from fxopt.calls import Inputs, bind, check_batches, forward_signature, generates
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim, Close
 from fxopt.errors import CalibrationError, ModelError, NotCapturedError, PassError
@@ -169,7 +169,9 @@ def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) ->
     from fxopt.generation import teacher_forced
 
     judging.progress("reading text token by token")
-    claim = optimized.claim if judging.budget is not None else compose((Close(), optimized.claim))
+    claim = optimized.claim
+    if claim is not None and judging.budget is None:
+        claim = compose((Close(), claim))  # steps add up in another order than the whole text
     optimized.note(str(teacher_forced(plan, optimized, claim)))
 
 
@@ -177,14 +179,15 @@ def _generation_plan(
     model: nn.Module, prompts: Inputs | None, wanted: bool | None, mode: Mode
 ) -> tuple[GenerationPlan | None, tuple[str, ...]]:
     """How `model` is read step by step, if it is; else why not, where nobody asked."""
-    can_generate = getattr(model, "can_generate", None)
-    generates = bool(callable(can_generate) and can_generate())
-    if wanted is True and (mode == "train" or not generates):
-        what = "mode='train' captures a loss" if generates else f"{type(model).__name__} can't"
-        raise PassError(f"generation=True: {what}, and no model of transformers that generates")
-    if wanted is False or not generates or mode == "train":
-        return None, ()
-    if wanted is None and prompts is not None:
+    can = generates(model)
+    if wanted is True and mode == "train":
+        raise PassError("generation=True is for mode='eval': what trains is called once a batch")
+    if wanted is True and not can:
+        raise PassError(
+            "generation=True needs a model of transformers that generates, and "
+            f"{type(model).__name__} doesn't: leave it out"
+        )
+    if wanted is False or not can or mode == "train" or (wanted is None and prompts is not None):
         return None, ()
     from fxopt.generation import generation_plan  # it needs transformers
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.calls import generates
 from fxopt.errors import MeasureError
 
 IGNORED = -100
@@ -99,15 +100,14 @@ def check_reports() -> None:
 def is_causal(model: Any) -> bool:
     """Whether `model` is, or holds, a language model that predicts the next token of its input."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(_generates(module) for module in (model, *modules))
+    return any(_writes_on(module) for module in (model, *modules))
 
 
-def _generates(module: Any) -> bool:
-    can = getattr(module, "can_generate", None)
+def _writes_on(module: Any) -> bool:
     config = getattr(module, "config", None)
-    if config is None or not callable(can) or getattr(config, "is_encoder_decoder", False):
+    if config is None or getattr(config, "is_encoder_decoder", False):
         return False
-    return bool(can())
+    return generates(module)
 
 
 def _classification_report() -> Callable[..., dict[str, Any]]:

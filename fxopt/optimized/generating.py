@@ -130,7 +130,7 @@ class Generating(Optimized, GenerationMixin):
 
     @property
     def claim(self) -> Claim | None:
-        """What the programs were held to; None where that isn't known, as in what was loaded."""
+        """What the programs were held to against the original, where they were and it is known."""
         return self._done().claim
 
     def note(self, *notes: str) -> None:

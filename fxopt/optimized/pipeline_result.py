@@ -53,7 +53,8 @@ class PipelineResult:
     `config` is the model's, where cutting channels has changed its sizes; `evaluation` is what the
     model of a program that trains computes in evaluation; `source` makes further programs of the
     same model, where it can; `further` are those that exist already; `origins` are the tensors of
-    the original from which passes derived others; `claim` is what the whole list was held to.
+    the original from which passes derived others; `claim` is what the whole list was held to
+    against the original; None where it was held to something else.
     """
 
     program: Program

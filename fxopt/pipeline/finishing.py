@@ -53,7 +53,7 @@ def finished(run: Run, judging: Judging, measure_cost: bool | None) -> PipelineR
         None if config is getattr(run.model, "config", None) else config,
         evaluation=evaluation,
         origins=origins,
-        claim=judging.budget or run.reference.budget,
+        claim=judging.budget or (None if run.reference.oracle else run.reference.budget),
     )
 
 

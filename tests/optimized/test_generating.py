@@ -226,6 +226,13 @@ def test_int8_is_judged_token_by_token() -> None:
     assert opt.generate(text(1, 5), **GREEDY).shape == (1, 14)
 
 
+def test_what_pruning_leaves_is_measured() -> None:
+    opt = fxopt.transform(language_model("Llama"), "prune-channels{ratio=0.5, scope=ffn}")
+    (note,) = [note for note in opt.report.notes if note.startswith("generation:")]
+    assert "logits" in note
+    assert opt.generate(text(1, 5), **GREEDY).shape == (1, 14)
+
+
 def test_calibration_and_examples_are_texts() -> None:
     mask = torch.ones(2, 9, dtype=torch.int64)
     texts = [{"input_ids": text(2, 9, seed), "attention_mask": mask} for seed in range(3)]
@@ -281,9 +288,9 @@ def test_other_inputs_are_refused() -> None:
 
 def test_what_cant_generate_is_told() -> None:
     model = language_model("Llama")
-    with pytest.raises(PassError, match="generation=True: Linear can't"):
+    with pytest.raises(PassError, match=r"generation=True needs .* and Linear doesn't"):
         fxopt.transform(torch.nn.Linear(2, 2), "canonicalize", generation=True)
-    with pytest.raises(PassError, match="generation=True: mode='train' captures a loss"):
+    with pytest.raises(PassError, match="generation=True is for mode='eval'"):
         fxopt.transform(model, "canonicalize", generation=True, mode="train")
     labelled = {"input_ids": text(1, 4), "labels": text(1, 4)}
     with pytest.raises(InputError, match="a model that generates is given text"):
