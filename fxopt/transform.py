@@ -95,12 +95,8 @@ def transform(
         check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
     plan, missing = _generation_plan(model, example_inputs, generation, mode)
-    base: type[Optimized] | None = None
     if plan is not None:
-        from fxopt.generation import step_of
-        from fxopt.optimized.generating import Generating as base  # noqa: N813
-
-        model, example_inputs = step_of(model), plan.many()
+        model, example_inputs = plan.present(), plan.many()
         verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
         calibration = plan.batches(calibration)
     advised = _advised(model, passes, example_inputs, calibration, mode)
@@ -153,6 +149,7 @@ def transform(
             return build(args)
         return build(bind(forward_signature(model), args, kwargs))
 
+    base = Optimized if plan is None else _generating()
     optimized = make_optimized(model, build_at_first_call, base)
     try:
         optimized.install(build(example_inputs))
@@ -162,6 +159,13 @@ def transform(
     if plan is not None and verify:
         _prove_generation(plan, optimized, judging)
     return optimized
+
+
+def _generating() -> type[Optimized]:
+    """The class of modules that generate; it needs transformers."""
+    from fxopt.optimized.generating import Generating
+
+    return Generating
 
 
 def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) -> None:

@@ -48,11 +48,11 @@ class GenerationPlan:
 
     def many(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads many tokens of `prompts`, or of the plan's text."""
-        return reading_many(self._present(), self.shapes, *self._text(prompts))
+        return reading_many(self.present(), self.shapes, *self._text(prompts))
 
     def one(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads one token, the last of each row."""
-        return reading_one(self._present(), self.shapes, *self._text(prompts))
+        return reading_one(self.present(), self.shapes, *self._text(prompts))
 
     def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
         """The inputs of both kinds of step on `prompts`."""
@@ -62,7 +62,8 @@ class GenerationPlan:
         """Calibration texts as what steps are given."""
         return None if calibration is None else StepBatches(self.shapes, calibration)
 
-    def _present(self) -> nn.Module:
+    def present(self) -> nn.Module:
+        """The step; `ModelError` where the model is gone."""
         step = self.step()
         if step is None:
             raise ModelError("the model of this plan is gone: keep it while it is transformed")

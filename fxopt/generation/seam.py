@@ -23,6 +23,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ ATTENTION = "fxopt"
 _KNOWN = frozenset({"sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache"})
 """Keywords of an attention that are taken into account, or that say nothing about its values."""
 
-_active: list[StepCache] = []
+_active: ContextVar[StepCache] = ContextVar("the cache of the step that runs")
 
 
 class StepCache(Cache):
@@ -81,7 +82,7 @@ def attention(
     Raises `ModelError` for what a step can't hold: a mask of the model's own, attention that isn't
     causal, a keyword that changes it in a way not known here.
     """
-    cache = _active[-1]
+    cache = _active.get()
     layer: Any = getattr(module, "layer_idx", None)
     kind = type(module).__name__
     if layer not in cache.new_keys or cache.new_keys[layer] is not key:
@@ -160,13 +161,13 @@ def _stepping(model: nn.Module, cache: StepCache) -> Iterator[None]:
     """Attention of `model` reads `cache`; its configs are put back in the end."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
-    _active.append(cache)
+    token = _active.set(cache)
     try:
         for config in configs.values():
             config._attn_implementation = ATTENTION
         yield
     finally:
-        _active.pop()
+        _active.reset(token)
         for key, config in configs.items():
             config._attn_implementation = before[key]
 

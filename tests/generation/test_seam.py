@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import ModelError
 from fxopt.generation import generation_plan, step_of
-from fxopt.generation.seam import ATTENTION, StepCache, attention
+from fxopt.generation.seam import ATTENTION, StepCache, _active, attention
 from tests.generation.language_models import language_model
 
 
@@ -56,20 +58,21 @@ class _Attention(nn.Module):
         ({"position_bias": torch.zeros(1)}, "gives its attention position_bias"),
     ],
 )
-def test_attention_that_no_step_computes(
-    options: dict[str, Tensor], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_that_no_step_computes(options: dict[str, Any], message: str) -> None:
     cache = _cache()
     key = torch.zeros(1, 1, 2, 4)
     cache.update(key, key, 0)
-    monkeypatch.setattr("fxopt.generation.seam._active", [cache])
     mask = options.pop("attention_mask", None)
     with pytest.raises(ModelError, match=message):
-        attention(_Attention(), key, key, key, mask, **options)
+        _attend(cache, key, mask, **options)
 
 
-def test_attention_to_other_keys_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = torch.zeros(1, 1, 2, 4)
-    monkeypatch.setattr("fxopt.generation.seam._active", [_cache()])
+def test_attention_to_other_keys_than_the_caches() -> None:
     with pytest.raises(ModelError, match="attends to other keys than those it gives to the cache"):
-        attention(_Attention(), key, key, key, None)
+        _attend(_cache(), torch.zeros(1, 1, 2, 4), None)
+
+
+def _attend(cache: StepCache, key: Tensor, mask: Tensor | None, **options: Any) -> None:
+    context = contextvars.copy_context()
+    context.run(_active.set, cache)
+    context.run(attention, _Attention(), key, key, key, mask, **options)
