@@ -149,8 +149,8 @@ def transform(
             return build(args)
         return build(bind(forward_signature(model), args, kwargs))
 
-    base = Optimized if plan is None else _generating()
-    optimized = make_optimized(model, build_at_first_call, base)
+    base, more = (Optimized, {}) if plan is None else _generating(plan)
+    optimized = make_optimized(model, build_at_first_call, base, more)
     try:
         optimized.install(build(example_inputs))
     except NotCapturedError:
@@ -161,11 +161,11 @@ def transform(
     return optimized
 
 
-def _generating() -> type[Optimized]:
-    """The class of modules that generate; it needs transformers."""
-    from fxopt.optimized.generating import Generating
+def _generating(plan: GenerationPlan) -> tuple[type[Optimized], dict[str, Any]]:
+    """The class of modules that generate, which needs transformers, and what they carry."""
+    from fxopt.optimized.generating import POSITIONS, Generating
 
-    return Generating
+    return Generating, {POSITIONS: plan.positions}
 
 
 def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,10 @@ def step_inputs(
         "keys": tuple(key.clone() for key in keys),
         "values": tuple(value.clone() for value in values),
     }
+
+
+Positions = Literal["slots", "seen", "unknown"]
+"""What counts a position where a call gives none: each slot, or those that aren't padding."""
 
 
 def positions_of(seen: Tensor) -> Tensor:

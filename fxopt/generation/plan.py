@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxopt.errors import InputError, ModelError
 from fxopt.generation.examples import (
     LayerShape,
+    Positions,
     Reader,
     StepBatches,
     layer_shapes,
@@ -32,7 +33,8 @@ _CLOSE = 1e-3
 class GenerationPlan:
     """A model that is read step by step, and the text [B, T] on which it is tried.
 
-    `seen` [B, T] is false where the text is padding; `shapes` says what the layers keep of a slot.
+    `seen` [B, T] is false where the text is padding; `shapes` says what the layers keep of a slot,
+    `positions` what the model makes of padding where a call gives no `position_ids`.
     The plan doesn't keep the model: its step is there for as long as somebody holds it.
     """
 
@@ -40,6 +42,7 @@ class GenerationPlan:
     shapes: tuple[LayerShape, ...]
     text: Tensor
     seen: Tensor
+    positions: Positions
 
     def step(self) -> nn.Module | None:
         """The model as a step, while it is there: where further programs come from."""
@@ -99,7 +102,23 @@ def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
             if len(text) == 1:  # a size of 1 would be one of its own
                 text, seen = text.repeat(2, 1), seen.repeat(2, 1)
         _check_steps(model, step, shapes, text, seen)
-    return GenerationPlan(weakref.ref(model), shapes, text, seen)
+        positions = _positions_of(model, text)
+    return GenerationPlan(weakref.ref(model), shapes, text, seen, positions)
+
+
+def _positions_of(model: nn.Module, text: Tensor) -> Positions:
+    """What `model` takes for the positions of text whose beginning is padding; tried."""
+    seen = torch.ones_like(text, dtype=torch.bool)
+    seen[:, 0] = False
+    given: Any = {"input_ids": text, "attention_mask": seen.long(), "use_cache": False}
+    own = model(**given).logits[seen]
+    slots = torch.arange(text.shape[1], device=text.device).expand_as(text)
+    candidates: dict[Positions, Tensor] = {"slots": slots, "seen": positions_of(seen)}
+    for name, positions in candidates.items():
+        found = model(**given, position_ids=positions).logits[seen]
+        if torch.allclose(found, own, rtol=1e-5, atol=1e-6):
+            return name
+    return "unknown"
 
 
 def _check_call(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> None:

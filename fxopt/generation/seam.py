@@ -94,6 +94,8 @@ def attention(
     for name, given in kwargs.items():
         if isinstance(given, Tensor) and name not in _KNOWN:
             raise ModelError(f"{kind} gives its attention {name}, which no step takes")
+    window = kwargs.get("sliding_window")
+    _check_window(module, layer, window)
     attended = torch.ops.fxopt.cached_attention(
         query,
         key,
@@ -103,11 +105,26 @@ def attention(
         cache.past_seen,
         cache.seen,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=kwargs.get("sliding_window"),
+        window=window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
     return attended, None
+
+
+def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
+    """Raise `ModelError` where the config hides distant slots in a way that `window` isn't.
+
+    Text that is shorter than a window would not show it.
+    """
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    asked = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kind = kinds[layer] if kinds else ("sliding_attention" if asked else "full_attention")
+    if kind not in ("full_attention", "sliding_attention"):
+        raise ModelError(f"{type(module).__name__} has {kind}, which hides slots as no step does")
+    if kind == "sliding_attention" and window is None:
+        raise ModelError(f"{type(module).__name__} has a window that its attention isn't told of")
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

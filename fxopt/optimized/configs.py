@@ -42,11 +42,11 @@ def read_config(saved: Mapping[str, Any], origin: str | Path) -> Any:
 
 
 def read_generation_config(saved: Mapping[str, Any], origin: str | Path) -> Any:
-    """The `GenerationConfig` whose JSON was saved at `origin`; `SaveError` where it is none."""
+    """The `GenerationConfig` that was saved at `origin`; `SaveError` where it is none."""
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_dict(dict(saved))
+        return GenerationConfig.from_dict(dict(saved["config"]))
     except Exception as error:  # the file may be hostile: any value may stand anywhere
         raise SaveError(
             f"{origin} holds a generation config that transformers can't read: {error!s:.200}"

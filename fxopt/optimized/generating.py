@@ -14,10 +14,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxopt.claim import Claim
 from fxopt.errors import InputError
-from fxopt.generation import BLANK, LayerShape, PrefixCache, append, blank_prefix, prefix_of
+from fxopt.generation import (
+    BLANK,
+    LayerShape,
+    Positions,
+    PrefixCache,
+    append,
+    blank_prefix,
+    positions_of,
+    prefix_of,
+)
 from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
+POSITIONS = "_positions_without_ids"
+"""Under which name a module carries its `Positions`."""
 _BEFORE_PREFIX = 5
 """Tensors that a step is given ahead of keys and values."""
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
@@ -56,8 +67,9 @@ class Generating(Optimized, GenerationMixin):
         """Logits [B, K, V] for ids [B, S] behind the slots that `past_key_values` holds.
 
         `attention_mask` [B, P + S] covers these too and is 0 where a slot is padding;
-        `position_ids` [B, S] left out count on from P. `logits_to_keep` is the number of last
-        slots, 0 for all, or their indices. Raises `InputError` for what no step computes.
+        `position_ids` [B, S] left out are those that the original takes. `logits_to_keep` is the
+        number of last slots, 0 for all, or their indices. Raises `InputError` for what no step
+        computes.
         """
         ids = _checked_ids(input_ids, inputs_embeds, labels, kwargs)
         rows, length = ids.shape
@@ -69,7 +81,7 @@ class Generating(Optimized, GenerationMixin):
         seen = _seen(attention_mask, rows, held, length, ids.device)
         logits, keys, values = super().forward(
             ids,
-            _positions(position_ids, rows, held, length, ids.device),
+            self._positions(position_ids, seen, held),
             _kept(logits_to_keep, length, ids.device),
             seen[:, held:],
             *self._prefix(cache, held, seen),
@@ -79,6 +91,21 @@ class Generating(Optimized, GenerationMixin):
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
         whole = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if whole else output.to_tuple()
+
+    def _positions(self, given: Tensor | None, seen: Tensor, held: int) -> Tensor:
+        """The positions int64 [B, S] of the new slots, as the original has them."""
+        rows, slots = seen.shape
+        if given is not None:
+            return given.expand(rows, slots - held).contiguous()
+        by_slot = torch.arange(slots, device=seen.device).expand(rows, slots)
+        by_seen = positions_of(seen)
+        known: Positions = self._carried[POSITIONS]
+        if known == "unknown" and not torch.equal(by_slot[seen], by_seen[seen]):
+            raise InputError(
+                "attention_mask has padding ahead of text, and what this model makes of it where a "
+                "call gives no positions isn't known: give position_ids"
+            )
+        return (by_seen if known == "seen" else by_slot)[:, held:].contiguous()
 
     def _prefix(
         self, cache: Cache | None, held: int, seen: Tensor
@@ -118,7 +145,7 @@ class Generating(Optimized, GenerationMixin):
     def _generation(self) -> dict[str, Any]:
         config: Any = self._carried.get("generation_config")
         text = "{}" if config is None else config.to_json_string()
-        return json.loads(text)  # type: ignore[no-any-return]
+        return {"config": json.loads(text), "positions": self._carried[POSITIONS]}
 
     def as_step(self) -> Optimized:
         """This module's programs, called as a step (`fxopt.generation.seam.Step`) is."""
@@ -200,14 +227,6 @@ def _seen(mask: Tensor | None, rows: int, held: int, length: int, device: torch.
             f"call, not {tuple(mask.shape)}: masks of every pair of tokens aren't taken"
         )
     return mask.to(device=device, dtype=torch.bool)
-
-
-def _positions(
-    given: Tensor | None, rows: int, held: int, length: int, device: torch.device
-) -> Tensor:
-    if given is None:
-        given = torch.arange(held, held + length, device=device)[None]
-    return given.expand(rows, length).contiguous()
 
 
 def _kept(given: int | Tensor, length: int, device: torch.device) -> Tensor:

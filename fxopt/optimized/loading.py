@@ -35,10 +35,12 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     base: type[Optimized] | None = None
     if saved.generation is not None:
-        carried["generation_config"] = read_generation_config(saved.generation, folder)
-        from fxopt.optimized.generating import Generating  # it needs transformers
+        from fxopt.optimized.generating import POSITIONS, Generating  # it needs transformers
 
         base = Generating
+        carried["generation_config"] = read_generation_config(saved.generation, folder)
+        positions = saved.generation.get("positions")
+        carried[POSITIONS] = positions if positions in ("slots", "seen") else "unknown"
     twin = optimized_like(program.name, program.signature.forward, carried, base=base)
     report = Report.from_json(saved.report_json)
     known = replace(report, domains=())  # those of all programs are in the one report

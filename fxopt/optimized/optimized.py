@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -427,8 +427,10 @@ def make_optimized(
     model: nn.Module,
     build: Callable[..., PipelineResult] | None = None,
     base: type[Optimized] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Optimized:
-    """An empty `Optimized`, or `base`, with the attributes and forward signature of `model`."""
+    """An empty `Optimized`, or `base`, with the attributes of `model`, and `more`, and its
+    forward signature."""
     carried = {
         name: value
         for name, value in vars(model).items()
@@ -441,6 +443,7 @@ def make_optimized(
             carried.setdefault(name, getattr(type(model), name))
     if isinstance(model, Optimized):
         carried = dict(model._carried)
+    carried.update(more or {})
     return optimized_like(type(model).__name__, forward_signature(model), carried, build, base)
 
 

@@ -19,7 +19,7 @@ from tests.generation.language_models import language_model, shared
 
 def _late_positions(original: Callable[..., Any]) -> Callable[..., Any]:
     # Rotary positions are relative: what is off by one everywhere is right.
-    return lambda given, rows, held, *others: original(given, rows, held, *others) + (held > 0)
+    return lambda self, given, seen, held: original(self, given, seen, held) + (held > 0)
 
 
 def _blind(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def _lost(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FAULTS = {
-    "position": (generating, "_positions", _late_positions),
+    "position": (generating.Generating, "_positions", _late_positions),
     "mask": (generating, "_seen", _blind),
     "prefix": (caches, "_filled", _short),
     "append": (generating, "append", _lost),

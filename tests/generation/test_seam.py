@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,12 +68,35 @@ def test_attention_that_no_step_computes(options: dict[str, Any], message: str) 
         _attend(cache, key, mask, **options)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layer_types": ["chunked_attention"]}, "has chunked_attention, which hides slots"),
+        ({"layer_types": ["sliding_attention"]}, "has a window that its attention isn't told of"),
+        ({"sliding_window": 4096}, "has a window that its attention isn't told of"),
+    ],
+)
+def test_windows_that_short_text_would_not_show(config: dict[str, Any], message: str) -> None:
+    module = _Attention()
+    module.config = SimpleNamespace(**config)
+    cache, key = _cache(), torch.zeros(1, 1, 2, 4)
+    cache.update(key, key, 0)
+    with pytest.raises(ModelError, match=message):
+        _attend(cache, key, None, module)
+
+
 def test_attention_to_other_keys_than_the_caches() -> None:
     with pytest.raises(ModelError, match="attends to other keys than those it gives to the cache"):
         _attend(_cache(), torch.zeros(1, 1, 2, 4), None)
 
 
-def _attend(cache: StepCache, key: Tensor, mask: Tensor | None, **options: Any) -> None:
+def _attend(
+    cache: StepCache,
+    key: Tensor,
+    mask: Tensor | None,
+    module: nn.Module | None = None,
+    **options: Any,
+) -> None:
     context = contextvars.copy_context()
     context.run(_active.set, cache)
-    context.run(attention, _Attention(), key, key, key, mask, **options)
+    context.run(attention, module or _Attention(), key, key, key, mask, **options)

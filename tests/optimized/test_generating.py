@@ -58,6 +58,28 @@ def test_every_mode_of_generate(mode: str) -> None:
     assert torch.equal(*both(model, opt, **PADDED, **MODES[mode]))
 
 
+@pytest.mark.parametrize("family", ["Llama", "OPT", "GPT2"])
+@pytest.mark.parametrize("mask", ["0011111", "1111100", "0110111"])
+def test_positions_that_a_call_leaves_out_are_those_of_the_original(family: str, mask: str) -> None:
+    model, opt = shared(family)
+    call = {
+        "input_ids": text(2, 7),
+        "attention_mask": torch.tensor([list(map(int, mask)), [1] * 7]),
+    }
+    kept = call["attention_mask"].bool()
+    torch.testing.assert_close(opt(**call).logits[kept], model(**call).logits[kept])
+
+
+def test_positions_that_nobody_knows_are_asked_for() -> None:
+    _, opt = shared("Llama")
+    twin = copy.deepcopy(opt)
+    twin._carried["_positions_without_ids"] = "unknown"
+    with pytest.raises(InputError, match=r"padding ahead of text, .* give position_ids"):
+        twin(**PADDED)
+    right = {"input_ids": text(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    torch.testing.assert_close(twin(**right).logits, opt(**right).logits)
+
+
 def test_two_programs_read_everything() -> None:
     model, opt = shared("Llama")
     for rows, length in ((1, 1), (1, 5), (3, 1), (3, 4), (1, 70)):
