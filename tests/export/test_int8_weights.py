@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.claim import sqnr
+from fxopt.device import Device
 from fxopt.export.int8_weights import METADATA
 
 MODES = ["dynamic", "static", "weight_only"]
@@ -165,9 +166,17 @@ def test_openvino_gives_the_modules_numbers(mode: Any, bits: Any, tmp_path: Path
 
     x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
     x[0, 0], x[0, 1] = 4.0, -4.0
-    opt = transformed(model_of(64, 40, True), x, mode=mode, range=bits)
+    model = model_of(64, 40, True)
+    opt = transformed(model, x, mode=mode, range=bits)
     path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    # Without the group size OpenVINO rounds what meets weights alone in int8, where it is fast.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     compiled = openvino.compile_model(str(path), "CPU", options)
     with torch.no_grad():
-        assert sqnr(opt(x), torch.from_numpy(compiled(x.numpy())[0])) > 45.0
+        answer, original = torch.from_numpy(compiled(x.numpy())[0]), model(x)
+        assert abs(sqnr(original, answer) - sqnr(original, opt(x))) < 1.0
+        # With a dot product it rounds static activations at other places.
+        rounds_as_written = (
+            mode != "static" or "avx512_vnni" not in Device.describe("cpu").instructions
+        )
+        assert not rounds_as_written or sqnr(opt(x), answer) > 45.0
