@@ -16,12 +16,7 @@ from benchmarks.sidebyside import in_turns, spread, timing
 from fxopt.timing import ratio
 
 _PROMPT, _NEW = 32, 64
-_LISTS = {
-    "fxopt fp32": "canonicalize, fuse-linears, lower",
-    "fxopt int8, weights alone": (
-        "canonicalize, fuse-linears, int8-linear{mode=weight_only, where=always}, lower"
-    ),
-}
+_LISTS = {"fxopt fp32": "canonicalize, fuse-linears, lower"}
 
 
 @pytest.fixture(scope="module")
