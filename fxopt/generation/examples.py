@@ -8,77 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.errors import InputError, ModelError
-from fxopt.generation.cache import PrefixCache, append, prefix_of
+from fxopt.errors import InputError
+from fxopt.generation.cache import PrefixCache, append
+from fxopt.generation.prefix import LayerShape, device_of, positions_of, prefix
 
 _ROWS, _PREFIX, _NEW = 2, 6, 18
 """Rows of the example that reads many tokens, the slots before it, and its tokens."""
-
-BLANK = 2
-"""Slots of a prefix that is empty. One would be a size for which code is compiled anew."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Heads, size of a key, size of a value and dtype of what one layer keeps of a slot."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-
-
-def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
-    """What each layer of `model` keeps of a slot, found by a call with one token.
-
-    Raises `ModelError` where it keeps something else than keys and values.
-    """
-    from transformers import DynamicCache
-
-    cache: Any = DynamicCache()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    kind = type(model).__name__
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except Exception as error:  # a model's own code raises whatever it stumbles over
-        raise ModelError(f"{kind} doesn't take a cache of keys and values: {error}") from error
-    held: list[Any] = [
-        (getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers
-    ]
-    if not held or any(k is None or v is None or k.dim() != 4 for k, v in held):
-        raise ModelError(f"{kind} keeps other state than keys and values of its layers")
-    return tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype) for k, v in held)
-
-
-def blank_prefix(
-    shapes: tuple[LayerShape, ...], rows: int, device: torch.device
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and values of `BLANK` slots that nothing attends to: what stands for an empty prefix."""
-    zeros: dict[tuple[int, int, torch.dtype], Tensor] = {}
-
-    def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
-        key = (heads, size, dtype)
-        if key not in zeros:
-            zeros[key] = torch.zeros(BLANK, rows, heads, size, dtype=dtype, device=device)
-        return zeros[key]
-
-    return (
-        tuple(of(one.heads, one.key_size, one.dtype) for one in shapes),
-        tuple(of(one.heads, one.value_size, one.dtype) for one in shapes),
-    )
 
 
 def step_inputs(
     shapes: tuple[LayerShape, ...],
     ids: Tensor,
-    seen: Tensor | None = None,
+    seen: Tensor,
     cache: PrefixCache | None = None,
     keep: int = 2,
 ) -> dict[str, Any]:
@@ -87,31 +33,17 @@ def step_inputs(
     `seen` [B, P + S] is false at padding; positions count what is seen, as `generate` does. The
     logits asked for are those of the first `keep` slots.
     """
-    rows, length = ids.shape
-    held = 0 if cache is None else cache.get_seq_length()
-    if seen is None:
-        seen = torch.ones(rows, held + length, dtype=torch.bool, device=ids.device)
-    positions = positions_of(seen)[:, held:]
-    past_seen = seen[:, :held] if held else seen.new_zeros(rows, BLANK)
-    keys, values = prefix_of(cache, len(shapes)) if held else blank_prefix(shapes, rows, ids.device)
+    length = ids.shape[1]
+    past_seen, keys, values = prefix(shapes, cache, seen[:, :-length])
     return {
         "input_ids": ids.contiguous(),
-        "position_ids": positions.contiguous(),
+        "position_ids": positions_of(seen)[:, -length:].contiguous(),
         "keep": torch.arange(min(keep, length), device=ids.device),
-        "seen": seen[:, held:].contiguous(),
+        "seen": seen[:, -length:].contiguous(),
         "past_seen": past_seen.contiguous(),
         "keys": tuple(key.clone() for key in keys),
         "values": tuple(value.clone() for value in values),
     }
-
-
-Positions = Literal["slots", "seen", "unknown"]
-"""What counts a position where a call gives none: each slot, or those that aren't padding."""
-
-
-def positions_of(seen: Tensor) -> Tensor:
-    """Positions int64 [B, T] that count what is seen, as `generate` has them."""
-    return (seen.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class Reader:
@@ -135,7 +67,7 @@ class Reader:
 
 def own_text(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> Tensor:
     """What `model` writes after its own first token, int64 [2, 24], the same each time."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.full((_ROWS, 1), _first_token(model), device=device)
     reader, text = Reader(step, shapes), [ids]

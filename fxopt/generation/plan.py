@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from fxopt.errors import InputError, ModelError
 from fxopt.generation.examples import (
-    LayerShape,
-    Positions,
     Reader,
     StepBatches,
-    layer_shapes,
     own_text,
-    positions_of,
     reading_many,
     reading_one,
     text_of,
 )
+from fxopt.generation.prefix import LayerShape, Positions, device_of, layer_shapes, positions_of
 from fxopt.generation.seam import step_of
 
 _CLOSE = 1e-3
@@ -123,9 +120,9 @@ def _positions_of(model: nn.Module, text: Tensor) -> Positions:
 
 def _check_call(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> None:
     """Raise `ModelError` where `model` can't be called as a step at all."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        Reader(step, shapes).read(torch.zeros(1, 2, dtype=torch.int64, device=device))
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
+        Reader(step, shapes).read(ids)
     except ModelError:
         raise
     except Exception as error:  # a model's own code raises whatever it stumbles over

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fxopt.claim import Claim, sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.generation.examples import Reader, positions_of
+from fxopt.generation.examples import Reader
 from fxopt.generation.plan import GenerationPlan
+from fxopt.generation.prefix import positions_of
 
 _STEPS = 12
 """Tokens that the original writes on, which are read one by one."""
@@ -26,8 +27,8 @@ _STEPS = 12
 class TeacherForcing:
     """How far `positions` logits were from the original's, and in how many the first choice agreed.
 
-    A choice that differs is a `tie` where the original's two best logits are closer to each other
-    than the largest error.
+    A choice that differs is a `tie` where the original's two best logits are no further from each
+    other than twice the largest error of a logit there.
     """
 
     positions: int

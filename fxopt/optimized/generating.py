@@ -8,22 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxopt.claim import Claim
 from fxopt.errors import InputError
-from fxopt.generation import (
-    BLANK,
-    LayerShape,
-    Positions,
-    PrefixCache,
-    append,
-    blank_prefix,
-    positions_of,
-    prefix_of,
-)
+from fxopt.generation import LayerShape, Positions, PrefixCache, append, positions_of, prefix
 from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
@@ -84,7 +74,7 @@ class Generating(Optimized, GenerationMixin):
             self._positions(position_ids, seen, held),
             _kept(logits_to_keep, length, ids.device),
             seen[:, held:],
-            *self._prefix(cache, held, seen),
+            *prefix(self._shapes(), cache, seen[:, :held]),
         )
         if cache is not None:
             append(cache, keys, values)
@@ -107,34 +97,12 @@ class Generating(Optimized, GenerationMixin):
             )
         return (by_seen if known == "seen" else by_slot)[:, held:].contiguous()
 
-    def _prefix(
-        self, cache: Cache | None, held: int, seen: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What a step is told of the prefix: which slots are seen, keys, values.
-
-        A prefix has two slots at least, so that one program reads all. The missing ones, which
-        nothing attends to, come first: windows count the slots in between.
-        """
-        if not held:
-            blank = blank_prefix(self._shapes(), seen.shape[0], seen.device)
-            return seen.new_zeros(seen.shape[0], BLANK), *blank
-        keys, values = prefix_of(cache, len(self._shapes()))
-        past_seen = seen[:, :held]
-        if held < BLANK:
-            missing = BLANK - held
-            past_seen = pad(past_seen, (missing, 0))
-            keys, values = (
-                tuple(pad(one, (0, 0, 0, 0, 0, 0, missing, 0)) for one in side)
-                for side in (keys, values)
-            )
-        return past_seen, keys, values
-
     def _shapes(self) -> tuple[LayerShape, ...]:
         """What each layer keeps of a slot."""
         found: tuple[LayerShape, ...] | None = self.__dict__.get("_layer_shapes")
         if found is None:
-            prefix = self._done().program.signature.tensors[_BEFORE_PREFIX:]
-            pairs = zip(prefix[: len(prefix) // 2], prefix[len(prefix) // 2 :], strict=True)
+            held = self._done().program.signature.tensors[_BEFORE_PREFIX:]
+            pairs = zip(held[: len(held) // 2], held[len(held) // 2 :], strict=True)
             found = tuple(
                 LayerShape(int(k.sizes[2]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
                 for k, v in pairs

@@ -9,7 +9,8 @@ import torch
 
 from fxopt.errors import InputError
 from fxopt.generation import generation_plan
-from fxopt.generation.examples import StepBatches, positions_of, step_inputs, text_of
+from fxopt.generation.examples import StepBatches, step_inputs, text_of
+from fxopt.generation.prefix import positions_of
 from tests.generation.language_models import VOCAB, language_model, text
 
 

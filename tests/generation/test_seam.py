@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import ModelError
-from fxopt.generation import generation_plan, step_of
-from fxopt.generation.seam import ATTENTION, StepCache, _active, attention
+from fxopt.generation import generation_plan
+from fxopt.generation.seam import ATTENTION, StepCache, _active, attention, step_of
 from tests.generation.language_models import language_model
 
 
