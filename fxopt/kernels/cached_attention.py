@@ -20,7 +20,7 @@ softcap; Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,58 @@ _SCHEMA = (
     "Tensor? sinks=None) -> Tensor"
 )
 _library.define(_SCHEMA)
+
+
+class Call(NamedTuple):
+    """The arguments of one call, in the operator's order; shapes as above."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    past_k: Tensor
+    past_v: Tensor
+    past_seen: Tensor
+    seen: Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def checked(self) -> Call:
+        """This call; raises `KernelError` for what the definition has no answer to.
+
+        Equal sizes become relations of the sizes where they are symbols.
+        """
+        sizes: dict[str, tuple[Any, str]] = {}
+        for name in _AXES:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                _check_dtype(name, tensor, self.q.dtype)
+                _check_sizes(name, tensor, sizes)
+        heads, groups = sizes["H"][0], sizes["G"][0]
+        if groups < 1 or heads % groups:
+            raise KernelError(
+                f"cached_attention shares the heads of q among those of k: {heads} are no multiple "
+                f"of {groups}"
+            )
+        if self.window is not None and self.window < 1:
+            raise KernelError(
+                f"cached_attention needs a window of 1 position or more, not {self.window}"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise KernelError(f"cached_attention needs a softcap above 0, not {self.softcap}")
+        return self
+
+    def within_window(self) -> Call:
+        """This call without the slots that are too far back for the first query."""
+        if self.window is None:
+            return self
+        far = max(0, self.past_k.shape[2] - self.window + 1)
+        return self._replace(
+            past_k=self.past_k[:, :, far:],
+            past_v=self.past_v[:, :, far:],
+            past_seen=self.past_seen[:, far:],
+        )
 
 
 def cached_attention(
@@ -102,43 +154,19 @@ def _visible(past_seen: Tensor, seen: Tensor, window: int | None) -> Tensor:
     return (torch.cat((past_seen, seen), 1)[:, None] & near)[:, None]
 
 
-def _by_library(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    past_seen: Tensor,
-    seen: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    named = dict(zip(_AXES, (q, k, v, past_k, past_v, past_seen, seen, sinks), strict=True))
-    _check(named, window, softcap)
-    # The first of the queries sees furthest back.
-    far = 0 if window is None else max(0, past_k.shape[2] - window + 1)
-    past_k, past_v, past_seen = past_k[:, :, far:], past_v[:, :, far:], past_seen[:, far:]
-    inputs = (q, k, v, past_k, past_v, past_seen, seen)
-    if softcap is not None or sinks is not None or not q.numel() or not v.numel():
-        return cached_attention(*inputs, scale, window, softcap, sinks)
-    return _by_sdpa(*inputs, scale, window).contiguous()
+def _by_library(*given: Any, **options: Any) -> Tensor:
+    call = Call(*given, **options).checked().within_window()
+    if call.softcap is not None or call.sinks is not None:
+        return cached_attention(*call)
+    if not call.q.numel() or not call.v.numel():
+        return cached_attention(*call)
+    return _by_sdpa(call).contiguous()
 
 
-def _by_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    past_seen: Tensor,
-    seen: Tensor,
-    scale: float,
-    window: int | None,
-) -> Tensor:
+def _by_sdpa(call: Call) -> Tensor:
     """By aten's fused attention, without a mask where all that lies before a query is seen."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
+    q, k, v, past_k, past_v, past_seen, seen, scale, window, *_ = call
     past, (batch, heads, queries, _) = past_k.shape[2], q.shape
     # Asking a GPU would wait for it at each call.
     tokens_only = q.device.type == "cpu" and bool(past_seen.all()) and bool(seen.all())
@@ -159,28 +187,7 @@ def _by_sdpa(
     return output.transpose(1, 2)
 
 
-def _check(tensors: dict[str, Tensor | None], window: int | None, softcap: float | None) -> None:
-    """Raises `KernelError` for what the definition has no answer to; equal sizes become relations
-    of the sizes where they are symbols."""
-    sizes: dict[str, tuple[Any, str]] = {}
-    dtype = getattr(tensors["q"], "dtype", None)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_dtype(name, tensor, dtype)
-            _check_sizes(name, tensor, sizes)
-    heads, groups = sizes["H"][0], sizes["G"][0]
-    if groups < 1 or heads % groups:
-        raise KernelError(
-            f"cached_attention shares the heads of q among those of k: {heads} are no multiple "
-            f"of {groups}"
-        )
-    if window is not None and window < 1:
-        raise KernelError(f"cached_attention needs a window of 1 position or more, not {window}")
-    if softcap is not None and not softcap > 0:
-        raise KernelError(f"cached_attention needs a softcap above 0, not {softcap}")
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if name in _MASKS:
         if tensor.dtype != torch.bool:
             raise KernelError(f"cached_attention needs {name} of torch.bool, not {tensor.dtype}")
@@ -202,21 +209,8 @@ def _check_sizes(name: str, tensor: Tensor, sizes: dict[str, tuple[Any, str]]) -
             raise KernelError(f"{wanted}, not {shape}: {axis} is {known} in {where}")
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    past_seen: Tensor,
-    seen: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    named = dict(zip(_AXES, (q, k, v, past_k, past_v, past_seen, seen, sinks), strict=True))
-    _check(named, window, softcap)
+def _fake(*given: Any, **options: Any) -> Tensor:
+    q, _, v, *_ = Call(*given, **options).checked()
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
