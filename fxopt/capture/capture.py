@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from fxopt.calls import Inputs, forward_signature, unbind
 from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import to_program
-from fxopt.capture.failures import _first_line, _user_line, capture_error
+from fxopt.capture.failures import capture_error, first_line, user_line
 from fxopt.capture.inputs import derive_inputs, normalize_inputs, zeros_when_left_out
 from fxopt.capture.model_checks import check_model, in_mode, uncompiled
 from fxopt.capture.questions import recorded
@@ -32,6 +32,7 @@ from fxopt.errors import InputError
 from fxopt.guards import Guard
 from fxopt.program import Mode, Program
 from fxopt.sharing import Labels, observed
+from fxopt.signature import gathered
 
 
 def capture(
@@ -206,7 +207,7 @@ def _blame_inputs(model: nn.Module, named: Mapping[str, Any]) -> None:
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} itself rejects the example inputs: "
-            f"{type(error).__name__}: {_first_line(error)} (at {_user_line(error)}). Give inputs "
+            f"{type(error).__name__}: {first_line(error)} (at {user_line(error)}). Give inputs "
             "that the model accepts."
         ) from error
 
@@ -236,17 +237,16 @@ def _fixed_size_notes(program: Program) -> list[str]:
         if size == 1
     ]
     widths = {0, 1, *(size for tensor in program.state.values() for size in tensor.shape)}
-    alike: dict[str, list[str]] = {}
+    fixed_sizes: list[tuple[str, str]] = []
     for tensor in program.signature.tensors:
         sizes = enumerate(tensor.sizes)
         fixed = [(axis, size) for axis, size in sizes if isinstance(size, int)]
         axes = [f"{size} on axis {axis}" for axis, size in fixed if size not in widths]
         if axes:
-            alike.setdefault(", ".join(axes), []).append(tensor.path)
-    for axes_text, paths in alike.items():
-        others = f" and {len(paths) - 1} inputs more" if len(paths) > 1 else ""
-        notes.append(
-            f"the model fixes the size of {paths[0]}{others} to {axes_text}: a call with another "
-            "needs a program of its own"
-        )
+            fixed_sizes.append((tensor.path, ", ".join(axes)))
+    notes += [
+        f"the model fixes the size of {path} to {axes}: a call with another needs a program of its "
+        "own"
+        for path, axes in gathered(fixed_sizes)
+    ]
     return notes

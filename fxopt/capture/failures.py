@@ -35,8 +35,6 @@ _ADVICE = (
         "an operator has no fake (meta) implementation: add one with torch.library.register_fake",
     ),
 )
-
-
 _DEFAULT_ADVICE = (
     "call torch.export.export(model, ...) on it alone to see the whole trace, and move what it "
     "points at out of forward"
@@ -52,17 +50,18 @@ def capture_error(model: nn.Module, error: Exception) -> CaptureError:
     )
     return CaptureError(
         f"{type(model).__name__} can't be captured as a graph.\n"
-        f"  construct: {type(error).__name__}: {_first_line(error)}\n"
-        f"  at: {_user_line(error)}\n"
+        f"  construct: {type(error).__name__}: {first_line(error)}\n"
+        f"  at: {user_line(error)}\n"
         f"  try: {advice}"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What the error says first."""
     return (str(error).strip().splitlines() or ["(no message)"])[0]
 
 
-def _user_line(error: BaseException) -> str:
+def user_line(error: BaseException) -> str:
     """The innermost line of the traceback that isn't torch's own."""
     torch_folder = str(Path(torch.__file__).parent)
     own_folder = str(Path(__file__).parent)
