@@ -33,7 +33,7 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
         lowering = pass_
     program = saved.program
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
-    base: type[Optimized] | None = None
+    base = Optimized
     if saved.generation is not None:
         from fxopt.optimized.generating import POSITIONS, Generating  # it needs transformers
 

@@ -426,7 +426,7 @@ def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:
 def make_optimized(
     model: nn.Module,
     build: Callable[..., PipelineResult] | None = None,
-    base: type[Optimized] | None = None,
+    base: type[Optimized] = Optimized,
     more: Mapping[str, Any] | None = None,
 ) -> Optimized:
     """An empty `Optimized`, or `base`, with the attributes of `model`, and `more`, and its
@@ -447,7 +447,7 @@ def make_optimized(
     return optimized_like(type(model).__name__, forward_signature(model), carried, build, base)
 
 
-def _unpickled(made: Pickled, base: type[Optimized] | None = None) -> Optimized:
+def _unpickled(made: Pickled, base: type[Optimized] = Optimized) -> Optimized:
     outcome = made.outcome()
     program = outcome.program
     carried = dict(made.carried)
@@ -461,13 +461,12 @@ def optimized_like(
     signature: inspect.Signature,
     carried: dict[str, Any],
     build: Callable[..., PipelineResult] | None = None,
-    base: type[Optimized] | None = None,
+    base: type[Optimized] = Optimized,
 ) -> Optimized:
     """An empty `Optimized` named after `name` whose `forward` shows `signature`.
 
-    It is of the class `base` where that is given; one with a forward of its own keeps it.
+    It is of the class `base`; one with a forward of its own keeps it.
     """
-    base = base or Optimized
 
     def forward(self: Optimized, *args: Any, **kwargs: Any) -> Any:
         return Optimized.forward(self, *args, **kwargs)
