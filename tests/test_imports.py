@@ -50,6 +50,7 @@ ROOMS = (
     "rewriting",
     "passes",
     "verify",
+    "executor",
     "lower",
     "report",
     "saving",

@@ -54,6 +54,7 @@ from fxopt.device import Answer, Device
 from fxopt.kernels import (
     attention,
     cached_attention,
+    execution,
     float8,
     gelu,
     half_linear,
@@ -148,6 +149,7 @@ __all__ = [
     "SHAPE_RULES",
     "attention",
     "cached_attention",
+    "execution",
     "float8",
     "gelu",
     "half_linear",

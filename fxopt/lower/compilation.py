@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxopt.cpu_allocator import keep_freed_memory, release
 from fxopt.errors import LowerError
+from fxopt.executor import executor_of
 from fxopt.kernels import GENERATED_AS, native
 from fxopt.lower.generated import InductorBackend, check_kernels, count_calls, kernel_nodes
 from fxopt.lower.lowering import Lowered
@@ -36,12 +37,17 @@ class Options(Protocol):
     @property
     def strict(self) -> bool: ...
 
+    @property
+    def executor(self) -> bool: ...
+
 
 class Compiled:
     """A graph module compiled at its first call, and again when inputs of other shapes come.
 
     Runs in the grad mode that was current when it was made: that mode is part of what is compiled.
-    In inference on a CPU, inputs of a kind that came twice go past Dynamo (`shortcut`).
+    In inference on a CPU, calls of few rows are executed as a list of instructions where the
+    program allows it (`executor`), and inputs of a kind that came twice go past Dynamo
+    (`shortcut`).
     """
 
     def __init__(self, module: fx.GraphModule, options: Options) -> None:
@@ -49,7 +55,9 @@ class Compiled:
         self.options = options
         self._grad = torch.is_grad_enabled()
         on_cpu = _on_cpu(module)
-        self._shortcut = Shortcut(module) if on_cpu and not self._grad else None
+        infers = on_cpu and not self._grad
+        self._shortcut = Shortcut(module) if infers else None
+        self.executor = executor_of(module) if infers and options.executor else None
         self.backend = InductorBackend(
             _inductor_options(options, on_cpu, self._grad), on_cpu, self._shortcut
         )
@@ -93,12 +101,23 @@ class Compiled:
 
     def _call(self, inputs: Sequence[Tensor]) -> Any:
         if self._shortcut is not None and not torch.compiler.is_dynamo_compiling():
-            return self._call_shortly(self._shortcut, inputs)
+            executed = self._executed(self._shortcut, inputs)
+            return self._call_shortly(self._shortcut, inputs) if executed is None else executed
         if not self._graphs:
             return self._run(*inputs)
         # A recorded CUDA graph writes its outputs to the same memory at each replay.
         torch.compiler.cudagraph_mark_step_begin()
         return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*inputs))
+
+    def executes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a call with `inputs` is a list of instructions, for which nothing is compiled."""
+        return self.executor is not None and self.executor.refusal(inputs) is None
+
+    def _executed(self, shortcut: Shortcut, inputs: Sequence[Tensor]) -> Any:
+        """The outputs by a list of instructions; None where there is none for the call."""
+        if self.executor is None or shortcut.is_called_otherwise():
+            return None
+        return self.executor(inputs)
 
     def _call_shortly(self, shortcut: Shortcut, inputs: Sequence[Tensor]) -> Any:
         route = shortcut.find(inputs)
@@ -139,7 +158,10 @@ def compile_program(
             if device.type == "cpu":
                 _load_kernels(asked, say)
             compiled = Compiled(module, options)
-            say(f"compiling {program.node_count()} operations for {device} with Inductor")
+            executed = compiled.executes(program.example)
+            how = "listing the instructions of" if executed else "compiling"
+            by = "" if executed else " with Inductor"
+            say(f"{how} {program.node_count()} operations for {device}{by}")
             _run_once(compiled, module, program)
         except Exception as error:
             failure = explain_compiler_failure(error)
@@ -149,17 +171,15 @@ def compile_program(
                 raise failure from error
             reason = f"not compiled, runs eagerly: {failure}"
             return Lowered(_eager(module), (reason,), seconds=time.perf_counter() - start)
+    say(f"compiled in {time.perf_counter() - start:.1f} s")
+    names = [GENERATED_AS[node.target] for node in asked]  # type: ignore[index]
+    wanted = {name: names.count(name) for name in sorted(set(names))}
+    if executed:  # every node of the graph is an instruction
+        return Lowered(compiled, (), wanted, wanted, time.perf_counter() - start)
     code = "\n".join(compiled.backend.codes)
     warnings = check_kernels(asked, code, options.strict)
-    say(f"compiled in {time.perf_counter() - start:.1f} s")
-    wanted = [GENERATED_AS[node.target] for node in asked]  # type: ignore[index]
-    return Lowered(
-        compiled,
-        warnings,
-        {name: found for name, found in sorted(count_calls(code).items()) if found},
-        {name: wanted.count(name) for name in sorted(set(wanted))},
-        time.perf_counter() - start,
-    )
+    called = {name: found for name, found in sorted(count_calls(code).items()) if found}
+    return Lowered(compiled, warnings, called, wanted, time.perf_counter() - start)
 
 
 def _load_kernels(asked: Sequence[fx.Node], say: Progress) -> None:

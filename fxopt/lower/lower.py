@@ -31,7 +31,9 @@ class Lower(Lowering):
     a kernel-level operator whose kernel is not in the generated code is an error, not a warning. A
     program on a CPU that doesn't train goes through `Prepack` first, if the list hasn't it: its
     kernels are faster than Inductor's own and keep a packed copy of each weight; `prepack=False`
-    leaves linears and attention to Inductor.
+    leaves linears and attention to Inductor. A step of generation with up to 8 tokens on a CPU is
+    executed as a list of instructions in one call, for which nothing is compiled
+    (`fxopt.executor`); `executor=False` compiles it as all else.
 
     Raises `PassError` for an unknown value of an option.
     """
@@ -44,6 +46,7 @@ class Lower(Lowering):
     fallback: Literal["eager"] | None = None
     strict: bool = False
     prepack: bool = True
+    executor: bool = True
 
     def plan(self, program: Program) -> Plan:
         """The kernel-level nodes whose kernels the generated code must contain."""

@@ -70,7 +70,7 @@ class Shortcut:
 
     def find(self, inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:
         """How to call the generated code with `inputs`; None where Dynamo has to be asked."""
-        if not self._routes or self._is_called_otherwise():
+        if not self._routes or self.is_called_otherwise():
             return None
         route = self._routes.get(_kind(inputs))
         return route if route is not None and route.state.check() else None
@@ -79,7 +79,7 @@ class Shortcut:
         """Keep the way that the call of the module with `inputs` went, if it can be repeated."""
         call, self._last.call = getattr(self._last, "call", None), None
         kind = _kind(inputs)
-        if call is None or kind is None or self._is_called_otherwise():
+        if call is None or kind is None or self.is_called_otherwise():
             return
         if kind not in self._met:
             if len(self._met) >= _MOST_ROUTES:
@@ -112,7 +112,7 @@ class Shortcut:
         wanted = tuple(index for index in results if index is not None)
         return _Route(run, known, wanted, type(result), GlobalStateGuard())
 
-    def _is_called_otherwise(self) -> bool:
+    def is_called_otherwise(self) -> bool:
         """Whether someone wants to see each operation (a mode, a tracer, a transform, an outer
         torch.compile), or asked torch.compile for something else (`torch.compiler.set_stance`)."""
         return bool(

@@ -352,14 +352,66 @@ inline int64_t runs_of(const Sizes& sizes, int64_t tasks, int64_t threads) {
   return std::max<int64_t>(1, std::min(most, (4 * threads + tasks - 1) / tasks));
 }
 
+// Where the rows of a tensor [batch, head, slot, size] begin; a row is contiguous.
 template <class T>
-at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const at::Tensor& q,
-                               const at::Tensor& k, const at::Tensor& v, const at::Tensor& past_k,
-                               const at::Tensor& past_v, const at::Tensor& past_seen,
-                               const at::Tensor& seen) {
-  at::Tensor out =
-      at::empty({sizes.batch, sizes.queries, sizes.heads, sizes.value_size}, q.options());
-  T* to = out.mutable_data_ptr<T>();
+struct Heads {
+  const T* data;
+  int64_t batch, head, slot;
+  const T* row(int64_t b, int64_t h, int64_t s) const {
+    return data + b * batch + h * head + s * slot;
+  }
+};
+
+template <class T>
+Heads<T> heads_of(const at::Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Which slots [batch, slot] hold tokens; a row is contiguous.
+struct Held {
+  const bool* data;
+  int64_t batch;
+};
+
+inline Held held_of(const at::Tensor& t) { return {t.const_data_ptr<bool>(), t.stride(0)}; }
+
+template <class T>
+struct Attention {
+  Sizes sizes;
+  Options options;
+  Heads<T> q, k, v, past_k, past_v;
+  Held past_seen, seen;
+  T* out;
+
+  void run() const;
+
+ private:
+  void gather(Rows& rows, int64_t batch, int64_t group) const;
+  Slots<T> slots(bool past, int64_t batch, int64_t group) const;
+};
+
+// The queries of a task, scaled.
+template <class T>
+void Attention<T>::gather(Rows& rows, int64_t batch, int64_t group) const {
+  const float unit = options.softcap > 0 ? options.scale : options.scale * kLog2E;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t row = rows.first + i, head = group * sizes.each() + row % sizes.each();
+    const T* from = q.row(batch, head, row / sizes.each());
+    float* query = rows.queries.data() + i * sizes.size;
+    for (int64_t d = 0; d < sizes.size; ++d) query[d] = float(from[d]) * unit;
+  }
+}
+
+template <class T>
+Slots<T> Attention<T>::slots(bool past, int64_t batch, int64_t group) const {
+  const Heads<T>&keys = past ? past_k : k, &values = past ? past_v : v;
+  const Held& held = past ? past_seen : seen;
+  return {keys.row(batch, group, 0), values.row(batch, group, 0),     keys.slot,
+          values.slot,               held.data + batch * held.batch, past ? 0 : sizes.past};
+}
+
+template <class T>
+void Attention<T>::run() const {
   const int64_t blocks = (sizes.rows() + kRows - 1) / kRows;
   const int64_t heads = sizes.batch * sizes.groups * blocks;
   const int64_t work =
@@ -369,7 +421,6 @@ at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const
   const int64_t runs = runs_of(sizes, heads, threads);
   const int64_t kept = kRows * (sizes.pitch() + 2);
   Floats partial(runs > 1 ? heads * runs * kept : 0);
-  const float unit = options.softcap > 0 ? options.scale : options.scale * kLog2E;
 
   const auto take = [&](Rows& rows, int64_t head) {
     const int64_t batch = head / blocks / sizes.groups, group = head / blocks % sizes.groups;
@@ -378,27 +429,7 @@ at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const
     rows.start();
     return std::pair(batch, group);
   };
-  const auto gather = [&](Rows& rows, int64_t batch, int64_t group) {
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t row = rows.first + i;
-      const int64_t h = group * sizes.each() + row % sizes.each();
-      const T* from = q.const_data_ptr<T>() + batch * q.stride(0) + h * q.stride(1) +
-                      row / sizes.each() * q.stride(2);
-      float* query = rows.queries.data() + i * sizes.size;
-      for (int64_t d = 0; d < sizes.size; ++d) query[d] = float(from[d]) * unit;
-    }
-  };
-  const auto slots_of = [&](const at::Tensor& keys, const at::Tensor& values,
-                            const at::Tensor& held, int64_t offset, int64_t batch, int64_t group) {
-    return Slots<T>{
-        keys.const_data_ptr<T>() + batch * keys.stride(0) + group * keys.stride(1),
-        values.const_data_ptr<T>() + batch * values.stride(0) + group * values.stride(1),
-        keys.stride(2),
-        values.stride(2),
-        held.const_data_ptr<bool>() + batch * held.stride(0),
-        offset};
-  };
-  const auto run = [&](int64_t begin, int64_t end) {
+  const auto part_of = [&](int64_t begin, int64_t end) {
     const auto rows = std::make_unique<Rows>(sizes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / runs, part = task % runs;
@@ -409,22 +440,18 @@ at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const
       const int64_t low = std::max<int64_t>(0, first - options.window + 1), many = last + 1 - low;
       const int64_t from = low + many * part / runs, until = low + many * (part + 1) / runs;
       const int64_t edge = std::clamp(sizes.past, from, until);
-      const auto before = slots_of(past_k, past_v, past_seen, 0, batch, group);
-      attend(sizes, options, *rows, before, from, edge);
-      attend(sizes, options, *rows, slots_of(k, v, seen, sizes.past, batch, group), edge, until);
+      attend(sizes, options, *rows, slots(true, batch, group), from, edge);
+      attend(sizes, options, *rows, slots(false, batch, group), edge, until);
       if (runs > 1) {
         keep(sizes, *rows, partial.data() + task * kept);
       } else {
-        finish(sizes, options, *rows, batch, group, to);
+        finish(sizes, options, *rows, batch, group, out);
       }
     }
   };
-  if (threads == 1) {
-    run(0, heads);
-    return out;
-  }
-  at::parallel_for(0, heads * runs, 1, run);
-  if (runs == 1) return out;
+  if (threads == 1) return part_of(0, heads);
+  at::parallel_for(0, heads * runs, 1, part_of);
+  if (runs == 1) return;
   at::parallel_for(0, heads, 8, [&](int64_t begin, int64_t end) {
     const auto rows = std::make_unique<Rows>(sizes);
     for (int64_t head = begin; head < end; ++head) {
@@ -432,10 +459,9 @@ at::Tensor cached_attention_of(const Sizes& sizes, const Options& options, const
       for (int64_t part = 0; part < runs; ++part) {
         merge(sizes, *rows, partial.data() + (head * runs + part) * kept);
       }
-      finish(sizes, options, *rows, batch, group, to);
+      finish(sizes, options, *rows, batch, group, out);
     }
   });
-  return out;
 }
 
 inline at::Tensor rows_apart(const at::Tensor& t) {
@@ -486,9 +512,24 @@ inline at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, con
                         static_cast<float>(softcap.value_or(0.0)),
                         sinks ? logits.const_data_ptr<float>() : nullptr};
   const auto of = [&](auto like) {
-    return cached_attention_of<decltype(like)>(
-        sizes, options, rows_apart(q), rows_apart(k), rows_apart(v), rows_apart(past_k),
-        rows_apart(past_v), rows_apart(past_seen), rows_apart(seen));
+    using T = decltype(like);
+    at::Tensor out =
+        at::empty({sizes.batch, sizes.queries, sizes.heads, sizes.value_size}, q.options());
+    const at::Tensor queries = rows_apart(q), keys = rows_apart(k), values = rows_apart(v),
+                     past_keys = rows_apart(past_k), past_values = rows_apart(past_v),
+                     past_held = rows_apart(past_seen), held = rows_apart(seen);
+    Attention<T>{sizes,
+                 options,
+                 heads_of<T>(queries),
+                 heads_of<T>(keys),
+                 heads_of<T>(values),
+                 heads_of<T>(past_keys),
+                 heads_of<T>(past_values),
+                 held_of(past_held),
+                 held_of(held),
+                 out.mutable_data_ptr<T>()}
+        .run();
+    return out;
   };
   if (dtype == at::kBFloat16) return of(at::BFloat16());
   return dtype == at::kHalf ? of(at::Half()) : of(float());

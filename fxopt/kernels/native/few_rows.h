@@ -254,15 +254,23 @@ Floats laid_out(const T* x, int64_t rows, int64_t inner, bool pairs) {
   return room;
 }
 
-inline Floats laid_out(const at::Tensor& x, int64_t inner, bool pairs) {
-  const int64_t rows = x.numel() / inner;
-  if (x.scalar_type() == at::kBFloat16) {
-    return laid_out(x.const_data_ptr<at::BFloat16>(), rows, inner, pairs);
+// One to eight rows of x [rows, K] with a weight.
+template <class T, class Weight>
+void multiply(const T* x, int64_t rows, const Weight& weight, bool pairs, const Results& results) {
+  const Floats room = laid_out(x, rows, weight.inner, pairs);
+  switch (filled_up(rows)) {
+    case 8:
+      multiply_few<8>(weight, room.data(), results);
+      break;
+    case 4:
+      multiply_few<4>(weight, room.data(), results);
+      break;
+    case 2:
+      multiply_few<2>(weight, room.data(), results);
+      break;
+    default:
+      multiply_few<1>(weight, room.data(), results);
   }
-  if (x.scalar_type() == at::kHalf) {
-    return laid_out(x.const_data_ptr<at::Half>(), rows, inner, pairs);
-  }
-  return laid_out(x.const_data_ptr<float>(), rows, inner, pairs);
 }
 
 inline bool is_float(const at::Tensor& t) {
@@ -291,20 +299,12 @@ at::Tensor few_rows(const at::Tensor& x, const Weight& weight, int64_t outputs, 
   const Results results{y.mutable_data_ptr<float>(), count, outputs,
                         scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                         bias ? added.const_data_ptr<float>() : nullptr};
-  const Floats room = laid_out(given, weight.inner, pairs);
-  const float* from = room.data();
-  switch (filled_up(count)) {
-    case 8:
-      multiply_few<8>(weight, from, results);
-      break;
-    case 4:
-      multiply_few<4>(weight, from, results);
-      break;
-    case 2:
-      multiply_few<2>(weight, from, results);
-      break;
-    default:
-      multiply_few<1>(weight, from, results);
+  if (x.scalar_type() == at::kBFloat16) {
+    multiply(given.const_data_ptr<at::BFloat16>(), count, weight, pairs, results);
+  } else if (x.scalar_type() == at::kHalf) {
+    multiply(given.const_data_ptr<at::Half>(), count, weight, pairs, results);
+  } else {
+    multiply(given.const_data_ptr<float>(), count, weight, pairs, results);
   }
   return y.to(x.scalar_type());
 }

@@ -110,6 +110,7 @@ class Floats {
   explicit Floats(int64_t count) : lines_((count + 15) / 16), count_(count) {}
   float* data() { return reinterpret_cast<float*>(lines_.data()); }
   const float* data() const { return reinterpret_cast<const float*>(lines_.data()); }
+  int64_t size() const { return count_; }
   void clear() { std::fill_n(data(), count_, 0.0f); }
 };
 

@@ -1,0 +1,482 @@
+"""What each operator is in a listing: another view of an array, or instructions."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
+from fxopt.executor.arrays import Array, Buffer, contiguous
+from fxopt.executor.instructions import POST_OPS, STORED, Called, Function, Kind, Word, own
+from fxopt.executor.layout import Layout, NotListedError, Prefix
+from fxopt.nodes import arguments
+
+aten, ops = torch.ops.aten, torch.ops.fxopt
+
+FEW_ROWS = 8
+"""Rows that are multiplied as a weight is read: `kFewRows` of `few_rows.h`."""
+_NO_WINDOW = 1 << 62
+
+Rule = Callable[[Layout, fx.Node], Any]
+
+
+def _axis(axis: int, count: int) -> int:
+    return axis % count
+
+
+def _reshape(layout: Layout, node: fx.Node) -> Array:
+    array, sizes = layout.array(node.args[0], *_ANY), layout.sizes_of(node)
+    viewed = array.viewed(sizes)
+    if viewed is None:
+        viewed = layout.dense(layout.array(node.args[0])).viewed(sizes)
+    assert viewed is not None
+    return viewed
+
+
+def _permute(layout: Layout, node: fx.Node) -> Array | Prefix:
+    value = layout.value(node.args[0])
+    axes: Any = node.args[1]
+    if isinstance(value, Prefix):
+        return Prefix(value.index, tuple(value.axes[axis] for axis in axes))
+    array = layout.array(node.args[0], *_ANY)
+    return array.permuted([_axis(axis, len(array.sizes)) for axis in axes])
+
+
+def _transpose(layout: Layout, node: fx.Node) -> Array:
+    array = layout.array(node.args[0], *_ANY)
+    axes = list(range(len(array.sizes)))
+    if axes:
+        given = arguments(node)
+        first, second = (_axis(given[name], len(axes)) for name in ("dim0", "dim1"))
+        axes[first], axes[second] = axes[second], axes[first]
+    return array.permuted(axes)
+
+
+def _expand(layout: Layout, node: fx.Node) -> Array:
+    return layout.array(node.args[0], *_ANY).expanded(layout.sizes_of(node))
+
+
+def _slice(layout: Layout, node: fx.Node) -> Array:
+    array, given = layout.array(node.args[0], *_ANY), arguments(node)
+    axis = _axis(given["dim"], len(array.sizes))
+    size = array.sizes[axis]
+    start = 0 if given["start"] is None else layout.number(given["start"])
+    start = min(max(0, start + size if start < 0 else start), size)
+    step = layout.number(given["step"])
+    return array.cut(axis, start, layout.sizes_of(node)[axis], step)
+
+
+def _select(layout: Layout, node: fx.Node) -> Array:
+    array, given = layout.array(node.args[0], *_ANY), arguments(node)
+    axis = _axis(given["dim"], len(array.sizes))
+    index = layout.number(given["index"])
+    index = index + array.sizes[axis] if index < 0 else index
+    viewed = array.cut(axis, index, 1).viewed(layout.sizes_of(node))
+    assert viewed is not None
+    return viewed
+
+
+def _parts(layout: Layout, node: fx.Node) -> list[Array]:
+    array, given = layout.array(node.args[0], *_ANY), arguments(node)
+    axis = _axis(given["dim"], len(array.sizes))
+    parts, start = [], 0
+    for part in node.meta["val"]:
+        size = layout.number(part.shape[axis])
+        parts.append(array.cut(axis, start, size))
+        start += size
+    return parts
+
+
+def _item(layout: Layout, node: fx.Node) -> Any:
+    index: Any = node.args[1]
+    return layout.value(node.args[0])[index]
+
+
+def _cast(layout: Layout, node: fx.Node) -> Array:
+    array = layout.array(node.args[0], *_ANY)
+    wanted = node.meta["val"].dtype
+    if wanted == array.dtype:
+        return array
+    if (array.dtype, wanted) != (torch.int64, torch.float32):
+        raise NotListedError(f"it turns {array.dtype} into {wanted}")
+    result = own(array.sizes)
+    layout.listing.add(Kind.WHOLE_MAP, int(Function.REAL), result, *layout.loop(array))
+    return result
+
+
+def _cat(layout: Layout, node: fx.Node) -> Array:
+    given: Any = node.args[0]
+    result = own(layout.sizes_of(node))
+    axis, start = _axis(arguments(node)["dim"], len(result.sizes)), 0
+    for one in given:
+        array = layout.array(one)
+        part = result.cut(axis, start, array.sizes[axis])
+        layout.map_into(part, Function.COPY, array)
+        start += array.sizes[axis]
+    return result
+
+
+def _map(function: Function) -> Rule:
+    """One operand, and no option but for what it is computed in."""
+
+    def rule(layout: Layout, node: fx.Node) -> Array:
+        return layout.map(function, layout.sizes_of(node), layout.array(node.args[0]))
+
+    return rule
+
+
+def _map_of_two(function: Function) -> Rule:
+    def rule(layout: Layout, node: fx.Node) -> Array:
+        if node.meta["val"].dtype == torch.int64:
+            return _whole(layout, node, function)
+        given, sizes = arguments(node), layout.sizes_of(node)
+        if given.get("rounding_mode") is not None:
+            raise NotListedError("it rounds a quotient")
+        left, right = _operand(layout, given["self"]), _operand(layout, given["other"])
+        alpha = given.get("alpha", 1)
+        if alpha != 1:
+            right = layout.map(Function.MUL, right.sizes, right, layout.constant(float(alpha)))
+        return layout.map(function, sizes, left, right)
+
+    return rule
+
+
+def _whole(layout: Layout, node: fx.Node, function: Function) -> Array:
+    given, sizes = arguments(node), layout.sizes_of(node)
+    if given.get("alpha", 1) != 1 or function not in (Function.ADD, Function.SUB, Function.MUL):
+        raise NotListedError("it computes in int64")
+    result = own(sizes, torch.int64)
+    operands = [_whole_operand(layout, given[name]) for name in ("self", "other")]
+    words = layout.loop(result, *operands)
+    layout.listing.add(Kind.WHOLE_MAP, int(function), *words)
+    return result
+
+
+def _operand(layout: Layout, argument: Any) -> Array:
+    if isinstance(argument, fx.Node):
+        return layout.array(argument)
+    if isinstance(argument, bool) or not isinstance(argument, int | float):
+        raise NotListedError(f"{argument!r} is no number")
+    return layout.constant(float(argument))
+
+
+def _whole_operand(layout: Layout, argument: Any) -> Array:
+    if isinstance(argument, fx.Node):
+        return layout.array(argument, torch.int64)
+    if type(argument) is not int:
+        raise NotListedError(f"{argument!r} stands beside int64")
+    return layout.constant(argument)
+
+
+def _power(layout: Layout, node: fx.Node) -> Array:
+    x, exponent, sizes = layout.array(node.args[0]), node.args[1], layout.sizes_of(node)
+    roots = {0.5: Function.SQUARE_ROOT, -0.5: Function.RECIPROCAL_ROOT, -1: Function.RECIPROCAL}
+    if exponent in roots:
+        return layout.map(roots[exponent], sizes, x)  # type: ignore[index]
+    if exponent not in (2, 3):
+        raise NotListedError(f"the power {exponent}")
+    square = layout.map(Function.MUL, sizes, x, x)
+    return square if exponent == 2 else layout.map(Function.MUL, sizes, square, x)
+
+
+def _clamp(layout: Layout, node: fx.Node) -> Array:
+    given, sizes = arguments(node), layout.sizes_of(node)
+    x = layout.array(given["self"])
+    for name, function in (("min", Function.MAXIMUM), ("max", Function.MINIMUM)):
+        if given[name] is not None:
+            x = layout.map(function, sizes, x, layout.constant(float(given[name])))
+    return x
+
+
+def _gelu(layout: Layout, node: fx.Node) -> Array:
+    tanh = arguments(node).get("approximate", "none") == "tanh"
+    function = Function.GELU_TANH if tanh else Function.GELU
+    return layout.map(function, layout.sizes_of(node), layout.array(node.args[0]))
+
+
+def rows_of(layout: Layout, array: Array) -> tuple[Array, int, int]:
+    """An array whose rows lie evenly apart, how many these are, and the step between them."""
+    array = layout.rows_dense(array)
+    size = array.sizes[-1]
+    rows = array.count // size
+    flat = array.viewed((rows, size))
+    if flat is None:
+        flat = layout.dense(array).viewed((rows, size))
+        assert flat is not None
+    return flat, rows, size if rows == 1 else flat.strides[0]
+
+
+def _mean(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    x = layout.array(given["self"])
+    axes = [_axis(axis, len(x.sizes)) for axis in given["dim"] or range(len(x.sizes))]
+    if axes != [len(x.sizes) - 1]:
+        raise NotListedError(f"a mean over the axes {axes}")
+    flat, rows, pitch = rows_of(layout, x)
+    result = own(layout.sizes_of(node))
+    layout.listing.add(Kind.MEAN, rows, x.sizes[-1], result, flat, pitch)
+    return result
+
+
+def _layer_norm(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    x = layout.array(given.get("input", given.get("x")))
+    shape = given.get("normalized_shape", [x.sizes[-1]])
+    if list(shape) != [x.sizes[-1]]:
+        raise NotListedError(f"a norm over {shape}")
+    weight, bias = (layout.maybe_array(given[name]) for name in ("weight", "bias"))
+    flat, rows, pitch = rows_of(layout, x)
+    result = own(x.sizes)
+    layout.listing.add(
+        Kind.LAYER_NORM, rows, x.sizes[-1], float(given["eps"]), result, flat, pitch, weight, bias
+    )
+    return result
+
+
+def _embedding(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    table = layout.array(given["weight"], *_FLOATS)
+    indices = layout.dense(layout.array(given["indices"], torch.int64))
+    if node.meta["val"].dtype != torch.float32:
+        raise NotListedError(f"it gives {node.meta['val'].dtype}")
+    length, size = table.sizes
+    return _gathered(layout, node, table, indices, (1, length, size), wraps=False)
+
+
+def _index(layout: Layout, node: fx.Node) -> Array:
+    x: Any
+    indices: Any
+    x, indices = node.args[:2]
+    if sum(one is not None for one in indices) != 1 or indices[-1] is None:
+        raise NotListedError("it takes entries along several axes")
+    array = layout.dense(layout.array(x))
+    axis = len(indices) - 1
+    index = layout.array(indices[-1], torch.int64)
+    if len(index.sizes) != 1:
+        raise NotListedError("its indices have several axes")
+    inner = math.prod(array.sizes[axis + 1 :])
+    outer = math.prod(array.sizes[:axis])
+    sizes = (outer, array.sizes[axis], inner)
+    return _gathered(layout, node, array, layout.dense(index), sizes, wraps=True)
+
+
+def _gathered(
+    layout: Layout,
+    node: fx.Node,
+    x: Array,
+    indices: Array,
+    sizes: tuple[int, int, int],
+    wraps: bool,
+) -> Array:
+    """Rows of x [outer, length, size]; where `wraps`, a negative index counts from the end."""
+    outer, length, size = sizes
+    result = own(layout.sizes_of(node))
+    layout.listing.add(
+        Kind.GATHER,
+        STORED[x.dtype],
+        outer,
+        indices.count,
+        length,
+        size,
+        wraps,
+        result,
+        x,
+        indices,
+        None,
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A linear layer of x: its weight, what scales it, and by which operator many rows go."""
+
+    called: Called
+    weight: Array
+    bias: Array | None
+    scale: Array | None = None
+    group: int = 0
+
+
+def _linear(called: Called) -> Rule:
+    def rule(layout: Layout, node: fx.Node) -> Array:
+        given = arguments(node)
+        weight, bias = layout.array(given["weight"]), layout.maybe_array(given["bias"])
+        x = layout.array(given.get("input", given.get("x")))
+        post_op = given.get("post_op", "none")
+        other = layout.maybe_array(given.get("other"))
+        return _multiplied(layout, node, x, _Product(called, weight, bias), post_op, other)
+
+    return rule
+
+
+def _half_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    weight = layout.array(given["weight"], torch.bfloat16, torch.float16)
+    product = _Product(Called.HALF, weight, layout.maybe_array(given["bias"]))
+    return _multiplied(layout, node, layout.array(given["x"]), product)
+
+
+def _int8_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    weight, scale = layout.array(given["weight"], torch.int8), layout.array(given["weight_scale"])
+    if scale.count != weight.sizes[0]:
+        raise NotListedError("scales of groups")
+    product = _Product(Called.INT8, weight, layout.maybe_array(given["bias"]), scale)
+    return _multiplied(layout, node, layout.array(given["x"]), product)
+
+
+def _int4_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    packed, scale = layout.array(given["packed"], torch.uint8), layout.array(given["scale"])
+    inner = 2 * packed.sizes[1]
+    group = inner // (scale.count // packed.sizes[0])
+    if group % 32:  # the columns that a vector's bytes hold
+        raise NotListedError(f"groups of {group} columns")
+    bias = layout.maybe_array(given["bias"])
+    product = _Product(Called.INT4, packed, bias, scale, group)
+    return _multiplied(layout, node, layout.array(given["x"]), product)
+
+
+def _multiplied(
+    layout: Layout,
+    node: fx.Node,
+    x: Array,
+    product: _Product,
+    post_op: str = "none",
+    other: Array | None = None,
+) -> Array:
+    tensors = [one for one in (product.weight, product.scale, product.bias) if one is not None]
+    if any(one.buffer.place != "held" for one in tensors):
+        raise NotListedError("a product of two values that are computed")
+    x = layout.dense(x)
+    inner = x.sizes[-1]
+    rows = x.count // inner
+    sizes = layout.sizes_of(node)
+    if rows > FEW_ROWS:
+        return _by_operator(layout, sizes, (rows, inner, sizes[-1]), x, product, post_op, other)
+    result = own(sizes)
+    weight, bias, scale, group = product.weight, product.bias, product.scale, product.group
+    words = (STORED[weight.dtype], rows, inner, sizes[-1], result, x, weight, scale, bias, group)
+    layout.listing.add(Kind.PRODUCT, *words)
+    if post_op == "add":
+        assert other is not None
+        return layout.map(Function.ADD, sizes, result, other)
+    return result if post_op == "none" else layout.map(_POST_OPS[post_op], sizes, result)
+
+
+def _by_operator(
+    layout: Layout,
+    sizes: tuple[int, ...],
+    shape: tuple[int, int, int],
+    x: Array,
+    product: _Product,
+    post_op: str,
+    other: Array | None,
+) -> Array:
+    result = Array(Buffer("result"), sizes, contiguous(sizes), torch.float32)
+    held = (product.weight, product.scale, product.bias)
+    layout.listing.add(
+        Kind.OPERATOR_CALL,
+        int(product.called),
+        result.buffer,
+        *shape,
+        x,
+        *(-1 if one is None else one.buffer.index for one in held),
+        POST_OPS.index(post_op),
+        None if other is None else layout.dense(other),
+    )
+    return result
+
+
+_POST_OPS = {
+    "relu": Function.RELU,
+    "gelu": Function.GELU,
+    "gelu_tanh": Function.GELU_TANH,
+    "silu": Function.SILU,
+}
+
+
+def _attention(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    q, k, v = (layout.rows_dense(layout.array(given[name])) for name in ("q", "k", "v"))
+    seen = layout.dense(layout.array(given["seen"], torch.bool))
+    sinks = layout.maybe_array(given["sinks"])
+    past = [layout.value(given[name]) for name in ("past_k", "past_v", "past_seen")]
+    if not all(isinstance(one, Prefix) for one in past) or past[2].axes != (0, 1):
+        raise NotListedError("its prefix is computed")
+    if any(one.axes[3] != 3 for one in past[:2]):
+        raise NotListedError("its prefix isn't row by row")
+    batch, heads, queries, size = q.sizes
+    result = own((batch, queries, heads, v.sizes[3]))
+    sizes = (batch, heads, k.sizes[1], queries, size, v.sizes[3])
+    window = _NO_WINDOW if given["window"] is None else given["window"]
+    options = (float(given["scale"]), window, float(given["softcap"] or 0.0))
+    tensors: list[Word] = [word for one in (q, k, v) for word in (one, *one.strides[:3])]
+    prefix: list[Word] = [word for one in past[:2] for word in (one.index, *one.axes[:3])]
+    layout.listing.add(
+        Kind.ATTENTION, *sizes, *options, result, *tensors, seen, sinks, *prefix, past[2].index
+    )
+    return result
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ANY = (torch.float32, torch.int64, torch.bool)
+
+RULES: dict[Any, Rule] = {
+    aten.reshape.default: _reshape,
+    aten.view.default: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.squeeze.dim: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.split.Tensor: _parts,
+    aten.split_with_sizes.default: _parts,
+    aten.chunk.default: _parts,
+    operator.getitem: _item,
+    aten.cat.default: _cat,
+    aten.to.dtype: _cast,
+    aten.add.Tensor: _map_of_two(Function.ADD),
+    aten.sub.Tensor: _map_of_two(Function.SUB),
+    aten.mul.Tensor: _map_of_two(Function.MUL),
+    aten.div.Tensor: _map_of_two(Function.DIV),
+    aten.maximum.default: _map_of_two(Function.MAXIMUM),
+    aten.minimum.default: _map_of_two(Function.MINIMUM),
+    aten.clone.default: _map(Function.COPY),
+    aten.neg.default: _map(Function.NEGATIVE),
+    aten.reciprocal.default: _map(Function.RECIPROCAL),
+    aten.sqrt.default: _map(Function.SQUARE_ROOT),
+    aten.rsqrt.default: _map(Function.RECIPROCAL_ROOT),
+    aten.exp.default: _map(Function.EXPONENTIAL),
+    aten.tanh.default: _map(Function.TANH),
+    aten.sigmoid.default: _map(Function.SIGMOID),
+    aten.silu.default: _map(Function.SILU),
+    aten.relu.default: _map(Function.RELU),
+    aten.cos.default: _map(Function.COSINE),
+    aten.sin.default: _map(Function.SINE),
+    aten.gelu.default: _gelu,
+    ops.gelu.default: _gelu,
+    aten.pow.Tensor_Scalar: _power,
+    aten.clamp.default: _clamp,
+    aten.mean.dim: _mean,
+    aten.layer_norm.default: _layer_norm,
+    ops.layer_norm.default: _layer_norm,
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+    aten.linear.default: _linear(Called.LINEAR),
+    ops.packed_linear.default: _linear(Called.PACKED_LINEAR),
+    ops.half_weight_only_linear.default: _half_linear,
+    ops.int8_weight_only_linear.default: _int8_linear,
+    ops.int4_weight_only_linear.default: _int4_linear,
+    ops.cached_attention.default: _attention,
+}
