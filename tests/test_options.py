@@ -49,6 +49,7 @@ CHANGED: dict[str, Any] = {
     "force": True,
     "strict": True,
     "prepack": False,
+    "executor": False,
     "dynamic": True,
     "fallback": "eager",
     "device": "cpu:avx512_bf16",

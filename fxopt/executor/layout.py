@@ -1,4 +1,4 @@
-"""A graph for inputs of given sizes as a listing: what each node is, where it lies, what is done."""
+"""A graph for inputs of given sizes as a listing: where each node lies, and what is done."""
 
 from __future__ import annotations
 
@@ -215,6 +215,10 @@ class Layout:
             output = Array(Buffer("output", index), array.sizes, strides, torch.float32)
             self.map_into(output, Function.COPY, array)
             self.listing.outputs.append(output)
+
+
+Rule = Callable[[Layout, fx.Node], Any]
+"""What a node is in a layout: an array, or several in a list."""
 
 
 def _is_of_prefix(value: Any, node: fx.Node) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -407,8 +408,9 @@ class Optimized(nn.Module):
             )
         return outcome
 
-    def _tensors(self) -> Sequence[Tensor]:
-        return [*self.parameters(), *self.buffers()]
+    def _tensors(self) -> Iterator[Tensor]:
+        """Parameters and buffers, found as they are asked for: `generate` asks at each token."""
+        return itertools.chain(self.parameters(), self.buffers())
 
 
 def evaluation_of(optimized: Optimized, inputs: Any = None) -> Program:

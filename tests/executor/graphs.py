@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
+
+from fxopt.executor import Executor
+
+aten = torch.ops.aten
 
 
 class Built:
@@ -46,3 +51,27 @@ class Built:
     def _valued(node: fx.Node, value: Any) -> fx.Node:
         node.meta["val"] = value
         return node
+
+
+def drawn(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def rms_norm(built: Built, x: fx.Node, weight: fx.Node | None) -> fx.Node:
+    squares = built.call(aten.pow.Tensor_Scalar, x, 2)
+    mean = built.call(aten.mean.dim, squares, [-1], True)
+    unit = built.call(aten.rsqrt.default, built.call(aten.add.Tensor, mean, 1e-2))
+    normed = built.call(aten.mul.Tensor, x, unit)
+    return normed if weight is None else built.call(aten.mul.Tensor, weight, normed)
+
+
+def run(built: Built, *outputs: fx.Node) -> tuple[list[Tensor], list[Tensor]]:
+    """What the listing gives, and what the graph does."""
+    module = built.module(*outputs)
+    executor = Executor(module)
+    refusal = executor.refusal(built.inputs)
+    assert refusal is None, refusal
+    found = executor(built.inputs)
+    assert found is not None
+    with torch.no_grad():
+        return list(found), list(module(*built.inputs))

@@ -14,7 +14,7 @@ from torch import fx
 from fxopt.executor import Executor
 from fxopt.executor.fusions import fusions_of
 from fxopt.kernels import native
-from tests.executor.graphs import Built
+from tests.executor.graphs import Built, drawn
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
@@ -24,10 +24,6 @@ def compiled() -> None:
     answer = native.load(native.decoding())
     if not answer:
         pytest.skip(answer.reason)
-
-
-def drawn(*sizes: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_equal(built: Built, module: fx.GraphModule) -> None:
