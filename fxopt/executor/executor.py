@@ -41,7 +41,9 @@ class Executor:
         self._known: dict[tuple[Sizes, ...], _Listed | str] = {}
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The outputs for `inputs`; None where no listing computes them."""
+        """The outputs for `inputs`; None where no listing computes them, or nothing runs one."""
+        if not native.running("decoding"):
+            return None
         kind = tuple([inputs[index].shape for index in self._plain])
         listed = self._known.get(kind)
         if listed is None:

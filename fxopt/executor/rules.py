@@ -308,7 +308,7 @@ def _attention(layout: Layout, node: fx.Node) -> Array:
         tensors += (one, *one.strides[:3])
     prefix = [word for one in past[:2] for word in (one.index, *one.axes[:3])]
     layout.listing.add(
-        Kind.ATTENTION, *sizes, *options, result, *tensors, seen, sinks, *prefix, past[2].index
+        Kind.ATTENTION, past[2].index, *sizes, *options, result, *tensors, seen, sinks, *prefix
     )
     return result
 

@@ -13,13 +13,6 @@ from tests.executor.graphs import Built, drawn, rms_norm, run
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    answer = native.load(native.decoding())
-    if not answer:
-        pytest.skip(answer.reason)
-
-
 @pytest.mark.parametrize("index", [-1, 8])
 def test_an_index_out_of_range_is_an_error(index: int) -> None:
     built = Built()
@@ -79,3 +72,12 @@ def test_only_steps_have_an_executor() -> None:
     built = Built()
     x = built.input(drawn(2, 3))
     assert executor_of(built.module(built.call(aten.neg.default, x))) is None
+
+
+def test_without_the_kernels_nothing_is_executed() -> None:
+    built = Built()
+    x = built.input(drawn(2, 3))
+    executor = Executor(built.module(built.call(aten.neg.default, x)))
+    with native.without():
+        assert executor(built.inputs) is None
+    assert executor(built.inputs) is not None

@@ -13,17 +13,9 @@ from torch import fx
 
 from fxopt.executor import Executor
 from fxopt.executor.fusions import fusions_of
-from fxopt.kernels import native
 from tests.executor.graphs import Built, drawn
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    answer = native.load(native.decoding())
-    if not answer:
-        pytest.skip(answer.reason)
 
 
 def assert_equal(built: Built, module: fx.GraphModule) -> None:

@@ -11,17 +11,9 @@ from torch import Tensor
 
 from fxopt.executor import Executor
 from fxopt.executor.layout import prefixes_of
-from fxopt.kernels import native
 from tests.executor.graphs import Built, drawn
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    answer = native.load(native.decoding())
-    if not answer:
-        pytest.skip(answer.reason)
 
 
 @pytest.mark.parametrize(

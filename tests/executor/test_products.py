@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fxopt.kernels import native, pack_int4
+from fxopt.kernels import pack_int4
 from tests.executor.graphs import Built, drawn, run
 
 ops = torch.ops.fxopt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    answer = native.load(native.decoding())
-    if not answer:
-        pytest.skip(answer.reason)
 
 
 def stored(built: Built, kind: str, weight: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:

@@ -16,17 +16,10 @@ from torch import Tensor, fx
 from fxopt.executor import Executor
 from fxopt.executor.arrays import Array
 from fxopt.executor.rules import RULES
-from fxopt.kernels import native, pack_int4
+from fxopt.kernels import pack_int4
 from tests.executor.graphs import Built, drawn, rms_norm, run
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    answer = native.load(native.decoding())
-    if not answer:
-        pytest.skip(answer.reason)
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["1 thread", "3 threads"], autouse=True)

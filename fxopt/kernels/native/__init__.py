@@ -8,8 +8,8 @@ is for the few rows of a step of generation, on AVX2 or AVX-512 (`lanes.h`): att
 that is read where it lies. What they do not take goes on to the library.
 """
 
-from fxopt.kernels.native.building import load, load_for, loaded, without
+from fxopt.kernels.native.building import load, load_for, loaded, running, without
 from fxopt.kernels.native.kernel_sets import PRODUCTS, decoding
 from fxopt.kernels.native.registration import on_cpu
 
-__all__ = ["PRODUCTS", "decoding", "load", "load_for", "loaded", "on_cpu", "without"]
+__all__ = ["PRODUCTS", "decoding", "load", "load_for", "loaded", "on_cpu", "running", "without"]

@@ -71,6 +71,11 @@ def loaded(kernels: KernelSet = PRODUCTS) -> bool:
     return any(known == kernels for known, _ in _known)
 
 
+def running(kernels: str) -> bool:
+    """Whether the compiled kernels of the set of that name are registered now."""
+    return kernels in _running
+
+
 @contextmanager
 def without() -> Iterator[None]:
     """Libraries run every operator, as on a CPU that the kernels are not for."""

@@ -194,17 +194,20 @@ struct Rows {
   alignas(64) float hidden[kSlots] = {};
   float largest[kRows], total[kRows];
 
-  explicit Rows(const Sizes& sizes)
-      : queries(most(sizes) * sizes.size),
-        turned(most(sizes) < kManyRows ? 0 : sizes.size * kSlots),
-        output(most(sizes) * sizes.pitch()) {}
+  // Room for a task; what one leaves in it the next one has.
+  static Rows& of(const Sizes& sizes) {
+    thread_local const auto kept = std::make_unique<Rows>();
+    const int64_t most = std::min<int64_t>(kRows, sizes.rows());
+    kept->queries.grow(most * sizes.size);
+    kept->turned.grow(most < kManyRows ? 0 : sizes.size * kSlots);
+    kept->output.grow(most * sizes.pitch());
+    return *kept;
+  }
 
-  static int64_t most(const Sizes& sizes) { return std::min<int64_t>(kRows, sizes.rows()); }
-
-  void start() {
-    std::fill_n(largest, kRows, -kInfinity);
-    std::fill_n(total, kRows, 0.0f);
-    output.clear();
+  void start(int64_t pitch) {
+    std::fill_n(largest, count, -kInfinity);
+    std::fill_n(total, count, 0.0f);
+    std::fill_n(output.data(), count * pitch, 0.0f);
   }
 };
 
@@ -426,26 +429,26 @@ void Attention<T>::run() const {
     const int64_t batch = head / blocks / sizes.groups, group = head / blocks % sizes.groups;
     rows.first = head % blocks * kRows;
     rows.count = std::min<int64_t>(kRows, sizes.rows() - rows.first);
-    rows.start();
+    rows.start(sizes.pitch());
     return std::pair(batch, group);
   };
   const auto part_of = [&](int64_t begin, int64_t end) {
-    const auto rows = std::make_unique<Rows>(sizes);
+    Rows& rows = Rows::of(sizes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / runs, part = task % runs;
-      const auto [batch, group] = take(*rows, head);
-      gather(*rows, batch, group);
-      const int64_t first = sizes.past + rows->first / sizes.each();
-      const int64_t last = sizes.past + (rows->first + rows->count - 1) / sizes.each();
+      const auto [batch, group] = take(rows, head);
+      gather(rows, batch, group);
+      const int64_t first = sizes.past + rows.first / sizes.each();
+      const int64_t last = sizes.past + (rows.first + rows.count - 1) / sizes.each();
       const int64_t low = std::max<int64_t>(0, first - options.window + 1), many = last + 1 - low;
       const int64_t from = low + many * part / runs, until = low + many * (part + 1) / runs;
       const int64_t edge = std::clamp(sizes.past, from, until);
-      attend(sizes, options, *rows, slots(true, batch, group), from, edge);
-      attend(sizes, options, *rows, slots(false, batch, group), edge, until);
+      attend(sizes, options, rows, slots(true, batch, group), from, edge);
+      attend(sizes, options, rows, slots(false, batch, group), edge, until);
       if (runs > 1) {
-        keep(sizes, *rows, partial.data() + task * kept);
+        keep(sizes, rows, partial.data() + task * kept);
       } else {
-        finish(sizes, options, *rows, batch, group, out);
+        finish(sizes, options, rows, batch, group, out);
       }
     }
   };
@@ -453,13 +456,13 @@ void Attention<T>::run() const {
   at::parallel_for(0, heads * runs, 1, part_of);
   if (runs == 1) return;
   at::parallel_for(0, heads, 8, [&](int64_t begin, int64_t end) {
-    const auto rows = std::make_unique<Rows>(sizes);
+    Rows& rows = Rows::of(sizes);
     for (int64_t head = begin; head < end; ++head) {
-      const auto [batch, group] = take(*rows, head);
+      const auto [batch, group] = take(rows, head);
       for (int64_t part = 0; part < runs; ++part) {
-        merge(sizes, *rows, partial.data() + (head * runs + part) * kept);
+        merge(sizes, rows, partial.data() + (head * runs + part) * kept);
       }
-      finish(sizes, options, *rows, batch, group, out);
+      finish(sizes, options, rows, batch, group, out);
     }
   });
 }

@@ -524,13 +524,19 @@ Heads<T> heads_of(Words& words, const Memory& memory) {
 }
 
 // Keys or values of the prefix: which input they are, and which of its axes is batch, head, slot.
-inline at::Tensor prefix_of(Words& words, at::TensorList inputs) {
+inline Heads<float> prefix_of(Words& words, at::TensorList inputs,
+                              const std::array<int64_t, 4>& sizes) {
   const at::Tensor& given = inputs[words.next()];
-  const int64_t batch = words.next(), head = words.next(), slot = words.next();
-  return given.permute({batch, head, slot, 3});
+  const std::array<int64_t, 4> axes{words.next(), words.next(), words.next(), 3};
+  bool fits = given.is_cpu() && given.scalar_type() == at::kFloat && given.stride(3) == 1;
+  for (int i = 0; i < 4; ++i) fits = fits && given.size(axes[i]) == sizes[i];
+  TORCH_CHECK(fits, "fxopt::execute: the prefix has other sizes than the step was laid out for");
+  return {given.const_data_ptr<float>(), given.stride(axes[0]), given.stride(axes[1]),
+          given.stride(axes[2])};
 }
 
 inline void attention(Words& words, const Memory& memory, at::TensorList inputs) {
+  const at::Tensor& past_seen = inputs[words.next()];
   const int64_t batch = words.next(), heads = words.next(), groups = words.next();
   const int64_t queries = words.next(), size = words.next(), value_size = words.next();
   const float scale = words.real();
@@ -541,29 +547,15 @@ inline void attention(Words& words, const Memory& memory, at::TensorList inputs)
                      v = heads_of<float>(words, memory);
   const Held seen{memory.pointer<const bool>(words), queries};
   const float* sinks = memory.pointer<const float>(words);
-  const at::Tensor past_k = prefix_of(words, inputs), past_v = prefix_of(words, inputs);
-  const at::Tensor& past_seen = inputs[words.next()];
-  const int64_t past = past_seen.size(1);
-  const auto is_prefix = [&](const at::Tensor& t, int64_t width) {
-    return t.is_cpu() && t.scalar_type() == at::kFloat &&
-           t.sizes() == at::IntArrayRef({batch, groups, past, width}) && t.stride(3) == 1;
-  };
-  TORCH_CHECK(is_prefix(past_k, size) && is_prefix(past_v, value_size) &&
-                  past_seen.size(0) == batch && past_seen.is_contiguous() &&
-                  past_seen.scalar_type() == at::kBool,
+  TORCH_CHECK(past_seen.scalar_type() == at::kBool && past_seen.is_contiguous() &&
+                  past_seen.size(0) == batch,
               "fxopt::execute: the prefix has other sizes than the step was laid out for");
+  const int64_t past = past_seen.size(1);
+  const Heads<float> past_k = prefix_of(words, inputs, {batch, groups, past, size});
+  const Heads<float> past_v = prefix_of(words, inputs, {batch, groups, past, value_size});
   const Sizes sizes{batch, heads, groups, queries, past, size, value_size};
-  Attention<float>{sizes,
-                   Options{scale, window, softcap, sinks},
-                   q,
-                   k,
-                   v,
-                   heads_of<float>(past_k),
-                   heads_of<float>(past_v),
-                   held_of(past_seen),
-                   seen,
-                   to}
-      .run();
+  const Options options{scale, window, softcap, sinks};
+  Attention<float>{sizes, options, q,    k, v, past_k, past_v, held_of(past_seen), seen, to}.run();
 }
 
 // The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
@@ -575,11 +567,11 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
   Words words(begin);
   const int64_t bytes = words.next(), results = words.next();
   // A small call takes the memory that the one before it had.
-  thread_local Floats kept(0);
+  thread_local Floats kept;
   const int64_t floats = bytes / int64_t(sizeof(float));
   const at::Tensor room = floats > kKeptFloats ? at::empty({floats}, at::TensorOptions(at::kFloat))
                                                : at::Tensor();
-  if (!room.defined() && kept.size() < floats) kept = Floats(floats);
+  if (!room.defined()) kept.grow(floats);
   Memory memory;
   memory.bases.reserve(2 + inputs.size() + held.size() + 256);
   memory.results.resize(results);

@@ -107,11 +107,14 @@ class Floats {
   int64_t count_;
 
  public:
-  explicit Floats(int64_t count) : lines_((count + 15) / 16), count_(count) {}
+  explicit Floats(int64_t count = 0) : lines_((count + 15) / 16), count_(count) {}
   float* data() { return reinterpret_cast<float*>(lines_.data()); }
   const float* data() const { return reinterpret_cast<const float*>(lines_.data()); }
   int64_t size() const { return count_; }
-  void clear() { std::fill_n(data(), count_, 0.0f); }
+  // Room for `count`, none of which need be zeros.
+  void grow(int64_t count) {
+    if (count > count_) *this = Floats(count);
+  }
 };
 
 // The first `count` lanes, fewer than all; the others are 0, and nothing beyond is touched.
