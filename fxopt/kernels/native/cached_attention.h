@@ -270,13 +270,31 @@ inline void weigh(const Sizes& sizes, const Options& options, Rows& rows, int64_
   }
 }
 
-// The slots [begin, end) of one tensor of keys and one of values, whose first slot is `offset`.
+// A scale for each slot where keys or values are stored in int8, else none.
+struct Scales {
+  const float* data = nullptr;
+  int64_t slot = 0;
+
+  void times(int64_t rows, int64_t first, int64_t count, float* scores) const {
+    if (!data) return;
+    alignas(64) float scales[kSlots];
+    for (int64_t j = 0; j < kSlots; ++j) scales[j] = j < count ? data[(first + j) * slot] : 0.0f;
+    for (int64_t i = 0; i < rows; ++i, scores += kSlots) {
+      for (int64_t j = 0; j < count; j += kLanes) {
+        store(scores + j, mul(load(scores + j), load(scales + j)));
+      }
+    }
+  }
+};
+
+// The slots of one tensor of keys and one of values, whose first one is `offset`.
 template <class T>
 struct Slots {
   const T *keys, *values;
   int64_t key_row, value_row;
   const bool* seen;
   int64_t offset;
+  Scales key_scales, value_scales;
 };
 
 template <class T>
@@ -296,7 +314,9 @@ void attend(const Sizes& sizes, const Options& options, Rows& rows, const Slots<
       product(rows.count, rows.queries.data(), sizes.size, rows.turned.data(), kSlots, sizes.size,
               rows.scores, kSlots, false, kSlots);
     }
+    slots.key_scales.times(rows.count, at, count, rows.scores);
     weigh(sizes, options, rows, slot, count, any_hidden);
+    slots.value_scales.times(rows.count, at, count, rows.scores);
     product(rows.count, rows.scores, kSlots, values, slots.value_row, count, rows.output.data(),
             sizes.pitch(), true, sizes.value_size);
   }
@@ -378,24 +398,42 @@ struct Held {
 
 inline Held held_of(const at::Tensor& t) { return {t.const_data_ptr<bool>(), t.stride(0)}; }
 
+// The keys and values that an attention reads: they lie alike, in int8 with scales
+// [batch, head, slot].
 template <class T>
+struct Keyed {
+  Heads<T> keys, values;
+  Held seen;
+  Heads<float> key_scales = {}, value_scales = {};
+
+  Slots<T> slots(int64_t batch, int64_t group, int64_t offset) const {
+    const auto scales = [&](const Heads<float>& of) {
+      return of.data ? Scales{of.row(batch, group, 0), of.slot} : Scales{};
+    };
+    return {keys.row(batch, group, 0), values.row(batch, group, 0), keys.slot,
+            values.slot,               seen.data + batch * seen.batch, offset,
+            scales(key_scales),        scales(value_scales)};
+  }
+};
+
+template <class T, class Stored = T>
 struct Attention {
   Sizes sizes;
   Options options;
-  Heads<T> q, k, v, past_k, past_v;
-  Held past_seen, seen;
+  Heads<T> q;
+  Keyed<T> own;
+  Keyed<Stored> past;
   T* out;
 
   void run() const;
 
  private:
   void gather(Rows& rows, int64_t batch, int64_t group) const;
-  Slots<T> slots(bool past, int64_t batch, int64_t group) const;
 };
 
 // The queries of a task, scaled.
-template <class T>
-void Attention<T>::gather(Rows& rows, int64_t batch, int64_t group) const {
+template <class T, class Stored>
+void Attention<T, Stored>::gather(Rows& rows, int64_t batch, int64_t group) const {
   const float unit = options.softcap > 0 ? options.scale : options.scale * kLog2E;
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t row = rows.first + i, head = group * sizes.each() + row % sizes.each();
@@ -405,16 +443,8 @@ void Attention<T>::gather(Rows& rows, int64_t batch, int64_t group) const {
   }
 }
 
-template <class T>
-Slots<T> Attention<T>::slots(bool past, int64_t batch, int64_t group) const {
-  const Heads<T>&keys = past ? past_k : k, &values = past ? past_v : v;
-  const Held& held = past ? past_seen : seen;
-  return {keys.row(batch, group, 0), values.row(batch, group, 0),     keys.slot,
-          values.slot,               held.data + batch * held.batch, past ? 0 : sizes.past};
-}
-
-template <class T>
-void Attention<T>::run() const {
+template <class T, class Stored>
+void Attention<T, Stored>::run() const {
   const int64_t blocks = (sizes.rows() + kRows - 1) / kRows;
   const int64_t heads = sizes.batch * sizes.groups * blocks;
   const int64_t work =
@@ -443,8 +473,8 @@ void Attention<T>::run() const {
       const int64_t low = std::max<int64_t>(0, first - options.window + 1), many = last + 1 - low;
       const int64_t from = low + many * part / runs, until = low + many * (part + 1) / runs;
       const int64_t edge = std::clamp(sizes.past, from, until);
-      attend(sizes, options, rows, slots(true, batch, group), from, edge);
-      attend(sizes, options, rows, slots(false, batch, group), edge, until);
+      attend(sizes, options, rows, past.slots(batch, group, 0), from, edge);
+      attend(sizes, options, rows, own.slots(batch, group, sizes.past), edge, until);
       if (runs > 1) {
         keep(sizes, rows, partial.data() + task * kept);
       } else {
@@ -524,12 +554,8 @@ inline at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, con
     Attention<T>{sizes,
                  options,
                  heads_of<T>(queries),
-                 heads_of<T>(keys),
-                 heads_of<T>(values),
-                 heads_of<T>(past_keys),
-                 heads_of<T>(past_values),
-                 held_of(past_held),
-                 held_of(held),
+                 {heads_of<T>(keys), heads_of<T>(values), held_of(held)},
+                 {heads_of<T>(past_keys), heads_of<T>(past_values), held_of(past_held)},
                  out.mutable_data_ptr<T>()}
         .run();
     return out;

@@ -555,7 +555,7 @@ inline void attention(Words& words, const Memory& memory, at::TensorList inputs)
   const Heads<float> past_v = prefix_of(words, inputs, {batch, groups, past, value_size});
   const Sizes sizes{batch, heads, groups, queries, past, size, value_size};
   const Options options{scale, window, softcap, sinks};
-  Attention<float>{sizes, options, q,    k, v, past_k, past_v, held_of(past_seen), seen, to}.run();
+  Attention<float>{sizes, options, q, {k, v, seen}, {past_k, past_v, held_of(past_seen)}, to}.run();
 }
 
 // The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
