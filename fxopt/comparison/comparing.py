@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
@@ -13,9 +13,10 @@ from fxopt.comparison.comparison import Comparison
 from fxopt.comparison.fields import Failure, Front, Quality, Row
 from fxopt.comparison.pareto import pareto_front
 from fxopt.errors import MeasureError
-from fxopt.measurement.fidelity import Fidelity, Pair, fidelity_all
+from fxopt.measurement.fidelity import Fidelity, fidelity_all
 from fxopt.measurement.measuring import measure_all
 from fxopt.measurement.outputs import judging
+from fxopt.measurement.pair import Pair
 from fxopt.measurement.subject import Subject
 from fxopt.measurement.user_metrics import Metrics, usable_metrics
 from fxopt.timing import fingerprint, ratio
@@ -44,13 +45,16 @@ def compare(
     carbon: float | None = None,
     subtract_idle: bool = False,
     count: bool = True,
+    new_tokens: int | None = None,
+    contexts: Sequence[int] = (0,),
+    one_by_one: int | None = None,
 ) -> Comparison:
     """Measure `models` in turns on `inputs`, and judge them on `data` against the reference.
 
     `models` are modules, `fxopt.Optimized` or callables by name; `reference` is the name of that
     which the others are held against, the first one if left out. `inputs`, what a call is timed on,
     left out: the first batch of `data`. `metric` (a function of a model and `data`, or a dict of
-    such functions) and `labels` as for `fidelity`, the rest as for `measure`.
+    such functions), `labels` and `one_by_one` as for `fidelity`, the rest as for `measure`.
 
     The models are ranked by the first figure of `metric`, of which `better` says which way is
     better; without a metric by accuracy where there are labels, by perplexity for causal language
@@ -81,6 +85,8 @@ def compare(
         carbon=carbon,
         subtract_idle=subtract_idle,
         count=count,
+        new_tokens=new_tokens,
+        contexts=contexts,
     )
     worth = fidelity_all(
         models[reference],
@@ -88,6 +94,7 @@ def compare(
         data,
         metric=metric,
         labels=labels,
+        one_by_one=one_by_one,
         failed=lambda name, error: failures.append(Failure(name, _reason(error))),
     )
     basis = measured[reference].latency

@@ -15,6 +15,7 @@ _NAMES = {
     "device_bytes": "device memory",
     "flops": "operations",
     "bytes_moved": "bytes moved",
+    "generation": "writing text",
     "ceilings": "the machine's ceilings",
 }
 

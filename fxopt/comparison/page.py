@@ -206,6 +206,8 @@ def _fidelity_cells(found: Fidelity) -> Iterator[tuple[str, str]]:
     for name, pair in pairs.items():
         if pair is not None:
             yield name, figure_text(pair.candidate)
+    if found.decoded is not None:
+        yield from ((f"{name} of steps", text) for name, text in found.decoded.figures())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

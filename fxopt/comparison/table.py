@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from fxopt.comparison.fields import ComparisonFields, Row
 from fxopt.comparison.missing import gaps, of_whom
 from fxopt.measurement.energy import Energy
+from fxopt.measurement.forcing import Decoded
+from fxopt.measurement.generation import Generation
 from fxopt.rendering.alignment import aligned
 from fxopt.rendering.units import duration, size
 
@@ -54,13 +56,41 @@ def cell_texts(comparison: ComparisonFields, row: Row) -> dict[str, str]:
         "parameters": "" if found.parameter_bytes is None else size(found.parameter_bytes),
         "peak": "" if found.peak_bytes is None else size(found.peak_bytes),
         "energy": joules,
+        **_writing_texts(comparison, found.generation),
         "SQNR": "" if worth is None else decibels_text(worth.sqnr_db),
+        **_decoded_texts(None if worth is None else worth.decoded),
     }  # fmt: skip
     if not quality.unit:  # SQNR, which has one, is there already
         value = quality.values.get(row.name)
         name = f"{quality.name} (metric)" if quality.name in cells else quality.name
         cells[name] = "" if value is None else figure_text(value)
     return cells
+
+
+def _writing_texts(comparison: ComparisonFields, found: Generation | None) -> dict[str, str]:
+    """What writing text costs, in columns that all models have."""
+    written = [one for row in comparison.rows if (one := row.measurement.generation) is not None]
+    contexts = [one.context for one in written[0].decoding] if written else []
+    rates = {} if found is None else {o.context: o.tokens_per_second for o in found.decoding}
+    steps = {
+        f"tokens/s behind {one}": f"{rates[one]:.3g}" if one in rates else "" for one in contexts
+    }
+    return {
+        "first token": "" if found is None else duration(found.first_token.median),
+        **steps,
+        "cache/token": "" if found is None else size(round(found.cache_bytes_per_token)),
+    }
+
+
+def _decoded_texts(found: Decoded | None) -> dict[str, str]:
+    """What steps are worth."""
+    perplexity = None if found is None else found.perplexity
+    return {
+        "SQNR of steps": "" if found is None else decibels_text(found.sqnr_db),
+        "KL of steps": "" if found is None else f"{found.kl:.2g} (most {found.kl_max:.2g})",
+        "greedy match": "" if found is None else f"{found.greedy_match:.1%}",
+        "perplexity of steps": "" if perplexity is None else figure_text(perplexity.candidate),
+    }
 
 
 def decibels_text(value: float) -> str:

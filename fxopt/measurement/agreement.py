@@ -69,7 +69,7 @@ class Agreement:
         self.rows = self.blind = self.broken = 0
         self.features = 0
         self.tallies: list[Tally] = []
-        self._cosines = self._divergence = 0.0
+        self._cosines = self._divergence = self._worst_divergence = 0.0
         self._lowest = math.inf
         self._agreed = 0
 
@@ -106,6 +106,13 @@ class Agreement:
         return math.inf if self.broken else self._divergence / self.rows
 
     @property
+    def kl_max(self) -> float | None:
+        """Nats of the worst row; None for rows of one feature."""
+        if not self._has_rows:
+            return None
+        return math.inf if self.broken else self._worst_divergence
+
+    @property
     def top1(self) -> float | None:
         """Share of rows; None for rows of one feature."""
         return self._agreed / (self.rows + self.broken) if self._has_rows else None
@@ -125,7 +132,9 @@ class Agreement:
             return
         self.rows += len(ref)
         if self.features > 1:
-            self._divergence += float(_divergence(ref, out).sum())
+            divergence = _divergence(ref, out)
+            self._divergence += float(divergence.sum())
+            self._worst_divergence = max(self._worst_divergence, float(divergence.max()))
             self._agreed += int((ref.argmax(-1) == out.argmax(-1)).sum())
         ref, out = ref.masked_fill(same, 0.0), out.masked_fill(same, 0.0)
         parts = split(ref, out)

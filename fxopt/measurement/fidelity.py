@@ -13,7 +13,10 @@ from torch import Tensor
 from fxopt.calls import check_batches
 from fxopt.errors import MeasureError
 from fxopt.measurement.agreement import Agreement
+from fxopt.measurement.forcing import Decoded, Forcing
 from fxopt.measurement.outputs import PLAIN, call, judging, main_output, padding_mask, rows
+from fxopt.measurement.pair import Pair
+from fxopt.measurement.reading import why_unreadable
 from fxopt.measurement.task_scores import (
     Classes,
     NextToken,
@@ -28,25 +31,14 @@ Failed: TypeAlias = Callable[[str, Exception], None]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One figure of the reference and of the candidate."""
-
-    reference: float
-    candidate: float
-
-    def __str__(self) -> str:
-        return f"{self.candidate:.4g} (reference {self.reference:.4g})"
-
-
-@dataclass(frozen=True)
 class Fidelity:
     """What the candidate's outputs are worth beside the reference's.
 
     `output` names the tensor that was compared, `rows` counts its rows: tokens where it has a row
     for each token, padding left out; else examples. `sqnr_db` is in decibels, inf for equal
     outputs; `kl` in nats; cosine, `top1_agreement` and `accuracy` are shares of 1. `classification`
-    is the candidate's report by class. None is what doesn't apply; `notes` say why where it could
-    surprise.
+    is the candidate's report by class, `decoded` what it is worth where it reads token by token.
+    None is what doesn't apply; `notes` say why where it could surprise.
     """
 
     output: str
@@ -61,6 +53,7 @@ class Fidelity:
     accuracy: Pair | None = None
     classification: Mapping[str, Mapping[str, float]] | None = None
     metrics: Mapping[str, Pair] = field(default_factory=dict)
+    decoded: Decoded | None = None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -76,6 +69,9 @@ class Fidelity:
         ]
         lines = [f"fidelity of {self.output}: {self.rows} rows in {self.batches} batches"]
         lines += [f"  {name:<16}{text}" for name, text in figures if text is not None]
+        if self.decoded is not None:
+            lines.append(f"  of {self.decoded.tokens} tokens that were read one by one:")
+            lines += [f"    {name:<14}{text}" for name, text in self.decoded.figures()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -86,6 +82,7 @@ def fidelity(
     *,
     metric: Metrics | None = None,
     labels: Iterable[Any] | None = None,
+    one_by_one: int | None = None,
 ) -> Fidelity:
     """Compare `candidate` with `reference` on `data`, one batch at a time, sums in float64.
 
@@ -105,12 +102,21 @@ def fidelity(
     `metric` is a function of a model and `data`, returning a number or a dict of numbers, or a
     dict of such functions; it is asked for both models, so `data` must bear being iterated again.
 
+    With `one_by_one`, the candidate, a causal language model of transformers or what
+    `fxopt.transform` makes of it, also reads the last so many tokens of each text one by one, and
+    their logits are compared in `decoded` with those of the reference on the whole text.
+
     Raises `MeasureError` for data or labels that can't be used, outputs of different shapes, and
     a metric that returns no number.
     """
-    return fidelity_all(reference, {"candidate": candidate}, data, metric=metric, labels=labels)[
-        "candidate"
-    ]
+    return fidelity_all(
+        reference,
+        {"candidate": candidate},
+        data,
+        metric=metric,
+        labels=labels,
+        one_by_one=one_by_one,
+    )["candidate"]
 
 
 def fidelity_all(
@@ -120,6 +126,7 @@ def fidelity_all(
     *,
     metric: Metrics | None = None,
     labels: Iterable[Any] | None = None,
+    one_by_one: int | None = None,
     failed: Failed | None = None,
 ) -> dict[str, Fidelity]:
     """`fidelity` of each of `candidates`, for which the reference is run once on each batch, also
@@ -129,9 +136,14 @@ def fidelity_all(
     """
     metrics = usable_metrics(metric)
     _check_data(data, bool(metrics))
+    if one_by_one is not None and (type(one_by_one) is not int or one_by_one < 1):
+        raise MeasureError(
+            f"one_by_one={one_by_one!r}: give how many tokens of each text are read one by one"
+        )
     task = _Task(is_causal(reference))
     judges = {
-        name: _Judge(name, model, task, model is reference) for name, model in candidates.items()
+        name: _Judge(name, model, task, model is reference, one_by_one)
+        for name, model in candidates.items()
     }
     batches = 0
     with judging([reference, *candidates.values()]):
@@ -190,7 +202,14 @@ class _Task:
 class _Judge:
     """One candidate: what its outputs have come to so far."""
 
-    def __init__(self, name: str, model: Model, reference: _Task, is_reference: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        reference: _Task,
+        is_reference: bool,
+        one_by_one: int | None,
+    ) -> None:
         self.name, self.model, self.reference = name, model, reference
         self.is_reference = is_reference
         self.task = _Task(reference.causal)
@@ -199,6 +218,9 @@ class _Judge:
         self.batches = 0
         self.has_logits = False
         self.metrics: dict[str, Pair] = {}
+        self.unread = why_unreadable(model) if one_by_one is not None else None
+        forced = one_by_one is not None and self.unread is None
+        self.forcing = Forcing(one_by_one) if forced and one_by_one is not None else None
 
     def add(self, seen: _Seen) -> None:
         output = seen.output
@@ -214,6 +236,8 @@ class _Judge:
         mask = padding_mask(seen.batch, output)
         self.agreement.add(rows(seen.output, mask), rows(output, mask))
         self.task.add(seen, output)
+        if self.forcing is not None:
+            self.forcing.add(self.model, seen.batch, seen.index, seen.output, output)
         self.output, self.batches, self.has_logits = seen.name, seen.index + 1, seen.has_logits
 
     def score(
@@ -224,7 +248,7 @@ class _Judge:
 
     def fidelity(self) -> Fidelity:
         seen, task, reference = self.agreement, self.task, self.reference
-        accuracy = _pair(reference.classes.accuracy, task.classes.accuracy)
+        accuracy = Pair.of(reference.classes.accuracy, task.classes.accuracy)
         return Fidelity(
             self.output,
             self.batches,
@@ -234,11 +258,12 @@ class _Judge:
             cosine_min=seen.cosine_min,
             kl=seen.kl if self.has_logits else None,
             top1_agreement=seen.top1 if self.has_logits else None,
-            perplexity=_pair(reference.tokens.perplexity, task.tokens.perplexity),
+            perplexity=Pair.of(reference.tokens.perplexity, task.tokens.perplexity),
             accuracy=accuracy,
             classification=task.classes.report() if accuracy else None,
             metrics=self.metrics,
-            notes=_notes(seen, reference.ignored),
+            decoded=None if self.forcing is None else self.forcing.decoded(),
+            notes=_notes(seen, reference.ignored, self.unread),
         )
 
 
@@ -280,7 +305,7 @@ def _check_data(data: Any, again: bool) -> None:
         )
 
 
-def _notes(seen: Agreement, labels_ignored: bool) -> tuple[str, ...]:
+def _notes(seen: Agreement, labels_ignored: bool, unread: str | None) -> tuple[str, ...]:
     notes = []
     if seen.broken:
         notes.append(f"the candidate holds NaN or infinity in {seen.broken} rows")
@@ -296,11 +321,9 @@ def _notes(seen: Agreement, labels_ignored: bool) -> tuple[str, ...]:
         )
     if labels_ignored:
         notes.append("the labels were not used: what is compared are no logits")
+    if unread is not None:
+        notes.append(f"not read token by token: {unread}")
     return tuple(notes)
-
-
-def _pair(reference: float | None, candidate: float | None) -> Pair | None:
-    return None if reference is None or candidate is None else Pair(reference, candidate)
 
 
 def _figure(value: float | None, unit: str = "") -> str | None:

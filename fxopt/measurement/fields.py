@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fxopt.measurement.ceilings import Ceilings
 from fxopt.measurement.counters import Unmeasured
 from fxopt.measurement.energy import Energy
+from fxopt.measurement.generation import Generation
 from fxopt.measurement.roofline import Layer
 from fxopt.timing import Latency
 
@@ -44,6 +45,7 @@ class MeasurementFields:
     bytes_moved: int | None = None
     ceilings: Ceilings | None = None
     layers: tuple[Layer, ...] = ()
+    generation: Generation | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     fingerprint: Mapping[str, str | int | float | None] = field(default_factory=dict)
 

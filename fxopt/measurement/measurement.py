@@ -22,7 +22,8 @@ class Measurement(MeasurementFields, Document):
     on the CUDA device, both after the calls.
 
     `flops` and `bytes_moved` are counted on the graph, operator by operator, as if nothing were
-    fused; `layers` sets them against the measured `ceilings` by module.
+    fused; `layers` sets them against the measured `ceilings` by module. `generation` is what
+    writing text costs, where that was asked for.
 
     None stands where something can't be measured, and `reasons` says why, by field name. Energy is
     an `Energy` or an `Unmeasured` with its reason.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from fxopt.measurement.ceilings import ceilings
 from fxopt.measurement.counters import EnergyCounter, Unmeasured, energy_counter
 from fxopt.measurement.energy import Energy, estimate_energy, measure_energy
 from fxopt.measurement.fields import Throughput
+from fxopt.measurement.generation import Generation
 from fxopt.measurement.measurement import Measurement
 from fxopt.measurement.outputs import judging
 from fxopt.measurement.roofline import roofline
 from fxopt.measurement.subject import Subject, resident_bytes
+from fxopt.measurement.writing import System, Task, measure_generation
 from fxopt.timing import Latency, fingerprint, latency, peak_memory
 
 _NOT_ASKED = Unmeasured("energy=False")
@@ -39,6 +42,8 @@ def measure(
     carbon: float | None = None,
     subtract_idle: bool = False,
     count: bool = True,
+    new_tokens: int | None = None,
+    contexts: Sequence[int] = (0,),
 ) -> Measurement:
     """What one call of `model` on `inputs` costs: time, memory, work and energy.
 
@@ -56,6 +61,11 @@ def measure(
     read there is no number, unless `estimate` asks for one made of the processor's utilisation and
     `watts`, its power at full load.
 
+    With `new_tokens`, for a causal language model of transformers or what `fxopt.transform` makes
+    of it, and `inputs` that are text, `generation` says what writing so many tokens costs: the time
+    to the first one, steps behind each of `contexts`, which are numbers of tokens that the cache
+    holds before, a whole greedy `generate` call, joules a token, and the bytes of the cache.
+
     Raises `MeasureError` for a model or inputs of another kind, options out of range, and
     `estimate` without `watts`; `ValueError` for `repeats` below 1 or `seconds` not above 0.
     """
@@ -72,6 +82,8 @@ def measure(
         carbon=carbon,
         subtract_idle=subtract_idle,
         count=count,
+        new_tokens=new_tokens,
+        contexts=contexts,
     )[label]
 
 
@@ -88,6 +100,8 @@ def measure_all(
     carbon: float | None = None,
     subtract_idle: bool = False,
     count: bool = True,
+    new_tokens: int | None = None,
+    contexts: Sequence[int] = (0,),
 ) -> dict[str, Measurement]:
     """`measure` for several models that take turns, so that their ratios hold on a busy machine.
 
@@ -95,17 +109,23 @@ def measure_all(
     take turns as well. Raises what `measure` raises.
     """
     _check(models, tokens, estimate, watts, carbon)
+    task = _task(inputs, new_tokens, contexts)
     subjects = {name: Subject.of(model, inputs, name, tokens) for name, model in models.items()}
     with judging(models.values()):
         first = {name: _first_call(subject) for name, subject in subjects.items()}
         times = latency(subjects, repeats, seconds)
-        spent: Mapping[str, Energy | Unmeasured] = dict.fromkeys(subjects, _NOT_ASKED)
-        if energy:
-            spent = _joules(subjects, watts if estimate else None, carbon, subtract_idle)
+        subject = next(iter(subjects.values()))
+        joules = partial(
+            _joules, subject, energy, watts if estimate else None, carbon, subtract_idle
+        )
+        spent = joules(subjects, subject.tokens)
         measured = {
             name: _measured(name, subject, times[name], first[name], spent[name])
             for name, subject in subjects.items()
         }
+        if task is not None:
+            written = measure_generation(models, task, repeats, seconds, joules)
+            measured = {name: _with_generation(m, written[name]) for name, m in measured.items()}
         if not count:
             return {name: _without_work(found) for name, found in measured.items()}
         return {name: _with_work(found, subjects[name]) for name, found in measured.items()}
@@ -172,30 +192,41 @@ def _without_work(measurement: Measurement) -> Measurement:
     return replace(measurement, reasons={**measurement.reasons, **missing})
 
 
+def _with_generation(measurement: Measurement, found: Generation | Unmeasured) -> Measurement:
+    if isinstance(found, Generation):
+        return replace(measurement, generation=found)
+    reasons = {**measurement.reasons, "generation": found.reason}
+    return replace(measurement, reasons=reasons)
+
+
 def _joules(
-    subjects: Mapping[str, Subject],
+    like: Subject,
+    asked: bool,
     estimated_watts: float | None,
     carbon: float | None,
     subtract_idle: bool,
+    systems: Mapping[str, System],
+    tokens: int | None,
 ) -> Mapping[str, Energy | Unmeasured]:
-    subject = next(iter(subjects.values()))
-    counter = energy_counter(subject.device)
-    tokens = subject.tokens
+    """The energy of a call of each system, on the device of the subject `like`."""
+    if not asked:
+        return dict.fromkeys(systems, _NOT_ASKED)
+    counter = energy_counter(like.device)
     if isinstance(counter, EnergyCounter):
         return measure_energy(
-            subjects,
+            systems,
             counter,
             subtract_idle=subtract_idle,
             tokens=tokens,
             carbon=carbon,
-            synchronize=subject.synchronize,
+            synchronize=like.synchronize,
         )
     if estimated_watts is None:
-        return dict.fromkeys(subjects, counter)
-    if subject.device.type != "cpu":
+        return dict.fromkeys(systems, counter)
+    if like.device.type != "cpu":
         reason = f"{counter.reason}; an estimate needs a CPU's utilisation"
-        return dict.fromkeys(subjects, Unmeasured(reason))
-    return estimate_energy(subjects, estimated_watts, tokens=tokens, carbon=carbon)
+        return dict.fromkeys(systems, Unmeasured(reason))
+    return estimate_energy(systems, estimated_watts, tokens=tokens, carbon=carbon)
 
 
 def _first_call(subject: Subject) -> float:
@@ -209,6 +240,18 @@ def _name_of(model: Any) -> str:
     if isinstance(model, torch.nn.Module):
         return type(model).__name__
     return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _task(inputs: Inputs, new_tokens: int | None, contexts: Sequence[int]) -> Task | None:
+    """What is to be written, if anything."""
+    if new_tokens is not None:
+        return Task.of(inputs, new_tokens, contexts)
+    if tuple(contexts) != (0,):
+        raise MeasureError(
+            f"contexts={tuple(contexts)!r} without new_tokens=: say how many tokens are to be "
+            "written behind each"
+        )
+    return None
 
 
 def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fxopt.measurement.counting import Work, count_work
 from fxopt.measurement.outputs import call
 from fxopt.optimized import Optimized
 from fxopt.program import Program
+from fxopt.recipe import materialize
 
 _RESIDENT = Path("/proc/self/statm")
 
@@ -76,7 +77,7 @@ class Subject:
     def parameter_bytes(self) -> int | Unmeasured:
         """Bytes of parameters and buffers, tied ones once."""
         if isinstance(self.model, Optimized):
-            return self.model.program.parameter_bytes()
+            return _of_programs(self.model.programs)
         if not isinstance(self.model, nn.Module):
             return Unmeasured("a plain callable doesn't show its parameters")
         unique = {_place(leaf): leaf for tensor in _state(self.model) for leaf in _leaves(tensor)}
@@ -91,10 +92,14 @@ class Subject:
                 "work is counted on a graph, and a plain callable has none; give the nn.Module"
             )
         try:
+            # One that generates answers a call with a step.
+            inputs = getattr(model, "step_inputs", lambda given: given)(self.inputs)
             program: Program = (
-                model.program if isinstance(model, Optimized) else capture(model, self.inputs)
+                model.program_for(inputs)
+                if isinstance(model, Optimized)
+                else capture(model, inputs)
             )
-            work = count_work(program, program.signature.flatten(*spread(self.inputs)))
+            work = count_work(program, program.signature.flatten(*spread(inputs)))
         except (
             Exception
         ) as error:  # a peer's module may fail in any way, and was measured all right
@@ -139,6 +144,15 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
         return
     for name in names()[0]:
         yield from _leaves(getattr(tensor, name))
+
+
+def _of_programs(programs: Sequence[Program]) -> int:
+    """Bytes of the state of all programs, what several hold once."""
+    if len(programs) == 1:
+        return programs[0].parameter_bytes()
+    held = (materialize(tensor) for program in programs for tensor in program.state.values())
+    unique = {_place(tensor): tensor for tensor in held}
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in unique.values())
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from fxopt.measurement.counters import Unmeasured
+from fxopt.measurement.energy import Energy
 from fxopt.measurement.fields import MeasurementFields
+from fxopt.measurement.generation import Generation
 from fxopt.measurement.roofline import Layer
 from fxopt.rendering.alignment import aligned
 from fxopt.rendering.units import duration, size
@@ -56,6 +59,27 @@ def _facts(m: MeasurementFields) -> Iterator[tuple[str, str]]:
             f"{duration(m.bound_ms)} unfused; runs at {m.share_of_bound:.0%} of its bound",
         )
     yield "energy", str(m.energy)
+    if m.generation is not None:
+        yield from _generation(m.generation)
+    elif "generation" in m.reasons:
+        yield "generation", _unknown(m, "generation")
+
+
+def _generation(g: Generation) -> Iterator[tuple[str, str]]:
+    texts = f"{g.rows} x {g.prompt_tokens} tokens"
+    rate = amount(g.prompt_tokens_per_second)
+    yield "first token", f"{g.first_token} of {texts}; {rate}tokens/s"
+    for one in g.decoding:
+        rate = amount(one.tokens_per_second)
+        yield f"behind {one.context}", f"{rate}tokens/s, {one.latency} a step{_joules(one.energy)}"
+    yield "generate", f"{g.whole} for {g.new_tokens} tokens"
+    yield "cache", f"{size(round(g.cache_bytes_per_token))} a token"
+
+
+def _joules(energy: Energy | Unmeasured) -> str:
+    if isinstance(energy, Unmeasured):
+        return ""
+    return f"; {'ESTIMATED ' * energy.estimated}{energy.joules_per_token:.3g} J a token"
 
 
 def _throughput(m: MeasurementFields) -> str:

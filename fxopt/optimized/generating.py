@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fxopt.claim import Claim
 from fxopt.errors import InputError
 from fxopt.generation import LayerShape, Positions, PrefixCache, append, positions_of, prefix
+from fxopt.generation.examples import step_inputs, text_of
 from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
@@ -114,6 +115,12 @@ class Generating(Optimized, GenerationMixin):
         config: Any = self._carried.get("generation_config")
         text = "{}" if config is None else config.to_json_string()
         return {"config": json.loads(text), "positions": self._carried[POSITIONS]}
+
+    def step_inputs(self, text: Any) -> dict[str, Any]:
+        """The arguments of the step that a call with `text`, ids and perhaps a mask, is answered
+        by."""
+        ids, seen = text_of(text)
+        return step_inputs(self._shapes(), ids, seen, keep=ids.shape[1])
 
     def as_step(self) -> Optimized:
         """This module's programs, called as a step (`fxopt.generation.seam.Step`) is."""
