@@ -61,7 +61,7 @@ def _affine(x: Floats, most: int) -> tuple[Floats, Floats]:
     weights = numpy.sqrt((x * x).mean(-1, keepdims=True)) + numpy.abs(x)
     low = numpy.minimum(x.min(-1), 0.0)
     span = x.max(-1) - low
-    span = numpy.where(span > 0, span, 1.0)
+    span = numpy.where(span > 1e-30, span, 1.0)  # no scale of half precision is smaller
     sum_w, sum_x = weights.sum(-1), (weights * x).sum(-1)
     best_scale, best_low = span / most, low
     best = _error(x, weights, _levels(x, low, most / span, most), best_scale, best_low)
