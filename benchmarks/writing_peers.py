@@ -33,6 +33,7 @@ from fxopt.timing import Latency, fingerprint, ratio, summarize
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 SYSTEMS: tuple[WritingSystem, ...] = (*OURS, *TORCH_PEERS, *RUNTIMES)
+_OURS = frozenset(system.name for system in OURS)
 _REFERENCE = "transformers fp32"
 _RESULTS = Path(__file__).parent / "results"
 _NAME = "smollm2_writing_beside_peers"
@@ -116,7 +117,7 @@ def measured(
             time.sleep(_PAUSE_SECONDS)
             writer.write(prompt[:8], 2)
             written = writer.write(prompt, job.new)
-            generate = getattr(writer, "generate", None) if whole else None
+            generate = getattr(writer, "generate", None) if whole and name in _OURS else None
             took = None if generate is None else generate(prompt, job.new)
             if not number:
                 told = getattr(writer, "tokens", None)
@@ -185,13 +186,12 @@ def figures_of(
 
 def _ratios(writers: Mapping[str, Writer], jobs: Mapping[Job, Samples]) -> dict[str, Any]:
     """The steps of each of ours over those of each peer, round by round, in every job."""
-    names = {system.name for system in OURS}
     found = {}
     for index, (job, samples) in enumerate(jobs.items()):
         suffix = f" behind {job.prompt}" if index else ""
         times = {name: summarize(samples.step[name]) for name in writers}
-        for ours in (name for name in writers if name in names):
-            for peer in (name for name in writers if name not in names):
+        for ours in (name for name in writers if name in _OURS):
+            for peer in (name for name in writers if name not in _OURS):
                 pair = f"{ours}{suffix} / {peer}{suffix}"
                 found[pair] = spread(ratio(times[ours], times[peer]))
     return found
@@ -240,10 +240,10 @@ def main(
     jobs: Annotated[str, typer.Option(help="Prompts x new tokens, the first is compared.")] = (
         "32x128,1024x16"
     ),
-    rounds: Annotated[int, typer.Option(min=3, help="Kept rounds of each job.")] = 4,
+    rounds: Annotated[int, typer.Option(min=3, help="Kept rounds of each job.")] = 3,
     only: Annotated[str, typer.Option(help="Globs of systems; left out: all but slow ones.")] = "",
     without: Annotated[str, typer.Option(help="Globs of systems that are left out.")] = "",
-    whole: Annotated[bool, typer.Option(help="Time `generate` too, where there is one.")] = True,
+    whole: Annotated[bool, typer.Option(help="Time the `generate` of ours too.")] = True,
     perplexity: Annotated[int, typer.Option(min=0, help="Windows of 512 tokens to judge on.")] = 0,
     prepare: Annotated[bool, typer.Option(help="Make the files, and measure nothing.")] = False,
     record: Annotated[bool, typer.Option(help="Write benchmarks/results.")] = False,
