@@ -16,6 +16,7 @@ from fxopt.interpreter import fork_rng
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
+from fxopt.passes import QuantizeCache
 from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
 from fxopt.program import Mode, check_mode
 from fxopt.progress import Progress, silent
@@ -94,13 +95,16 @@ def transform(
     if calibration is not None:
         check_batches(calibration, "calibration=", CalibrationError)
     most = _most_programs(recapture)
+    listed = () if _is_auto(passes) else resolve_passes(passes)
     plan, missing = _generation_plan(model, example_inputs, generation, mode)
+    if any(isinstance(one, QuantizeCache) for one in listed):
+        plan = _with_int8_cache(plan, missing)
     if plan is not None:
         model, example_inputs = plan.present(), plan.many()
         verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
         calibration = plan.batches(calibration)
     advised = _advised(model, passes, example_inputs, calibration, mode)
-    resolved = resolve_passes(advised.passes if advised is not None else passes)
+    resolved = listed if advised is None else resolve_passes(advised.passes)
     schedule = scheduled(resolved, mode)
     judging = Judging(verify, on_violation, budget, progress or silent)
     notes = [*([_UNCOMPILED] if was_compiled else []), *missing]
@@ -203,6 +207,21 @@ def _generation_plan(
         return None, (f"this module doesn't generate: {error}",)
 
 
+def _with_int8_cache(plan: GenerationPlan | None, missing: tuple[str, ...]) -> GenerationPlan:
+    """The plan of a list that holds `QuantizeCache`."""
+    if plan is None:
+        reason = f" ({missing[0]})" if missing else ""
+        raise PassError(
+            "QuantizeCache is for a causal language model that goes on to generate: transform it "
+            f"without example_inputs, or with generation=True{reason}"
+        )
+    return plan.with_int8_cache()
+
+
+def _is_auto(passes: object) -> bool:
+    return isinstance(passes, str) and passes.strip() == AUTO
+
+
 def _advised(
     model: nn.Module,
     passes: object,
@@ -211,7 +230,7 @@ def _advised(
     mode: Mode,
 ) -> Recommendation | None:
     """What `passes="auto"` stands for; None for any other list."""
-    if not isinstance(passes, str) or passes.strip() != AUTO:
+    if not _is_auto(passes):
         return None
     if isinstance(model, Optimized):
         raise PassError(

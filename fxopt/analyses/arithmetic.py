@@ -174,6 +174,7 @@ _RULES: Mapping[str, Callable[[fx.Node, Sizes], int]] = MappingProxyType(
         "aten.einsum.default": _einsum,
         "aten.scaled_dot_product_attention.default": _attention,
         "fxopt.cached_attention.default": _cached_attention,
+        "fxopt.int8_cached_attention.default": _cached_attention,
         **dict.fromkeys(map(str, CONVOLUTIONS), _convolution),
         **dict.fromkeys(map(str, TRANSPOSED_CONVOLUTIONS), _transposed_convolution),
     }

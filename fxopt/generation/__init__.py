@@ -2,7 +2,7 @@
 
 from fxopt.generation.cache import PrefixCache, append
 from fxopt.generation.plan import GenerationPlan, generation_plan
-from fxopt.generation.prefix import LayerShape, Positions, positions_of, prefix
+from fxopt.generation.prefix import LayerShape, Positions, empty_cache, positions_of, prefix
 from fxopt.generation.proof import teacher_forced
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Positions",
     "PrefixCache",
     "append",
+    "empty_cache",
     "generation_plan",
     "positions_of",
     "prefix",

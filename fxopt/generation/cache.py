@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,24 +34,45 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     Where keys are no longer the beginning of the memory, the next append takes memory of its own.
     """
 
+    HELD: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """The names of the tensors [B, G, P, ...] that hold the slots."""
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the slots."""
+        return tuple(getattr(self, name) for name in self.HELD)
+
+    def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
+        """Slots [B, G, S, D] as they are held."""
+        return key_states, value_states
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, P, D] in floating point."""
+        keys: Any = self.keys
+        values: Any = self.values
+        return keys, values
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin with no slot, in the shapes and dtypes of what comes."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._rooms: list[Tensor | None] = [None, None]
+        for name, new in zip(self.HELD, self.stored(key_states, value_states), strict=True):
+            setattr(self, name, new[:, :, :0])
+        self._rooms: dict[str, Tensor | None] = dict.fromkeys(self.HELD)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append new slots [B, G, S, D]; returns all keys and values."""
+        self.append(key_states, value_states)
+        return self.floats()
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append new slots [B, G, S, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys: Any = self.keys
-        values: Any = self.values
-        self.keys = keys = self._appended(0, keys, key_states)
-        self.values = values = self._appended(1, values, value_states)
-        return keys, values
+        for name, new in zip(self.HELD, self.stored(key_states, value_states), strict=True):
+            setattr(self, name, self._appended(name, getattr(self, name), new))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` int64 [B] in the place of all."""
@@ -67,20 +88,52 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _map(self, change: Any) -> None:
         if self.get_seq_length():
-            keys: Any = self.keys
-            values: Any = self.values
-            self.keys, self.values = (by_head(change(by_slot(one))) for one in (keys, values))
+            for name, one in zip(self.HELD, self.held, strict=True):
+                setattr(self, name, by_head(change(by_slot(one))))
 
-    def _appended(self, side: int, heads: Tensor, new: Tensor) -> Tensor:
-        filled, room = by_slot(heads), self._rooms[side]
+    def _appended(self, name: str, heads: Tensor, new: Tensor) -> Tensor:
+        filled, room = by_slot(heads), self._rooms[name]
         length = filled.shape[0] + new.shape[2]
         if room is None or not _begins(room, filled) or room.shape[0] < length:
             rows, groups, _, size = new.shape
             room = new.new_empty(max(_LEAST, 2 * length), rows, groups, size)
             room[: filled.shape[0]] = filled
-            self._rooms[side] = room
+            self._rooms[name] = room
         room[filled.shape[0] : length] = by_slot(new)
         return by_head(room[:length])
+
+
+class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
+    """Keys and values in int8 with float32 scales [B, G, P, 1], as `quantize_per_token` rounds."""
+
+    HELD = ("keys", "values", "key_scales", "value_scales")
+
+    def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
+        """Slots [B, G, S, D] as they are held."""
+        return rounded(key_states, value_states)
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, P, D] in floating point."""
+        keys, values, key_scales, value_scales = self.held
+        return (
+            torch.ops.fxopt.dequantize(keys, key_scales, self.dtype),
+            torch.ops.fxopt.dequantize(values, value_scales, self.dtype),
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` slots."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            length = self.get_seq_length()
+            for name, one in zip(self.HELD, self.held, strict=True):
+                setattr(self, name, one[:, :, :length])
+
+
+def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values [..., D] in int8, then their scales [..., 1]."""
+    key, key_scale = torch.ops.fxopt.quantize_per_token(keys)
+    value, value_scale = torch.ops.fxopt.quantize_per_token(values)
+    return key, value, key_scale, value_scale
 
 
 def _begins(room: Tensor, filled: Tensor) -> bool:
@@ -93,24 +146,39 @@ def _begins(room: Tensor, filled: Tensor) -> bool:
 
 
 class PrefixCache(Cache):
-    """The cache of an optimised model; transformers crops, reorders and repeats it as its own."""
+    """The cache of an optimised model; transformers crops, reorders and repeats it as its own.
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-
-
-def prefix_of(cache: Cache | None, layers: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and values [P, B, G, D] of the filled prefix of every layer; none where it is empty.
-
-    They are views of what a `PrefixCache` holds, and copies of what others do.
+    With `int8` it keeps keys and values in int8.
     """
-    length = 0 if cache is None else int(cache.get_seq_length())
-    if cache is None or not length:
-        return (), ()
+
+    def __init__(self, int8: bool = False) -> None:
+        self.layer_class = Int8Layer if int8 else GrowingLayer
+        super().__init__(layer_class_to_replicate=self.layer_class)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values of new slots, [S, B, G, D], behind those of a layer."""
+        while len(self.layers) <= layer:
+            self.layers.append(self.layer_class())  # type: ignore[no-untyped-call]
+        held: Any = self.layers[layer]
+        held.append(by_head(keys), by_head(values))
+
+
+def prefix_of(cache: Cache, layers: int, int8: bool) -> tuple[tuple[Tensor, ...], ...]:
+    """Keys and values [P, B, G, D] of the filled prefix of every layer, then, in `int8`, scales.
+
+    They are views of what a `PrefixCache` of this kind holds, and copies of what others do.
+    """
+    length = int(cache.get_seq_length())
     held: list[Any] = cache.layers[:layers]
-    keys = [_filled(one.keys, length) for one in held]
-    values = [_filled(one.values, length) for one in held]
-    return tuple(keys), tuple(values)
+    slots = [tuple(_filled(heads, length) for heads in _held_as(one, int8)) for one in held]
+    return tuple(zip(*slots, strict=True))
+
+
+def _held_as(layer: Any, int8: bool) -> tuple[Tensor, ...]:
+    """What a layer holds [B, G, P, ...], rounded or expanded where it is of the other kind."""
+    if isinstance(layer, Int8Layer) == int8:
+        return layer.held if int8 else (layer.keys, layer.values)
+    return rounded(layer.keys, layer.values) if int8 else layer.floats()
 
 
 def _filled(heads: Tensor, length: int) -> Tensor:
@@ -127,4 +195,7 @@ def append(cache: Cache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> No
     """Put keys and values of new slots, [S, B, G, D] a layer, behind those that `cache` holds."""
     with torch.no_grad():
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-            cache.update(by_head(key), by_head(value), layer)
+            if isinstance(cache, PrefixCache):
+                cache.append(layer, key, value)
+            else:
+                cache.update(by_head(key), by_head(value), layer)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from fxopt.errors import InputError
 from fxopt.generation.cache import PrefixCache, append
-from fxopt.generation.prefix import LayerShape, device_of, positions_of, prefix
+from fxopt.generation.prefix import (
+    PREFIX,
+    LayerShape,
+    device_of,
+    empty_cache,
+    positions_of,
+    prefix,
+)
 
 _ROWS, _PREFIX, _NEW = 2, 6, 18
 """Rows of the example that reads many tokens, the slots before it, and its tokens."""
@@ -34,15 +41,15 @@ def step_inputs(
     logits asked for are those of the first `keep` slots.
     """
     length = ids.shape[1]
-    past_seen, keys, values = prefix(shapes, cache, seen[:, :-length])
+    past_seen, sides = prefix(shapes, cache, seen[:, :-length])
+    named = dict(zip(PREFIX, sides, strict=False))
     return {
         "input_ids": ids.contiguous(),
         "position_ids": positions_of(seen)[:, -length:].contiguous(),
         "keep": torch.arange(min(keep, length), device=ids.device),
         "seen": seen[:, -length:].contiguous(),
         "past_seen": past_seen.contiguous(),
-        "keys": tuple(key.clone() for key in keys),
-        "values": tuple(value.clone() for value in values),
+        **{name: tuple(one.clone() for one in side) for name, side in named.items()},
     }
 
 
@@ -51,7 +58,7 @@ class Reader:
 
     def __init__(self, step: Any, shapes: tuple[LayerShape, ...]) -> None:
         self.step, self.shapes = step, shapes
-        self.cache = PrefixCache()
+        self.cache = empty_cache(shapes)
         self.seen: Tensor | None = None
 
     def read(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:

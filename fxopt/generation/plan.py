@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,19 @@ from fxopt.generation.examples import (
     reading_one,
     text_of,
 )
-from fxopt.generation.prefix import LayerShape, Positions, device_of, layer_shapes, positions_of
+from fxopt.generation.prefix import (
+    LayerShape,
+    Positions,
+    device_of,
+    is_int8,
+    layer_shapes,
+    positions_of,
+)
 from fxopt.generation.seam import step_of
 
-_CLOSE = 1e-3
-"""How far a step's logits may be from the model's own, relative to the largest of these."""
+_CLOSE, _CLOSE_INT8 = 1e-3, 1e-1
+"""How far a step's logits may be from the model's own, relative to the largest of these, and where
+the cache of a transformed one rounds."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class GenerationPlan:
     """A model that is read step by step, and the text [B, T] on which it is tried.
 
     `seen` [B, T] is false where the text is padding; `shapes` says what the layers keep of a slot,
-    `positions` what the model makes of padding where a call gives no `position_ids`.
+    `positions` what the model makes of padding where a call gives no `position_ids`. With
+    `int8_cache` the steps are given their prefix in int8.
     The plan doesn't keep the model: its step is there for as long as somebody holds it.
     """
 
@@ -40,19 +49,40 @@ class GenerationPlan:
     text: Tensor
     seen: Tensor
     positions: Positions
+    int8_cache: bool = False
+
+    @property
+    def kept(self) -> tuple[LayerShape, ...]:
+        """What the cache keeps of a slot."""
+        if not self.int8_cache:
+            return self.shapes
+        return tuple(replace(one, dtype=torch.int8) for one in self.shapes)
+
+    def with_int8_cache(self) -> GenerationPlan:
+        """This plan with steps that are given their prefix in int8.
+
+        Raises `ModelError` for a model that was transformed without it.
+        """
+        model = self.model()
+        if hasattr(model, "as_step") and not is_int8(self.shapes):
+            raise ModelError(
+                f"{type(model).__name__} is transformed already, with a cache in floating point; "
+                "QuantizeCache goes into the list with which the original is transformed"
+            )
+        return replace(self, int8_cache=True)
 
     def step(self) -> nn.Module | None:
         """The model as a step, while it is there: where further programs come from."""
         model = self.model()
-        return None if model is None else step_of(model)
+        return None if model is None else step_of(model, self.int8_cache)
 
     def many(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads many tokens of `prompts`, or of the plan's text."""
-        return reading_many(self.present(), self.shapes, *self._text(prompts))
+        return reading_many(self.present(), self.kept, *self._text(prompts))
 
     def one(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads one token, the last of each row."""
-        return reading_one(self.present(), self.shapes, *self._text(prompts))
+        return reading_one(self.present(), self.kept, *self._text(prompts))
 
     def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
         """The inputs of both kinds of step on `prompts`."""
@@ -60,7 +90,7 @@ class GenerationPlan:
 
     def batches(self, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
         """Calibration texts as what steps are given."""
-        return None if calibration is None else StepBatches(self.shapes, calibration)
+        return None if calibration is None else StepBatches(self.kept, calibration)
 
     def present(self) -> nn.Module:
         """The step; `ModelError` where the model is gone."""
@@ -152,7 +182,8 @@ def _check_steps(
     for at in range(middle, text.shape[1]):
         logits.append(reader.read(text[:, at : at + 1], seen[:, at : at + 1]))
     off = (torch.cat(logits, 1) - own)[seen].abs().max()
-    if not off <= _CLOSE * own[seen].abs().max():
+    close = _CLOSE_INT8 if is_int8(shapes) else _CLOSE
+    if not off <= close * own[seen].abs().max():
         raise ModelError(
             f"{type(model).__name__} computes something else step by step ({float(off):.3g} off): "
             "its attention does more than attend to keys and values"

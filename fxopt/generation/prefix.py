@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from fxopt.errors import ModelError
-from fxopt.generation.cache import prefix_of
+from fxopt.generation.cache import PrefixCache, prefix_of
 
 BLANK = 2
 """Slots of a prefix that is empty. One would be a size for which code is compiled anew."""
@@ -19,12 +19,25 @@ BLANK = 2
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads, size of a key, size of a value and dtype of what one layer keeps of a slot."""
+    """Heads, size of a key, size of a value and dtype of what one layer keeps of a slot.
+
+    What is kept in int8 has a float32 scale for each head.
+    """
 
     heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+
+
+def is_int8(shapes: tuple[LayerShape, ...]) -> bool:
+    """Whether keys and values are kept in int8."""
+    return shapes[0].dtype == torch.int8
+
+
+def empty_cache(shapes: tuple[LayerShape, ...]) -> PrefixCache:
+    """A cache for layers of these shapes."""
+    return PrefixCache(is_int8(shapes))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -37,6 +50,9 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
 
     Raises `ModelError` where it keeps something else than keys and values.
     """
+    if hasattr(model, "as_step"):
+        transformed: Any = model
+        return tuple(transformed.kept_shapes())
     cache: Any = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
     kind = type(model).__name__
@@ -55,8 +71,11 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
 
 def _blank(
     shapes: tuple[LayerShape, ...], rows: int, device: torch.device
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and values of `BLANK` slots that nothing attends to: what stands for an empty prefix."""
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Keys and values of `BLANK` slots that nothing attends to: what stands for an empty prefix.
+
+    Of int8 ones the scales come after them.
+    """
     zeros: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -65,33 +84,47 @@ def _blank(
             zeros[key] = torch.zeros(BLANK, rows, heads, size, dtype=dtype, device=device)
         return zeros[key]
 
-    return (
+    blank = (
         tuple(of(one.heads, one.key_size, one.dtype) for one in shapes),
         tuple(of(one.heads, one.value_size, one.dtype) for one in shapes),
     )
+    if not is_int8(shapes):
+        return blank
+    scales = tuple(of(one.heads, 1, torch.float32) for one in shapes)
+    return (*blank, scales, scales)
 
 
 def prefix(
     shapes: tuple[LayerShape, ...], cache: Cache | None, seen: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Which slots are seen, keys and values of the P slots that `cache` holds; `seen` is [B, P].
+) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+    """Which slots are seen, and keys and values of the P slots that `cache` holds, and in int8 the
+    scales of each; `seen` is [B, P].
 
     A prefix has `BLANK` slots at least, so that one program reads all. The missing ones, which
     nothing attends to, come first: windows count the slots in between.
     """
     rows, held = seen.shape
-    if not held:
-        return seen.new_zeros(rows, BLANK), *_blank(shapes, rows, seen.device)
-    keys, values = prefix_of(cache, len(shapes))
+    if cache is None or not held:
+        sides = _blank(shapes, rows, seen.device)
+        return seen.new_zeros(rows, BLANK), _with_flat_scales(sides)
+    sides = prefix_of(cache, len(shapes), is_int8(shapes))
     missing = BLANK - held
     if missing > 0:
         seen = pad(seen, (missing, 0))
-        keys, values = (
-            tuple(pad(one, (0, 0, 0, 0, 0, 0, missing, 0)) for one in side)
-            for side in (keys, values)
+        sides = tuple(
+            tuple(pad(one, (0, 0, 0, 0, 0, 0, missing, 0)) for one in side) for side in sides
         )
-    return seen, keys, values
+    return seen, _with_flat_scales(sides)
 
+
+def _with_flat_scales(sides: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
+    """Scales as [P, B, G]: an axis of size 1 would be one for which code is compiled anew."""
+    scales = (tuple(one.squeeze(-1) for one in side) for side in sides[2:])
+    return (*sides[:2], *scales)
+
+
+PREFIX = ("keys", "values", "key_scales", "value_scales")
+"""What a step calls the sides of its prefix; scales are of those in int8."""
 
 Positions = Literal["slots", "seen", "unknown"]
 """What counts a position where a call gives none: each slot, or those that aren't padding."""

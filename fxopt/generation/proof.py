@@ -18,6 +18,7 @@ from fxopt.errors import EquivalenceError
 from fxopt.generation.examples import Reader
 from fxopt.generation.plan import GenerationPlan
 from fxopt.generation.prefix import positions_of
+from fxopt.generation.seam import step_of
 
 _STEPS = 12
 """Tokens that the original writes on, which are read one by one."""
@@ -104,7 +105,9 @@ def _logits(model: Any, ids: Tensor, seen: Tensor, start: int, **options: Any) -
 
 def _continued(plan: GenerationPlan) -> tuple[Tensor, Tensor]:
     """The plan's text and what the original writes after it, and what of it is seen."""
-    reader, text, seen = Reader(plan.step(), plan.shapes), plan.text, plan.seen
+    model = plan.model()
+    assert model is not None
+    reader, text, seen = Reader(step_of(model), plan.shapes), plan.text, plan.seen
     logits = reader.read(text, seen)
     for index in range(_STEPS):
         new = logits[:, -1].argmax(-1, keepdim=True)

@@ -47,11 +47,16 @@ class StepCache(Cache):
     """What one step knows of earlier slots; it hands new keys and values through and notes them."""
 
     def __init__(
-        self, past_seen: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        past_seen: Tensor,
+        seen: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        scales: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.past_seen, self.seen = past_seen, seen
-        self.past_keys, self.past_values = keys, values
+        self.past_keys, self.past_values, self.scales = keys, values, scales
         self.new_keys: dict[int, Tensor] = {}
         self.new_values: dict[int, Tensor] = {}
 
@@ -61,6 +66,17 @@ class StepCache(Cache):
         """The new keys and values [B, G, S, D] themselves; the attention adds the prefix."""
         self.new_keys[layer_idx], self.new_values[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def past(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, P, D] of the prefix of a layer in `dtype`."""
+        keys, values = by_head(self.past_keys[layer]), by_head(self.past_values[layer])
+        if self.scales is None:
+            return keys, values
+        of_keys, of_values = (by_head(side[layer].unsqueeze(-1)) for side in self.scales)
+        return (
+            torch.ops.fxopt.dequantize(keys, of_keys, dtype),
+            torch.ops.fxopt.dequantize(values, of_values, dtype),
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many slots the prefix has."""
@@ -100,8 +116,7 @@ def attention(
         query,
         key,
         value,
-        by_head(cache.past_keys[layer]),
-        by_head(cache.past_values[layer]),
+        *cache.past(layer, key.dtype),
         cache.past_seen,
         cache.seen,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -130,7 +145,36 @@ def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 
-class Step:
+class _OneCall:
+    """A call of a model's own forward over a `StepCache`."""
+
+    def _read(
+        self, cache: StepCache, input_ids: Tensor, position_ids: Tensor, keep: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        forward: Any = super().forward  # type: ignore[misc]
+        keeps = "logits_to_keep" in inspect.signature(forward).parameters
+        given = {"logits_to_keep": keep} if keeps else {}
+        with _stepping(self, cache):  # type: ignore[arg-type]
+            output = forward(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **given,
+            )
+        layers = range(len(cache.past_keys))
+        if cache.new_keys.keys() != set(layers):
+            raise ModelError(f"{type(self).__name__} keeps no keys and values of some layers")
+        logits = output.logits if keeps else output.logits[:, keep]
+        return (
+            logits,
+            tuple(by_slot(cache.new_keys[layer]) for layer in layers),
+            tuple(by_slot(cache.new_values[layer]) for layer in layers),
+        )
+
+
+class Step(_OneCall):
     """The forward of a step, in front of a model's own class."""
 
     def forward(
@@ -149,28 +193,30 @@ class Step:
         [B, S] and `past_seen` [B, P] are false where a slot is padding, which nothing attends to.
         `keys` and `values` hold the prefix of each layer, [P, B, G, D].
         """
-        cache = StepCache(past_seen, seen, keys, values)
-        forward: Any = super().forward  # type: ignore[misc]
-        keeps = "logits_to_keep" in inspect.signature(forward).parameters
-        given = {"logits_to_keep": keep} if keeps else {}
-        with _stepping(self, cache):  # type: ignore[arg-type]
-            output = forward(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-                **given,
-            )
-        layers = range(len(keys))
-        if cache.new_keys.keys() != set(layers):
-            raise ModelError(f"{type(self).__name__} keeps no keys and values of some layers")
-        logits = output.logits if keeps else output.logits[:, keep]
-        return (
-            logits,
-            tuple(by_slot(cache.new_keys[layer]) for layer in layers),
-            tuple(by_slot(cache.new_values[layer]) for layer in layers),
-        )
+        return self._read(StepCache(past_seen, seen, keys, values), input_ids, position_ids, keep)
+
+
+class Int8Step(_OneCall):
+    """A step whose prefix is given in int8."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        seen: Tensor,
+        past_seen: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        key_scales: tuple[Tensor, ...],
+        value_scales: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `Step.forward`, with int8 `keys` and `values` and their float32 scales [P, B, G].
+
+        New keys and values come as the model computes them: whoever appends them rounds.
+        """
+        cache = StepCache(past_seen, seen, keys, values, (key_scales, value_scales))
+        return self._read(cache, input_ids, position_ids, keep)
 
 
 @contextmanager
@@ -189,20 +235,22 @@ def _stepping(model: nn.Module, cache: StepCache) -> Iterator[None]:
             config._attn_implementation = before[key]
 
 
-_steps: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, dict[bool, nn.Module]] = weakref.WeakKeyDictionary()
 
 
-def step_of(model: nn.Module) -> nn.Module:
+def step_of(model: nn.Module, int8: bool = False) -> nn.Module:
     """`model` with the forward of a `Step`: the same modules and tensors, under the same names.
 
-    It is kept for as long as somebody holds `model`. One that was transformed is its own steps.
+    With `int8` its prefix is given in int8. It is kept for as long as somebody holds `model`. One
+    that was transformed is its own steps, whose prefix is what it was then.
     """
-    step = _steps.get(model)
-    if step is None and hasattr(model, "as_step"):
-        transformed: Any = model
-        step = _steps[model] = transformed.as_step()
-    if step is None:
-        step = copy.copy(model)
-        step.__class__ = type(type(model).__name__, (Step, type(model)), {})
-        _steps[model] = step
-    return step
+    known = _steps.setdefault(model, {})
+    if int8 not in known:
+        if hasattr(model, "as_step"):
+            transformed: Any = model
+            known[int8] = transformed.as_step()
+        else:
+            known[int8] = step = copy.copy(model)
+            kind = Int8Step if int8 else Step
+            step.__class__ = type(type(model).__name__, (kind, type(model)), {})
+    return known[int8]

@@ -35,6 +35,7 @@ one with AVX2 or AVX-512.
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
     cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix +
+    int8_cached_attention(q, k, v, past_k, past_v, ...)          the same, the prefix in int8
     quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by
@@ -59,6 +60,7 @@ from fxopt.kernels import (
     gelu,
     half_linear,
     int4,
+    int8_cached_attention,
     int8_linear,
     int8_linear_fused,
     layer_norm,
@@ -118,6 +120,7 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.packed_linear.default: "fxopt.packed_linear",
     torch.ops.fxopt.attention.default: "fxopt.attention",
     torch.ops.fxopt.cached_attention.default: "fxopt.cached_attention",
+    torch.ops.fxopt.int8_cached_attention.default: "fxopt.int8_cached_attention",
     torch.ops.fxopt.quantized_attention.default: "fxopt.quantized_attention",
     torch.ops.fxopt.attention_bias.default: "fxopt.attention_bias",
 }
@@ -154,6 +157,7 @@ __all__ = [
     "gelu",
     "half_linear",
     "int4",
+    "int8_cached_attention",
     "int8_linear",
     "int8_linear_fused",
     "layer_norm",

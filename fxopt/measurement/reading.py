@@ -96,7 +96,11 @@ def text_in(batch: Any, where: str) -> tuple[Tensor, Tensor]:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the filled slots of `cache`; room for more isn't counted."""
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    held = [
+        tensor
+        for layer in cache.layers
+        for tensor in getattr(layer, "held", (layer.keys, layer.values))
+    ]
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
 
 

@@ -13,8 +13,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxopt.claim import Claim
 from fxopt.errors import InputError
-from fxopt.generation import LayerShape, Positions, PrefixCache, append, positions_of, prefix
+from fxopt.generation import (
+    LayerShape,
+    Positions,
+    append,
+    empty_cache,
+    positions_of,
+    prefix,
+)
 from fxopt.generation.examples import step_inputs, text_of
+from fxopt.generation.prefix import PREFIX
 from fxopt.optimized.optimized import Optimized, optimized_like
 
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
@@ -67,15 +75,17 @@ class Generating(Optimized, GenerationMixin):
         cache = past_key_values
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         if cache is None and use_cache:
-            cache = PrefixCache()
+            cache = empty_cache(self.kept_shapes())
         held = 0 if cache is None else int(cache.get_seq_length())
         seen = _seen(attention_mask, rows, held, length, ids.device)
+        past_seen, sides = prefix(self.kept_shapes(), cache, seen[:, :held])
         logits, keys, values = super().forward(
             ids,
             self._positions(position_ids, seen, held),
             _kept(logits_to_keep, length, ids.device),
             seen[:, held:],
-            *prefix(self._shapes(), cache, seen[:, :held]),
+            past_seen,
+            *sides,
         )
         if cache is not None:
             append(cache, keys, values)
@@ -98,12 +108,14 @@ class Generating(Optimized, GenerationMixin):
             )
         return (by_seen if known == "seen" else by_slot)[:, held:].contiguous()
 
-    def _shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer keeps of a slot."""
+    def kept_shapes(self) -> tuple[LayerShape, ...]:
+        """What the cache keeps of a slot in each layer."""
         found: tuple[LayerShape, ...] | None = self.__dict__.get("_layer_shapes")
         if found is None:
-            held = self._done().program.signature.tensors[_BEFORE_PREFIX:]
-            pairs = zip(held[: len(held) // 2], held[len(held) // 2 :], strict=True)
+            signature = self._done().program.signature
+            held = signature.tensors[_BEFORE_PREFIX:]
+            layers = len(held) // sum(name in PREFIX for name in signature.names)
+            pairs = zip(held[:layers], held[layers : 2 * layers], strict=True)
             found = tuple(
                 LayerShape(int(k.sizes[2]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
                 for k, v in pairs
@@ -120,7 +132,7 @@ class Generating(Optimized, GenerationMixin):
         """The arguments of the step that a call with `text`, ids and perhaps a mask, is answered
         by."""
         ids, seen = text_of(text)
-        return step_inputs(self._shapes(), ids, seen, keep=ids.shape[1])
+        return step_inputs(self.kept_shapes(), ids, seen, keep=ids.shape[1])
 
     def as_step(self) -> Optimized:
         """This module's programs, called as a step (`fxopt.generation.seam.Step`) is."""
@@ -155,7 +167,7 @@ class Generating(Optimized, GenerationMixin):
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PrefixCache()
+            model_kwargs["past_key_values"] = empty_cache(self.kept_shapes())
 
     def can_generate(self) -> bool:
         """True."""

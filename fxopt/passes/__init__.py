@@ -12,6 +12,7 @@ from fxopt.passes.quantization.float8_linear import Float8Linear
 from fxopt.passes.quantization.int4_linear import Int4Linear
 from fxopt.passes.quantization.int8_embedding import Int8Embedding
 from fxopt.passes.quantization.int8_linear import Int8Linear
+from fxopt.passes.quantization.quantize_cache import QuantizeCache
 from fxopt.passes.quantization.shift_channels import ShiftChannels
 from fxopt.passes.quantization.smooth_quant import SmoothQuant
 from fxopt.passes.quantization.split_outliers import SplitOutliers
@@ -35,6 +36,7 @@ __all__ = [
     "Int8Linear",
     "Prepack",
     "PruneChannels",
+    "QuantizeCache",
     "SelectKernels",
     "ShiftChannels",
     "SmoothQuant",

@@ -149,7 +149,10 @@ def operator_precision(node: fx.Node) -> OperatorPrecision:
         return _ITEM
     if not isinstance(node.target, torch._ops.OpOverload):
         return UNLISTED
-    if node.target is torch.ops.fxopt.cached_attention.default:
+    if node.target in (
+        torch.ops.fxopt.cached_attention.default,
+        torch.ops.fxopt.int8_cached_attention.default,
+    ):
         return _CACHED
     namespace, _, name = node.target._schema.name.partition("::")
     found = OPERATORS.get(name.removesuffix("_")) if namespace == "aten" else None
