@@ -52,6 +52,21 @@ class Untidy(nn.Module):
         return (x.float() * scale).relu() + (x.float() * scale).relu().contiguous()
 
 
+class Cached(nn.Module):
+    """Attention of a new slot to itself and to a prefix in int8."""
+
+    def forward(
+        self, q: Tensor, keys: Tensor, key_scales: Tensor, values: Tensor, value_scales: Tensor
+    ) -> Tensor:
+        ops = torch.ops.fxopt
+        past = [
+            ops.dequantize(one, scale, torch.float32)
+            for one, scale in ((keys, key_scales), (values, value_scales))
+        ]
+        seen = [torch.ones_like(one[:, 0, :, 0], dtype=torch.bool) for one in (keys, q)]
+        return ops.cached_attention(q, q, q, *past, *seen, 0.5)
+
+
 class Embedded(nn.Module):
     """A table of rows, looked up."""
 
@@ -93,7 +108,11 @@ def off_centre() -> nn.Module:
 
 
 ROWS, IMAGE = torch.randn(4, 5, 16), torch.randn(2, 3, 6, 6)
-CASES: dict[str, tuple[str, Callable[[], nn.Module], Tensor]] = {
+CACHED = (
+    torch.randn(2, 2, 1, 8),
+    *(torch.ones(2, 2, 5, 8, dtype=torch.int8), torch.ones(2, 2, 5, 1)) * 2,
+)
+CASES: dict[str, tuple[str, Callable[[], nn.Module], Any]] = {
     "canonicalize": ("canonicalize", Untidy, torch.randn(3, 4)),
     "fold-pruned": ("fold-pruned", dead, torch.randn(3, 8)),
     "prune-channels": ("prune-channels{ratio=0.5, scope=ffn}", Block, ROWS),
@@ -110,6 +129,7 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Tensor]] = {
     "int8-linear, static": ("int8-linear{mode=static, where=always, range=8}", Block, ROWS),
     "int8-linear, weight-only": ("int8-linear{mode=weight_only, where=always}", Block, ROWS),
     "int8-embedding": ("int8-embedding", Embedded, torch.randint(0, 50, (2, 7))),
+    "quantize-cache": ("quantize-cache", Cached, CACHED),
     "int4-linear": ("int4-linear{group=16}", Block, ROWS),
     "float8-linear": ("float8-linear{force=true}", Block, ROWS),
     "autocast": ("autocast{dtype=bfloat16, force=true}", Block, ROWS),

@@ -2,7 +2,14 @@
 
 from fxopt.generation.cache import PrefixCache, append
 from fxopt.generation.plan import GenerationPlan, generation_plan
-from fxopt.generation.prefix import LayerShape, Positions, empty_cache, positions_of, prefix
+from fxopt.generation.prefix import (
+    LayerShape,
+    Positions,
+    empty_cache,
+    is_int8,
+    positions_of,
+    prefix,
+)
 from fxopt.generation.proof import teacher_forced
 
 __all__ = [
@@ -13,6 +20,7 @@ __all__ = [
     "append",
     "empty_cache",
     "generation_plan",
+    "is_int8",
     "positions_of",
     "prefix",
     "teacher_forced",
