@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxopt.executor.arrays import Sizes
 from fxopt.executor.fusions import fusions_of
-from fxopt.executor.layout import Layout, NotListedError, prefixes_of
+from fxopt.executor.layout import ATTENTIONS, Layout, NotListedError, prefixes_of
 from fxopt.executor.rules import RULES
 from fxopt.kernels import native
 
@@ -85,7 +85,7 @@ def executor_of(module: fx.GraphModule) -> Executor | None:
     """An executor for `module`, a step of generation; None for other programs, and where the
     kernels that it needs aren't for this CPU."""
     nodes = module.graph.nodes
-    if not any(node.target is torch.ops.fxopt.cached_attention.default for node in nodes):
+    if not any(node.target in ATTENTIONS for node in nodes):
         return None
     if any(node.op not in _OPS or _is_written(node) for node in nodes):
         return None

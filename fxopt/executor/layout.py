@@ -10,12 +10,17 @@ import sympy
 import torch
 from torch import SymInt, Tensor, fx
 
+import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.executor.arrays import Array, Buffer, Sizes, contiguous, merged
 from fxopt.executor.instructions import CONSTANT_BYTES, Function, Kind, Listing, Word, own
-from fxopt.nodes import label
+from fxopt.nodes import arguments, label
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
+ATTENTIONS = (ops.cached_attention.default, ops.int8_cached_attention.default)
+"""Attention to a prefix."""
+PREFIX = frozenset({"past_k", "past_v", "past_k_scale", "past_v_scale", "past_seen"})
+"""What they are given of it."""
 _MOST_AXES = 6
 """`kDimensions` of `executor.h`."""
 
@@ -243,7 +248,7 @@ def _is_prefix(node: fx.Node) -> bool:
 def _reads_prefix(user: fx.Node, node: fx.Node) -> bool:
     if user.target is aten.permute.default:
         return _is_prefix(user)
-    if user.target is ops.cached_attention.default:
-        others = (*user.args[:3], *user.args[6:], *user.kwargs.values())
-        return all(node is not one for one in others)
+    if user.target in ATTENTIONS:
+        given = arguments(user)
+        return all(node is not given[name] for name in given.keys() - PREFIX)
     return user.target is aten.sym_size.int

@@ -293,11 +293,7 @@ def _attention(layout: Layout, node: fx.Node) -> Array:
     q, k, v = (layout.rows_dense(layout.array(given[name])) for name in ("q", "k", "v"))
     seen = layout.dense(layout.array(given["seen"], torch.bool))
     sinks = layout.maybe_array(given["sinks"])
-    past = [layout.value(given[name]) for name in ("past_k", "past_v", "past_seen")]
-    if not all(isinstance(one, Prefix) for one in past) or past[2].axes != (0, 1):
-        raise NotListedError("its prefix is computed")
-    if any(one.axes[3] != 3 for one in past[:2]):
-        raise NotListedError("its prefix isn't row by row")
+    past_seen, *past = (_prefix(layout, given[name]) for name in PREFIXES if name in given)
     batch, heads, queries, size = q.sizes
     result = own((batch, queries, heads, v.sizes[3]))
     sizes = (batch, heads, k.sizes[1], queries, size, v.sizes[3])
@@ -306,11 +302,31 @@ def _attention(layout: Layout, node: fx.Node) -> Array:
     tensors: list[Word] = []
     for one in (q, k, v):
         tensors += (one, *one.strides[:3])
-    prefix = [word for one in past[:2] for word in (one.index, *one.axes[:3])]
+    prefix = [word for one in past for word in (one.index, *one.axes[:3])]
     layout.listing.add(
-        Kind.ATTENTION, past[2].index, *sizes, *options, result, *tensors, seen, sinks, *prefix
+        Kind.ATTENTION,
+        past_seen.index,
+        len(past) > 2,
+        *sizes,
+        *options,
+        result,
+        *tensors,
+        seen,
+        sinks,
+        *prefix,
     )
     return result
+
+
+PREFIXES = ("past_seen", "past_k", "past_v", "past_k_scale", "past_v_scale")
+"""What an attention is given of its prefix, in the order of its instruction."""
+
+
+def _prefix(layout: Layout, argument: Any) -> Prefix:
+    value = layout.value(argument)
+    if not isinstance(value, Prefix) or value.axes[3:] not in ((), (3,)):
+        raise NotListedError("its prefix is computed")
+    return value
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -362,4 +378,5 @@ RULES: dict[Any, Rule] = {
     aten.index.Tensor: _index,
     **PRODUCTS,
     ops.cached_attention.default: _attention,
+    ops.int8_cached_attention.default: _attention,
 }

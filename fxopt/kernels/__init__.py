@@ -35,7 +35,7 @@ one with AVX2 or AVX-512.
     attention_bias(mask)                                         a mask as floats, computed once
     attention(q, k, v, mask, is_causal, scale)                   oneDNN, both products grouped *
     cached_attention(q, k, v, past_k, past_v, ...)               new positions to a filled prefix +
-    int8_cached_attention(q, k, v, past_k, past_v, ...)          the same, the prefix in int8
+    int8_cached_attention(q, k, v, past_k, past_v, ...)          the same, the prefix in int8 +
     quantized_attention(..., out_scale, out_zero_point)          the same as 8-bit codes *
 
 `KERNEL_LEVEL` holds the operators that a lowering must account for, and `GENERATED_AS` the names by

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from fxopt.errors import KernelError
 from fxopt.kernels.cached_attention import Call
+from fxopt.kernels.native import on_cpu
 from fxopt.kernels.quantization import dequantize
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "int8_cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, "
     "Tensor past_k_scale, Tensor past_v_scale, Tensor past_seen, Tensor seen, float scale, "
     "int? window=None, float? softcap=None, Tensor? sinks=None) -> Tensor"
 )
+_library.define(_SCHEMA)
 
 
 def int8_cached_attention(
@@ -86,4 +88,5 @@ def _fake(
 
 
 _library.impl("int8_cached_attention", int8_cached_attention, "CompositeExplicitAutograd")
+on_cpu(_SCHEMA, int8_cached_attention, "decoding")
 torch.library.register_fake("fxopt::int8_cached_attention", _fake, lib=_library)

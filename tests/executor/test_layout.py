@@ -87,3 +87,21 @@ def test_a_prefix_that_is_read_otherwise_is_none() -> None:
     module = built.module(attended, more)
     assert len(prefixes_of(module.graph)) == 2
     assert "its prefix is computed" in str(Executor(module).refusal(built.inputs))
+
+
+def test_a_prefix_in_int8() -> None:
+    built = Built()
+    q, k = built.input(drawn(1, 4, 2, 8)), built.input(drawn(1, 2, 2, 8, seed=1))
+    keys, key_scale = ops.quantize_per_token(drawn(5, 1, 2, 8, seed=2))
+    values, value_scale = ops.quantize_per_token(drawn(5, 1, 2, 8, seed=3))
+    past = [built.input(one) for one in (keys, values, key_scale, value_scale)]
+    past_seen, seen = (built.input(torch.ones(1, n, dtype=torch.bool)) for n in (5, 2))
+    by_head = [built.call(aten.permute.default, one, [1, 2, 0, 3]) for one in past]
+    attended = built.call(
+        ops.int8_cached_attention.default, q, k, k, *by_head, past_seen, seen, 0.5
+    )
+    module = built.module(attended)
+    assert len(prefixes_of(module.graph)) == 5
+    found = Executor(module)(built.inputs)
+    assert found is not None
+    torch.testing.assert_close(found[0], module(*built.inputs)[0])

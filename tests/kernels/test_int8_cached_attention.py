@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.errors import KernelError
+
+pytestmark = pytest.mark.usefixtures("decoded_by")
 
 ops = torch.ops.fxopt
 
@@ -34,11 +36,12 @@ def arguments(rows: int, past: int, new: int, groups: int = 1, seed: int = 0) ->
     }
 
 
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 2),
-    past=st.integers(0, 9),
+    past=st.integers(0, 9) | st.sampled_from([64, 65, 300]),
     new=st.integers(1, 4),
-    groups=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 3, 9]),
     window=st.none() | st.integers(1, 6),
     softcap=st.none() | st.floats(0.5, 3),
     sinks=st.booleans(),
@@ -64,7 +67,7 @@ def test_it_is_attention_to_what_int8_stands_for(
     scales = {name: given_.pop(f"{name}_scale") for name in ("past_k", "past_v")}
     floats = {name: given_.pop(name).float() * scale for name, scale in scales.items()}
     wanted = ops.cached_attention(**given_, **floats, **options)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_its_fake_is_of_the_same_kind() -> None:

@@ -504,11 +504,14 @@ inline at::Tensor rows_apart(const at::Tensor& t) {
 inline bool is_cached_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const at::Tensor& past_k, const at::Tensor& past_v,
                                 const at::Tensor& past_seen, const at::Tensor& seen,
-                                const std::optional<at::Tensor>& sinks) {
-  const auto dtype = q.scalar_type();
-  for (const auto* t : {&q, &k, &v, &past_k, &past_v}) {
-    if (t->dim() != 4 || t->scalar_type() != dtype || !t->is_cpu()) return false;
+                                const std::optional<at::Tensor>& sinks, at::ScalarType stored) {
+  const auto is = [](const at::Tensor& t, at::ScalarType dtype) {
+    return t.dim() == 4 && t.scalar_type() == dtype && t.is_cpu();
+  };
+  for (const auto* t : {&q, &k, &v}) {
+    if (!is(*t, q.scalar_type())) return false;
   }
+  if (!is(past_k, stored) || !is(past_v, stored)) return false;
   const auto has = [](const at::Tensor& t, std::initializer_list<int64_t> sizes) {
     return t.sizes() == at::IntArrayRef(sizes.begin(), sizes.size());
   };
@@ -523,13 +526,21 @@ inline bool is_cached_attention(const at::Tensor& q, const at::Tensor& k, const 
          (!sinks || (has(*sinks, {q.size(1)}) && at::isFloatingType(sinks->scalar_type())));
 }
 
+inline Options options_of(double scale, std::optional<int64_t> window,
+                          std::optional<double> softcap, const at::Tensor& sinks) {
+  return {static_cast<float>(scale), window.value_or(std::numeric_limits<int64_t>::max() / 2),
+          static_cast<float>(softcap.value_or(0.0)),
+          sinks.defined() ? sinks.const_data_ptr<float>() : nullptr};
+}
+
 inline at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                    const at::Tensor& past_k, const at::Tensor& past_v,
                                    const at::Tensor& past_seen, const at::Tensor& seen,
                                    double scale, std::optional<int64_t> window,
                                    std::optional<double> softcap,
                                    const std::optional<at::Tensor>& sinks) {
-  const bool fits = is_cached_attention(q, k, v, past_k, past_v, past_seen, seen, sinks) &&
+  const bool fits = is_cached_attention(q, k, v, past_k, past_v, past_seen, seen, sinks,
+                                        q.scalar_type()) &&
                     window.value_or(1) > 0 && softcap.value_or(1.0) > 0;
   const auto dtype = q.scalar_type();
   if (!fits || (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf)) {
@@ -540,10 +551,7 @@ inline at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, con
   const Sizes sizes{q.size(0),      q.size(1), k.size(1), q.size(2),
                     past_k.size(2), q.size(3), v.size(3)};
   const at::Tensor logits = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
-  const Options options{static_cast<float>(scale),
-                        window.value_or(std::numeric_limits<int64_t>::max() / 2),
-                        static_cast<float>(softcap.value_or(0.0)),
-                        sinks ? logits.const_data_ptr<float>() : nullptr};
+  const Options options = options_of(scale, window, softcap, logits);
   const auto of = [&](auto like) {
     using T = decltype(like);
     at::Tensor out =
@@ -562,6 +570,49 @@ inline at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, con
   };
   if (dtype == at::kBFloat16) return of(at::BFloat16());
   return dtype == at::kHalf ? of(at::Half()) : of(float());
+}
+
+inline bool are_scales(const at::Tensor& scale, const at::Tensor& past) {
+  return scale.is_cpu() && scale.scalar_type() == at::kFloat && scale.dim() == 4 &&
+         past.scalar_type() == at::kChar && past.dim() == 4 && past.is_cpu() &&
+         scale.sizes() ==
+             at::IntArrayRef({past.size(0), past.size(1), past.size(2), int64_t(1)});
+}
+
+inline at::Tensor int8_cached_attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& past_k,
+    const at::Tensor& past_v, const at::Tensor& past_k_scale, const at::Tensor& past_v_scale,
+    const at::Tensor& past_seen, const at::Tensor& seen, double scale,
+    std::optional<int64_t> window, std::optional<double> softcap,
+    const std::optional<at::Tensor>& sinks) {
+  const bool fits = q.scalar_type() == at::kFloat && are_scales(past_k_scale, past_k) &&
+                    are_scales(past_v_scale, past_v) && window.value_or(1) > 0 &&
+                    softcap.value_or(1.0) > 0 &&
+                    is_cached_attention(q, k, v, past_k, past_v, past_seen, seen, sinks, at::kChar);
+  if (!fits) {
+    static const auto by_library =
+        library_of(int8_cached_attention, "fxopt::int8_cached_attention_by_library");
+    return by_library.call(q, k, v, past_k, past_v, past_k_scale, past_v_scale, past_seen, seen,
+                           scale, window, softcap, sinks);
+  }
+  const Sizes sizes{q.size(0),      q.size(1), k.size(1), q.size(2),
+                    past_k.size(2), q.size(3), v.size(3)};
+  const at::Tensor logits = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
+  at::Tensor out =
+      at::empty({sizes.batch, sizes.queries, sizes.heads, sizes.value_size}, q.options());
+  const at::Tensor queries = rows_apart(q), keys = rows_apart(k), values = rows_apart(v),
+                   past_keys = rows_apart(past_k), past_values = rows_apart(past_v),
+                   past_held = rows_apart(past_seen), held = rows_apart(seen);
+  Attention<float, int8_t>{sizes,
+                           options_of(scale, window, softcap, logits),
+                           heads_of<float>(queries),
+                           {heads_of<float>(keys), heads_of<float>(values), held_of(held)},
+                           {heads_of<int8_t>(past_keys), heads_of<int8_t>(past_values),
+                            held_of(past_held), heads_of<float>(past_k_scale),
+                            heads_of<float>(past_v_scale)},
+                           out.mutable_data_ptr<float>()}
+      .run();
+  return out;
 }
 
 }  // namespace

@@ -524,19 +524,21 @@ Heads<T> heads_of(Words& words, const Memory& memory) {
 }
 
 // Keys or values of the prefix: which input they are, and which of its axes is batch, head, slot.
-inline Heads<float> prefix_of(Words& words, at::TensorList inputs,
-                              const std::array<int64_t, 4>& sizes) {
+template <class T>
+Heads<T> prefix_of(Words& words, at::TensorList inputs, const std::array<int64_t, 4>& sizes) {
   const at::Tensor& given = inputs[words.next()];
   const std::array<int64_t, 4> axes{words.next(), words.next(), words.next(), 3};
-  bool fits = given.is_cpu() && given.scalar_type() == at::kFloat && given.stride(3) == 1;
+  bool fits = given.is_cpu() && given.scalar_type() == c10::CppTypeToScalarType<T>::value &&
+              (given.stride(3) == 1 || sizes[3] == 1);
   for (int i = 0; i < 4; ++i) fits = fits && given.size(axes[i]) == sizes[i];
   TORCH_CHECK(fits, "fxopt::execute: the prefix has other sizes than the step was laid out for");
-  return {given.const_data_ptr<float>(), given.stride(axes[0]), given.stride(axes[1]),
+  return {given.const_data_ptr<T>(), given.stride(axes[0]), given.stride(axes[1]),
           given.stride(axes[2])};
 }
 
 inline void attention(Words& words, const Memory& memory, at::TensorList inputs) {
   const at::Tensor& past_seen = inputs[words.next()];
+  const bool int8 = words.next();
   const int64_t batch = words.next(), heads = words.next(), groups = words.next();
   const int64_t queries = words.next(), size = words.next(), value_size = words.next();
   const float scale = words.real();
@@ -551,11 +553,23 @@ inline void attention(Words& words, const Memory& memory, at::TensorList inputs)
                   past_seen.size(0) == batch,
               "fxopt::execute: the prefix has other sizes than the step was laid out for");
   const int64_t past = past_seen.size(1);
-  const Heads<float> past_k = prefix_of(words, inputs, {batch, groups, past, size});
-  const Heads<float> past_v = prefix_of(words, inputs, {batch, groups, past, value_size});
   const Sizes sizes{batch, heads, groups, queries, past, size, value_size};
   const Options options{scale, window, softcap, sinks};
-  Attention<float>{sizes, options, q, {k, v, seen}, {past_k, past_v, held_of(past_seen)}, to}.run();
+  const Held held = held_of(past_seen);
+  const std::array<int64_t, 4> of_keys{batch, groups, past, size};
+  const std::array<int64_t, 4> of_values{batch, groups, past, value_size};
+  if (!int8) {
+    const Heads<float> keys = prefix_of<float>(words, inputs, of_keys);
+    const Heads<float> values = prefix_of<float>(words, inputs, of_values);
+    return Attention<float>{sizes, options, q, {k, v, seen}, {keys, values, held}, to}.run();
+  }
+  const std::array<int64_t, 4> of_scales{batch, groups, past, 1};
+  const Heads<int8_t> keys = prefix_of<int8_t>(words, inputs, of_keys);
+  const Heads<int8_t> values = prefix_of<int8_t>(words, inputs, of_values);
+  const Heads<float> key_scales = prefix_of<float>(words, inputs, of_scales);
+  const Heads<float> value_scales = prefix_of<float>(words, inputs, of_scales);
+  const Keyed<int8_t> prefix{keys, values, held, key_scales, value_scales};
+  Attention<float, int8_t>{sizes, options, q, {k, v, seen}, prefix, to}.run();
 }
 
 // The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
