@@ -1,9 +1,11 @@
 """Linear layers with an int4 weight: two values a byte, one scale per group of input channels.
 
-    int4_weight_only_linear(x, P, s, b)  =  x @ Wᵀ + b,     W[n, k] = unpack(P)[n, k] * s[n, k // g]
+    int4_weight_only_linear(x, P, s, b)     =  x @ Wᵀ + b,  W[n, k] = unpack(P)[n, k] * s[n, k // g]
+    int4_weight_only_linear(x, P, s, b, z)  =  x @ Wᵀ + b,  W = (unpack(P) - z) * s by groups
 
-for P uint8 `[N, K/2]`, s `[N, K/g]`. Byte j of a row holds column 2j in its low half and column
-2j + 1 in its high half, each in two's complement: ONNX's INT4 layout. Values lie in [-7, 7].
+for P uint8 `[N, K/2]`, s and z `[N, K/g]` or `[N, K/g, 1]`, z any float of the dtype of s. Byte j
+of a row holds column 2j in its low half and column 2j + 1 in its high half, each in two's
+complement: ONNX's INT4 layout. Values lie in [-7, 7], with a zero point in [-8, 7].
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ _CPU_BLOCK = 64
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("unpack_int4(Tensor packed) -> Tensor")
-_SCHEMA = "int4_weight_only_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor"
+_SCHEMA = (
+    "int4_weight_only_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, "
+    "Tensor? zero_point=None) -> Tensor"
+)
 _library.define(_SCHEMA)
 
 
@@ -75,29 +80,39 @@ def _unpack_on_cpu(packed: Tensor) -> Tensor:
     return halves.view(torch.int8).sub_(8)
 
 
-def _dense(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dense(
+    packed: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None
+) -> Tensor:
     """W `[N, K]` in `dtype`, by the definition: unpack, then dequantize each group."""
     rows, groups, inner = *scale.shape[:2], 2 * packed.shape[1]
     q = torch.ops.fxopt.unpack_int4(packed).view(rows, groups, inner // groups)
-    dense: Tensor = torch.ops.fxopt.dequantize(q, scale.reshape(rows, groups, 1), dtype)
+    by_group = (rows, groups, 1)
+    zero = None if zero_point is None else zero_point.reshape(by_group)
+    dense: Tensor = torch.ops.fxopt.dequantize(q, scale.reshape(by_group), dtype, zero)
     return dense.view(rows, inner)
 
 
-def _dense_on_cpu(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dense_on_cpu(
+    packed: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None
+) -> Tensor:
     """The same numbers, a few rows at a time: half the time, and temporaries of about 3 MB."""
     rows, groups, inner = *scale.shape[:2], 2 * packed.shape[1]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     packed, scale = packed.contiguous(), scale.reshape(rows, groups, 1).to(wide)
+    zero = None if zero_point is None else zero_point.reshape(rows, groups, 1).to(wide)
     dense = torch.empty((rows, inner), dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // inner)
     for first in range(0, rows, step):
         q = _unpack_on_cpu(packed[first : first + step]).to(wide)
-        q.view(-1, groups, inner // groups).mul_(scale[first : first + step])
+        by_group = q.view(-1, groups, inner // groups)
+        if zero is not None:
+            by_group.sub_(zero[first : first + step])
+        by_group.mul_(scale[first : first + step])
         dense[first : first + step] = q
     return dense
 
 
-def _check(x: Tensor, packed: Tensor, scale: Tensor) -> None:
+def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
     if not x.is_floating_point() or packed.dtype != torch.uint8:
         raise KernelError(
             "int4_weight_only_linear needs float x and uint8 packed weight, not "
@@ -116,28 +131,57 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor) -> None:
             f"weight's {2 * packed.shape[1]} columns, not {tuple(scale.shape)} for "
             f"{packed.shape[0]} rows"
         )
+    if zero_point is not None and (zero_point.numel(), zero_point.dtype) != (
+        scale.numel(),
+        scale.dtype,
+    ):
+        raise KernelError(
+            f"int4_weight_only_linear needs as many zero points as scales, of their dtype, not "
+            f"{zero_point.dtype} of {tuple(zero_point.shape)} for {scale.dtype} of "
+            f"{tuple(scale.shape)}"
+        )
 
 
-def _reference(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, packed, scale)
-    return torch.nn.functional.linear(x, _dense(packed, scale, x.dtype), bias)
+def _reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale, zero_point)
+    return torch.nn.functional.linear(x, _dense(packed, scale, x.dtype, zero_point), bias)
 
 
-def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, packed, scale)
+def _on_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale, zero_point)
     if not x.numel() or not packed.numel():
-        return _reference(x, packed, scale, bias)
-    suits = packed.shape[0] % _CPU_OUTPUTS == 0
+        return _reference(x, packed, scale, bias, zero_point)
+    suits = packed.shape[0] % _CPU_OUTPUTS == 0 and zero_point is None
     if suits and _suits_aten(x, packed, scale) and _has_vectors():
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
         return _few_rows(product, _pack_for_cpu, x, packed, scale, bias)
-    return dense_linear(x, _dense_on_cpu(packed, scale, x.dtype), bias, least_rows=1)
+    dense = _dense_on_cpu(packed, scale, x.dtype, zero_point)
+    return dense_linear(x, dense, bias, least_rows=1)
 
 
-def _on_cuda(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, packed, scale)
+def _on_cuda(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale, zero_point)
     if (
         packed.numel()
+        and zero_point is None
         and packed.shape[0] % _CUDA_OUTPUTS == 0
         and 2 * packed.shape[1] % _CUDA_INNER == 0
         and _suits_aten(x, packed, scale)
@@ -145,7 +189,7 @@ def _on_cuda(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> T
     ):
         product = torch.ops.aten._weight_int4pack_mm
         return _few_rows(product, _pack_for_cuda, x, packed, scale, bias)
-    return _reference(x, packed, scale, bias)
+    return _reference(x, packed, scale, bias, zero_point)
 
 
 def _suits_aten(x: Tensor, packed: Tensor, scale: Tensor) -> bool:
@@ -201,22 +245,28 @@ def _has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() in _CPU_VECTORS
 
 
-def _fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, packed, scale)
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale, zero_point)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scale, bias = inputs
-    ctx.save_for_backward(packed, scale)
+    _, packed, scale, bias, zero_point = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scale = ctx.saved_tensors
-    dx = grad @ _dense(packed, scale, grad.dtype) if ctx.needs_input_grad[0] else None
-    wants_bias = ctx.has_bias and ctx.needs_input_grad[3]
-    return dx, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
+    packed, scale, zero_point = ctx.saved_tensors
+    needs_x, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
+    dx = grad @ _dense(packed, scale, grad.dtype, zero_point) if needs_x else None
+    return dx, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None, None
 
 
 _library.impl("unpack_int4", unpack_int4, "CompositeImplicitAutograd")

@@ -7,6 +7,11 @@ for q int8 `[..., K]` with a scale s `[..., 1]` and a zero point z (or none) a t
 the scales leave the sum, so the sum is one of integers, exact in int32 up to K = 133 000
 (2³¹ / 127²). Only that product is opaque to the compiler; the rest is aten, and Inductor fuses it
 with what follows.
+
+    int8_weight_only_linear(x, W, t, b)  =  x @ (W * t)ᵀ + b
+
+for x float `[..., K]` and W with a scale t `[N, 1]` per output channel, or `[N, K/g]` or
+`[N, K/g, 1]` for each group of g columns.
 """
 
 from __future__ import annotations
@@ -112,8 +117,17 @@ def _dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     _check_weight_only(x, weight, weight_scale)
-    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
-    return torch.nn.functional.linear(x, dense, bias)
+    return torch.nn.functional.linear(x, _dense(weight, weight_scale, x.dtype), bias)
+
+
+def _dense(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """W * t [N, K] in `dtype`."""
+    rows, inner = weight.shape
+    groups = max(1, weight_scale.numel() // max(1, rows))
+    q = weight.reshape(rows, groups, inner // groups)
+    scale = weight_scale.reshape(rows, groups, 1)
+    dense: Tensor = torch.ops.fxopt.dequantize(q, scale, dtype)
+    return dense.reshape(rows, inner)
 
 
 def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
@@ -122,10 +136,12 @@ def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
             f"int8_weight_only_linear needs float x and int8 weight, not {x.dtype}, {weight.dtype}"
         )
     check_product("int8_weight_only_linear", x, weight)
-    if weight_scale.numel() != weight.shape[0]:
+    rows, inner = weight.shape
+    groups = weight_scale.shape[1] if weight_scale.dim() >= 2 else 1
+    if weight_scale.numel() != rows * groups or groups < 1 or inner % groups:
         raise KernelError(
-            "int8_weight_only_linear needs one scale for each of the weight's "
-            f"{weight.shape[0]} rows, not {tuple(weight_scale.shape)}"
+            f"int8_weight_only_linear needs one scale for each of the weight's {rows} rows, or for "
+            f"equal groups of its {inner} columns [N, K/g], not {tuple(weight_scale.shape)}"
         )
 
 
@@ -134,13 +150,13 @@ def _weight_only_on_cpu(
 ) -> Tensor:
     _check_weight_only(x, weight, weight_scale)
     count = x.numel() // max(1, x.shape[-1])
-    if x.dtype == torch.bfloat16 and 0 < count <= _FEW_ROWS and _in_vectors(weight):
+    by_row = weight_scale.numel() == weight.shape[0]
+    if x.dtype == torch.bfloat16 and 0 < count <= _FEW_ROWS and by_row and _in_vectors(weight):
         rows, scales = x.reshape(count, -1).contiguous(), weight_scale.reshape(-1).to(x.dtype)
         y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.contiguous(), scales)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias
-    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), x.dtype)
-    return dense_linear(x, dense, bias)
+    return dense_linear(x, _dense(weight, weight_scale, x.dtype), bias)
 
 
 def _in_vectors(weight: Tensor) -> bool:
@@ -162,8 +178,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
-    dense = torch.ops.fxopt.dequantize(weight, weight_scale.reshape(-1, 1), grad.dtype)
-    dx = grad @ dense if ctx.needs_input_grad[0] else None
+    dx = grad @ _dense(weight, weight_scale, grad.dtype) if ctx.needs_input_grad[0] else None
     wants_bias = ctx.has_bias and ctx.needs_input_grad[3]
     return dx, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
 

@@ -1,7 +1,8 @@
 // Linear layers of a few rows, whose time is that of reading the weight once, as it lies.
 //
 //     y[m, n]  =  s[n] (Σ_k W[n, k] x[m, k]) + b[n]              W float, bfloat16, float16 or int8
-//     y[m, n]  =  Σ_g s[n, g] (Σ_k W[n, g, k] x[m, g, k]) + b[n]             W int4 in groups
+//     y[m, n]  =  Σ_g s[n, g] (Σ_k (W[n, g, k] - z[n, g]) x[m, g, k]) + b[n]
+//                                                        W int8 or int4 in groups; z int4 alone
 //
 // Up to eight rows of x are multiplied with one row of W, which is converted to float32 on the way
 // and added up in it. So a weight is one stream of memory, which the processor's own prefetching
@@ -51,6 +52,14 @@ struct Plain {
   const T* data;
   int64_t inner;
   int64_t bytes() const { return inner * int64_t(sizeof(T)); }
+
+  // W[row, first : first + count] as float32.
+  void dense(int64_t row, int64_t first, int64_t count, float* to) const {
+    const T* from = data + row * inner + first;
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) store(to + k, load(from + k));
+    for (; k < count; ++k) to[k] = float(from[k]);
+  }
 
   // The products of R rows of W with M rows of x, still to be added up over the lanes.
   template <int M, int R>
@@ -113,14 +122,70 @@ struct Plain {
   }
 };
 
+inline float number(float x) { return x; }
+inline float number(at::Half x) { return _cvtsh_ss(x.x); }
+
+// int8 [N, K] with scales [N, K / group], the group a whole number of vectors where rows are few.
+template <class S>
+struct Int8Groups {
+  const int8_t* data;
+  int64_t inner;
+  const S* scale;
+  int64_t group;
+  int64_t bytes() const { return inner; }
+
+  void dense(int64_t row, int64_t first, int64_t count, float* to) const {
+    const int8_t* from = data + row * inner;
+    const S* scales = scale + row * (inner / group);
+    for (int64_t k = first; k < first + count;) {
+      const int64_t end = std::min(first + count, (k / group + 1) * group);
+      const float factor = number(scales[k / group]);
+      for (; k + kLanes <= end; k += kLanes) store(to + k - first, mul(load(from + k), all(factor)));
+      for (; k < end; ++k) to[k - first] = float(from[k]) * factor;
+    }
+  }
+
+  template <int M, int R>
+  inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[r][m] = zero();
+    }
+    const int64_t groups = inner / group;
+    const int8_t* from = data + row * inner;
+    const S* scales = scale + row * groups;
+    for (int64_t first = 0; first < inner; first += group, ++scales) {
+      Vec factor[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) factor[r] = all(number(scales[r * groups]));
+      for (int64_t k = first; k < first + group; k += kLanes) {
+        Vec weight[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const int8_t* at = from + r * inner + k;
+          if (k % kLine == 0) fetch_ahead<R>(at);
+          weight[r] = mul(load(at), factor[r]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const Vec column = load(x + k * M + m * kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sums[r][m] = fmadd(weight[r], column, sums[r][m]);
+        }
+      }
+    }
+  }
+};
+
 // Columns that lie in a vector's bytes.
 constexpr int64_t kPairs = 2 * kLanes;
 
 #if FXOPT_LANES == 16
-// The values in the low and the high halves of 16 bytes, times a scale.
-inline void halves(const uint8_t* from, float scale, Vec& even, Vec& odd) {
+// The values in the low and the high halves of 16 bytes, times a scale, plus what a zero is.
+inline void halves(const uint8_t* from, float scale, float zero, Vec& even, Vec& odd) {
   const Vec values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-  const Vec scaled = mul(values, all(scale));
+  const Vec scaled = fmadd(values, all(scale), all(zero));
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   // A look-up reads the lowest four bits alone.
   const __m512i low = _mm512_cvtepu8_epi32(bytes);
@@ -128,21 +193,60 @@ inline void halves(const uint8_t* from, float scale, Vec& even, Vec& odd) {
   odd = _mm512_permutexvar_ps(_mm512_srli_epi32(low, 4), scaled);
 }
 #else
-inline void halves(const uint8_t* from, float scale, Vec& even, Vec& odd) {
+inline void halves(const uint8_t* from, float scale, float zero, Vec& even, Vec& odd) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   const __m256i wide = _mm256_cvtepi8_epi32(bytes);
   const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(wide, 28), 28);
-  even = mul(_mm256_cvtepi32_ps(low), all(scale));
-  odd = mul(_mm256_cvtepi32_ps(_mm256_srai_epi32(wide, 4)), all(scale));
+  even = fmadd(_mm256_cvtepi32_ps(low), all(scale), all(zero));
+  odd = fmadd(_mm256_cvtepi32_ps(_mm256_srai_epi32(wide, 4)), all(scale), all(zero));
 }
 #endif
 
+// The values in 8 bytes, in order.
+inline void in_order(const uint8_t* from, int8_t (&values)[16]) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i four = _mm_set1_epi8(15), sign = _mm_set1_epi8(8);
+  const __m128i low = _mm_and_si128(bytes, four);
+  const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), four);
+  const __m128i both = _mm_xor_si128(_mm_unpacklo_epi8(low, high), sign);
+  _mm_store_si128(reinterpret_cast<__m128i*>(values), _mm_sub_epi8(both, sign));
+}
+
+// Values of four bits, two a byte, with a scale and, where there are any, a zero point a group.
+template <class S>
 struct Int4 {
   const uint8_t* data;
   int64_t inner;
-  const float* scale;
+  const S *scale, *zero_point;
   int64_t group;
   int64_t bytes() const { return inner / 2; }
+
+  // What a value of 0 stands for in a group.
+  float zero_of(int64_t at) const {
+    return zero_point ? -number(zero_point[at]) * number(scale[at]) : 0.0f;
+  }
+
+  void dense(int64_t row, int64_t first, int64_t count, float* to) const {
+    const uint8_t* from = data + row * bytes();
+    const int64_t groups = row * (inner / group);
+    for (int64_t k = first; k < first + count;) {
+      const int64_t end = std::min(first + count, (k / group + 1) * group);
+      const float factor = number(scale[groups + k / group]), zero = zero_of(groups + k / group);
+      for (; k + 16 <= end; k += 16) {
+        alignas(16) int8_t values[16];
+        in_order(from + k / 2, values);
+#pragma GCC unroll 2
+        for (int i = 0; i < 16; i += kLanes) {
+          store(to + k - first + i, fmadd(load(values + i), all(factor), all(zero)));
+        }
+      }
+      for (; k < end; k += 2) {
+        const int8_t byte = int8_t(from[k / 2]);
+        to[k - first] = float(int8_t(byte << 4) >> 4) * factor + zero;
+        to[k - first + 1] = float(byte >> 4) * factor + zero;
+      }
+    }
+  }
 
   template <int M, int R>
   inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
@@ -156,15 +260,21 @@ struct Int4 {
     }
     const int64_t groups = inner / group;
     const uint8_t* from = data + row * bytes();
-    const float* scales = scale + row * groups;
-    for (int64_t first = 0; first < inner; first += group, ++scales) {
+    int64_t place = row * groups;
+    for (int64_t first = 0; first < inner; first += group, ++place) {
+      float factor[R], zero[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        factor[r] = number(scale[place + r * groups]);
+        zero[r] = zero_of(place + r * groups);
+      }
       for (int64_t k = first; k < first + group; k += kPairs) {
         Vec even[R], odd[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const uint8_t* at = from + r * bytes() + k / 2;
           if (k / 2 % kLine == 0) fetch_ahead<R>(at);
-          halves(at, scales[r * groups], even[r], odd[r]);
+          halves(at, factor[r], zero[r], even[r], odd[r]);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
@@ -278,18 +388,22 @@ inline bool is_float(const at::Tensor& t) {
          t.scalar_type() == at::kHalf;
 }
 
-// A weight [N, ...] that is read as it lies, for 1 to 8 rows of x [..., K].
-inline bool are_few_rows(const at::Tensor& x, const at::Tensor& weight, int64_t inner,
+// `many_rows.h`: y of more rows than a few.
+template <class Weight>
+void many_rows(const Weight& weight, const float* x, const Results& results);
+
+// A weight [N, ...] that is read as it lies, for x [..., K] of 1 to 8 rows, or of more in float32.
+inline bool is_product(const at::Tensor& x, const at::Tensor& weight, int64_t inner,
                          const std::optional<at::Tensor>& bias) {
   return x.is_cpu() && weight.is_cpu() && is_float(x) && x.dim() >= 1 && weight.dim() == 2 &&
          weight.numel() > 0 && weight.is_contiguous() && x.size(-1) == inner && x.numel() > 0 &&
-         x.numel() / inner <= kFewRows &&
+         (x.numel() / inner <= kFewRows || x.scalar_type() == at::kFloat) &&
          (!bias || (bias->is_cpu() && is_float(*bias) && bias->numel() == weight.size(0)));
 }
 
 template <class Weight>
-at::Tensor few_rows(const at::Tensor& x, const Weight& weight, int64_t outputs, bool pairs,
-                    const at::Tensor& scale, const std::optional<at::Tensor>& bias) {
+at::Tensor product_of(const at::Tensor& x, const Weight& weight, int64_t outputs, bool pairs,
+                      const at::Tensor& scale, const std::optional<at::Tensor>& bias) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
   at::Tensor y = at::empty(shape, x.options().dtype(at::kFloat));
@@ -299,6 +413,10 @@ at::Tensor few_rows(const at::Tensor& x, const Weight& weight, int64_t outputs, 
   const Results results{y.mutable_data_ptr<float>(), count, outputs,
                         scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                         bias ? added.const_data_ptr<float>() : nullptr};
+  if (count > kFewRows) {
+    many_rows(weight, given.const_data_ptr<float>(), results);
+    return y;
+  }
   if (x.scalar_type() == at::kBFloat16) {
     multiply(given.const_data_ptr<at::BFloat16>(), count, weight, pairs, results);
   } else if (x.scalar_type() == at::kHalf) {
@@ -309,49 +427,76 @@ at::Tensor few_rows(const at::Tensor& x, const Weight& weight, int64_t outputs, 
   return y.to(x.scalar_type());
 }
 
+// Groups of columns that have a number each in `scale` [N, groups], or 0 where it isn't that.
+inline int64_t groups_of(const at::Tensor& scale, int64_t outputs, int64_t inner) {
+  const int64_t groups = scale.numel() / outputs;
+  const bool fits = scale.is_cpu() && scale.is_contiguous() && scale.dim() >= 2 && groups > 0 &&
+                    scale.size(0) == outputs && scale.size(1) == groups &&
+                    scale.numel() == outputs * groups && inner % groups == 0;
+  const bool known = scale.scalar_type() == at::kFloat || scale.scalar_type() == at::kHalf;
+  return fits && known ? groups : 0;
+}
+
 inline at::Tensor int8_weight_only_linear(const at::Tensor& x, const at::Tensor& weight,
                                           const at::Tensor& weight_scale,
                                           const std::optional<at::Tensor>& bias) {
-  const bool fits = weight.dim() == 2 && are_few_rows(x, weight, weight.size(1), bias) &&
-                    weight.scalar_type() == at::kChar && is_float(weight_scale) &&
-                    weight_scale.numel() == weight.size(0);
-  if (!fits) {
-    static const auto by_library =
-        library_of(int8_weight_only_linear, "fxopt::int8_weight_only_linear_by_library");
-    return by_library.call(x, weight, weight_scale, bias);
+  const int64_t inner = weight.dim() == 2 ? weight.size(1) : 0;
+  if (inner > 0 && is_product(x, weight, inner, bias) && weight.scalar_type() == at::kChar) {
+    const auto* data = weight.const_data_ptr<int8_t>();
+    const int64_t outputs = weight.size(0);
+    if (is_float(weight_scale) && weight_scale.numel() == outputs) {
+      const at::Tensor scale = weight_scale.to(at::kFloat).contiguous();
+      return product_of(x, Plain<int8_t>{data, inner}, outputs, false, scale, bias);
+    }
+    const int64_t groups = groups_of(weight_scale, outputs, inner);
+    const int64_t group = groups ? inner / groups : 0;
+    const auto of = [&](auto like) {
+      using S = decltype(like);
+      const Int8Groups<S> grouped{data, inner, weight_scale.const_data_ptr<S>(), group};
+      return product_of(x, grouped, outputs, false, at::Tensor(), bias);
+    };
+    if (groups && (group % kLanes == 0 || x.numel() / inner > kFewRows)) {
+      return weight_scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
+    }
   }
-  const Plain<int8_t> plain{weight.const_data_ptr<int8_t>(), weight.size(1)};
-  const at::Tensor scale = weight_scale.to(at::kFloat).contiguous();
-  return few_rows(x, plain, weight.size(0), false, scale, bias);
+  static const auto by_library =
+      library_of(int8_weight_only_linear, "fxopt::int8_weight_only_linear_by_library");
+  return by_library.call(x, weight, weight_scale, bias);
 }
 
 inline at::Tensor int4_weight_only_linear(const at::Tensor& x, const at::Tensor& packed,
                                           const at::Tensor& scale,
-                                          const std::optional<at::Tensor>& bias) {
+                                          const std::optional<at::Tensor>& bias,
+                                          const std::optional<at::Tensor>& zero_point) {
   const int64_t inner = packed.dim() == 2 ? 2 * packed.size(1) : 0;
-  const int64_t groups = scale.dim() >= 2 ? scale.size(1) : 0;
-  const bool fits = inner > 0 && are_few_rows(x, packed, inner, bias) &&
-                    packed.scalar_type() == at::kByte && scale.scalar_type() == at::kFloat &&
-                    scale.is_contiguous() && groups > 0 && inner % groups == 0 &&
-                    inner / groups % kPairs == 0 && scale.size(0) == packed.size(0) &&
-                    scale.numel() == packed.size(0) * groups;
-  if (!fits) {
-    static const auto by_library =
-        library_of(int4_weight_only_linear, "fxopt::int4_weight_only_linear_by_library");
-    return by_library.call(x, packed, scale, bias);
-  }
-  const Int4 weight{packed.const_data_ptr<uint8_t>(), inner, scale.const_data_ptr<float>(),
-                    inner / groups};
-  return few_rows(x, weight, packed.size(0), true, at::Tensor(), bias);
+  const bool fits = inner > 0 && is_product(x, packed, inner, bias) &&
+                    packed.scalar_type() == at::kByte;
+  const int64_t groups = fits ? groups_of(scale, packed.size(0), inner) : 0;
+  const int64_t group = groups ? inner / groups : 1;
+  const bool alike = !zero_point || (zero_point->scalar_type() == scale.scalar_type() &&
+                                     groups_of(*zero_point, packed.size(0), inner) == groups);
+  const auto of = [&](auto like) {
+    using S = decltype(like);
+    const S* zeros = zero_point ? zero_point->const_data_ptr<S>() : nullptr;
+    const Int4<S> weight{packed.const_data_ptr<uint8_t>(), inner, scale.const_data_ptr<S>(), zeros,
+                         group};
+    return product_of(x, weight, packed.size(0), true, at::Tensor(), bias);
+  };
+  const bool whole = x.dim() && inner && x.numel() / inner > kFewRows ? group % 2 == 0
+                                                                      : group % kPairs == 0;
+  if (groups && alike && whole) return scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
+  static const auto by_library =
+      library_of(int4_weight_only_linear, "fxopt::int4_weight_only_linear_by_library");
+  return by_library.call(x, packed, scale, bias, zero_point);
 }
 
 inline at::Tensor half_weight_only_linear(const at::Tensor& x, const at::Tensor& weight,
                                           const std::optional<at::Tensor>& bias) {
-  const bool fits = weight.dim() == 2 && are_few_rows(x, weight, weight.size(1), bias);
+  const bool fits = weight.dim() == 2 && is_product(x, weight, weight.size(1), bias);
   const auto of = [&](auto like) {
     using T = decltype(like);
     const Plain<T> plain{weight.const_data_ptr<T>(), weight.size(1)};
-    return few_rows(x, plain, weight.size(0), false, at::Tensor(), bias);
+    return product_of(x, plain, weight.size(0), false, at::Tensor(), bias);
   };
   if (fits && weight.scalar_type() == at::kBFloat16) return of(at::BFloat16());
   if (fits && weight.scalar_type() == at::kHalf) return of(at::Half());
