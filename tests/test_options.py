@@ -72,6 +72,7 @@ CHANGED: dict[str, Any] = {
     "max_layers": 0,
     "where": "always",
     "range": 7,
+    "weight_only": True,
 }
 OWN: dict[tuple[str, str], Any] = {
     ("autocast", "mode"): "half",
@@ -88,6 +89,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("int8-linear", "group"): {"group": 32, "mode": "weight_only"},
     ("prune-channels", "weighting"): {"weighting": "fisher", "importance": "obs"},
     ("lower", "backend"): {},
+    ("half-linear", "lossless"): {"lossless": False, "weight_only": True},
 }
 """Options that a pass takes only with others, or that have a single value."""
 

@@ -4,6 +4,7 @@
     dequantize(W, s [N, 1])         DequantizeLinear(W, s [N], axis=0)
     dequantize(W, s [N, G, 1])      DequantizeLinear(W, s, axis=2, block_size=g)     from opset 21
     dequantize(q, s [..., 1])       Mul(Sub(Cast(q), Cast(z)), s)                    one s a token
+    half_weight_only_linear(x, W)   MatMul(x, Transpose(Cast(W)))
     quantize_per_token(x)           Clip(Round(Mul(x, Reciprocal(s)))),  s = Max(Abs(x)) / 127
 
 ONNX has no operator that takes a scale per token; those are written out, in the order of
@@ -37,6 +38,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.quantize_per_token_affine.default: emitter.quantize_per_token_affine,
         ops.dequantize.default: emitter.dequantize,
         ops.gelu.default: emitter.gelu,
+        ops.half_weight_only_linear.default: emitter.half_weight_only_linear,
     }
     return {target: _function(method) for target, method in table.items()}
 
@@ -55,6 +57,11 @@ class _Emitter:
 
     def gelu(self, x: Any) -> Any:
         return self.op.Gelu(x)
+
+    def half_weight_only_linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        dense = self.op.Transpose(self.op.Cast(weight, to=x.dtype), perm=[1, 0])
+        y = self.op.MatMul(x, dense)
+        return y if bias is None else self.op.Add(y, bias)
 
     def quantize(self, x: Any, scale: Any, zero_point: Any) -> Any:
         wide = self._cast(x, self.float)

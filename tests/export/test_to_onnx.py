@@ -89,6 +89,17 @@ def test_kernels_are_left_out(tmp_path: Path) -> None:
     assert_same_numbers(opt, shared.model, path, shared.others[0], fxopt.Sqnr(16.0))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_weights_are_cast_where_they_are_multiplied(bias: bool, tmp_path: Path) -> None:
+    model = nn.Linear(8, 6, bias=bias)
+    with torch.no_grad():
+        model.weight.copy_(model.weight.to(torch.bfloat16))
+    x = torch.randn(3, 8)
+    opt = fxopt.transform(model, [fxopt.HalfLinear(weight_only=True)], example_inputs=(x,))
+    path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
+    assert_same_numbers(opt, model, path, {"input": x}, fxopt.Sqnr(90.0))
+
+
 # Static scales, by hand
 
 

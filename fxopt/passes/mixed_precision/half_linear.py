@@ -6,6 +6,8 @@
 Rounding to bfloat16 errs by 2⁻⁹ of a value at most, to float16 by 2⁻¹²; in a sum of products the
 errors average out. Between two layers no cast is left where only views, a relu or a max pooling
 lie. What else lies between stays in float32; `Autocast` decides about that as well.
+
+`weight_only` stores weights of linears so and computes in float32: see `half_weights`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxopt.claim import Claim, Sqnr
+from fxopt.claim import Claim, Close, Sqnr
 from fxopt.nodes import module_path
 from fxopt.observation import Extremes, extremes, past_range
 from fxopt.operators import (
@@ -33,10 +35,11 @@ from fxopt.passes.linear_layers.selection import refuse_path
 from fxopt.passes.mixed_precision.half_choice import HalfDtype, half_choice
 from fxopt.passes.mixed_precision.half_precision import CancelCasts, ComputeInHalf
 from fxopt.passes.mixed_precision.half_values import HALF
+from fxopt.passes.mixed_precision.half_weights import HalfWeights, with_fits
 from fxopt.program import Mode, Program
 from fxopt.rewriting import Match, Pass, Plan, Rule, Stage, arguments, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import DeviceOption, Globs
-from fxopt.rewriting.options import follows
+from fxopt.rewriting.options import Conflict, follows
 from fxopt.rewriting.pattern import Target
 
 aten = torch.ops.aten
@@ -91,10 +94,12 @@ def as_layer(node: fx.Node, computed: bool) -> Layer | None:
 
 @dataclass(frozen=True)
 class HalfPlan(Plan):
-    """A plan with the dtype, or why there is none, and the layers that leave its range."""
+    """A plan with the dtype, or why there is none, and the layers that leave its range; or, with
+    `weight_only`, the `weights` that are stored in which."""
 
     choice: torch.dtype | str = torch.bfloat16
     past: Mapping[str, str] = field(default_factory=dict)
+    weights: HalfWeights | None = None
 
 
 class RoundLayer(ComputeInHalf):
@@ -156,8 +161,14 @@ class HalfLinear(Pass[HalfPlan]):
     With float16 a layer is left alone, and named, whose input, weight or output leaves its range on
     the calibration inputs, or on the example where there are none.
 
-    Claim: a signal-to-noise ratio of the outputs, 45 dB for float16 and 30 dB otherwise, unless
-    `claim` gives another.
+    `weight_only=True` stores the weights of linears alone in half precision and computes in float32
+    as before: half the memory, and half of the time that few rows take, as in the decoding of a
+    language model. A weight that half precision doesn't hold exactly is left alone, and named;
+    `lossless=False` rounds it. `dtype="auto"` is then what changes the fewest values of a weight,
+    on any device. A table that an embedding and a linear share is stored once, for both.
+
+    Claim: a signal-to-noise ratio of the outputs, 45 dB for float16 and 30 dB otherwise, and close
+    for weights alone that lose nothing, unless `claim` gives another.
 
     Raises `PassError` for options that don't exist.
     """
@@ -169,15 +180,31 @@ class HalfLinear(Pass[HalfPlan]):
     force: bool = False
     device: DeviceOption = None
     claim: Claim = follows()
+    weight_only: bool = False
+    lossless: bool = True
     name: ClassVar[str] = "half-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
+    def conflict(self) -> Conflict | None:
+        """Options of one of the two ways to be in half precision with the other."""
+        if not self.weight_only and not self.lossless:
+            text = (
+                "all that is computed in half precision is rounded; give weight_only=True with it"
+            )
+            return Conflict(("lossless", "weight_only"), text)
+        if self.weight_only and (self.force or self.device is not None):
+            text = "no device multiplies in half precision then; leave device and force out"
+            return Conflict(("weight_only", "device", "force"), text)
+        return None
+
     def default_claim(self) -> Claim:
-        """What the dtype keeps."""
-        return _FLOOR[self.dtype]
+        """What the dtype keeps, or all but the order of sums."""
+        return Close() if self.weight_only and self.lossless else _FLOOR[self.dtype]
 
     def plan(self, program: Program) -> HalfPlan:
         """The layers that will be in half precision, in which, and why the others will not."""
+        if self.weight_only:
+            return self._weights_plan(program)
         choice = half_choice(program, self.dtype, self.device, self.force)
         past: dict[str, str] = {}
         warnings: tuple[str, ...] = ()
@@ -191,7 +218,16 @@ class HalfLinear(Pass[HalfPlan]):
 
     def apply(self, program: Program, plan: HalfPlan) -> Program:
         """Round the plan's layers, sparing its excluded nodes."""
+        if plan.weights is not None:
+            return rewrite(program, plan.weights.rules(), plan.excluded)
         return rewrite(program, self._rules(program, plan.choice, plan.past), plan.excluded)
+
+    def _weights_plan(self, program: Program) -> HalfPlan:
+        options = HalfWeights(self.include, self.exclude, self.tied, self.lossless)
+        weights = with_fits(options, program, HALF if self.dtype == "auto" else (self.dtype,))
+        base = plan_rules(program, weights.rules(), repr(self))
+        details = tuple(weights.lines())
+        return HalfPlan(base.spec, base.sites, base.refusals, details=details, weights=weights)
 
     def _rules(
         self, program: Program, choice: torch.dtype | str, past: Mapping[str, str]
