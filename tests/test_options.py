@@ -80,6 +80,7 @@ OWN: dict[tuple[str, str], Any] = {
     ("lower", "mode"): "max-autotune",
     ("smooth-quant", "mode"): "static",
     ("int4-linear", "group"): 64,
+    ("int4-linear", "scheme"): "affine",
     ("prune-channels", "importance"): "taylor",
     ("prune-channels", "ratio"): 0.125,
     ("sparsify24", "importance"): "wanda",

@@ -4,6 +4,7 @@
     dequantize(W, s [N, 1])         DequantizeLinear(W, s [N], axis=0)
     dequantize(W, s [N, G, 1])      DequantizeLinear(W, s, axis=2, block_size=g)     from opset 21
     dequantize(q, s [..., 1])       Mul(Sub(Cast(q), Cast(z)), s)                    one s a token
+    dequantize(q, s, z float)       the same: a zero point between two steps
     half_weight_only_linear(x, W)   MatMul(x, Transpose(Cast(W)))
     quantize_per_token(x)           Clip(Round(Mul(x, Reciprocal(s)))),  s = Max(Abs(x)) / 127
 
@@ -95,8 +96,9 @@ class _Emitter:
 
     def dequantize(self, q: Any, scale: Any, dtype: Any, zero_point: Any = None) -> Any:
         placed = self._place(q, scale, zero_point)
+        between = zero_point is not None and zero_point.dtype != q.dtype
         too_old = placed and placed.kind == "blocks" and self.opset < _BLOCKS_SINCE
-        if placed is None or too_old or dtype == self.double:
+        if placed is None or too_old or between or dtype == self.double:
             return self._dequantize_written_out(q, scale, dtype, zero_point)
         flat = (self._flat(value, placed) for value in (scale, zero_point) if value is not None)
         blocks = {"block_size": placed.block} if placed.block else {}

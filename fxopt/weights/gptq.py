@@ -99,16 +99,17 @@ def _check(
             f"quantize_rows(method='gptq') needs second_moment, float [{inner}, {inner}]: the sum "
             f"of x xᵀ over the inputs of this weight; given was {given}"
         )
-    _refuse_non_finite(weight)
+    refuse_non_finite(weight, "quantize_rows")
 
 
-def _refuse_non_finite(weight: Tensor) -> None:
+def refuse_non_finite(weight: Tensor, name: str) -> None:
+    """Raise `KernelError`, from `name`, for a weight that holds NaN or infinity; names the row."""
     for first, last in _chunks(weight):
         finite = weight.detach()[first:last].isfinite().all(-1)
         if not bool(finite.all()):
             row = first + int((~finite).nonzero()[0])
             raise KernelError(
-                f"quantize_rows: output channel {row} holds NaN or infinity; integers cannot "
+                f"{name}: output channel {row} holds NaN or infinity; integers cannot "
                 "express it, leave this layer in floating point"
             )
 

@@ -246,16 +246,18 @@ def test_groups_become_blocks_where_the_opset_has_them(opset: int, tmp_path: Pat
     assert ("DequantizeLinear" in written) == (opset >= 21)
 
 
-def test_int4_weights_are_written_as_int8_in_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_int4_weights_are_written_as_int8_in_blocks(scheme: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 48)).eval(), torch.randn(5, 64)
-    opt = fxopt.transform(model, [fxopt.Int4Linear()], example_inputs=x)
+    opt = fxopt.transform(model, [fxopt.Int4Linear(scheme=scheme)], example_inputs=x)
     assert any(node.target is ops.unpack_int4.default for node in opt.program.graph.nodes)
     path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
     with torch.no_grad():
         assert sqnr(opt(x[:3]), run(path, {"input": x[:3]})[0]) > 90.0
     nodes = [node.op_type for node in onnx.load(path).graph.node]
-    assert nodes[0] == "DequantizeLinear"
+    # ONNX's zero points are integers, of the values' type: others are subtracted by themselves.
+    assert (nodes[0] == "DequantizeLinear") == (scheme == "symmetric")
 
 
 # Names, sizes, files

@@ -4,6 +4,7 @@
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  int8_linear(q, s, Wq, Ws, b, z, ΣWq)     affine
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
+    linear(x, view(dq(view(Wq), Ws)), b)       =  int8_weight_only_linear(x, Wq, Ws, b)    groups
     linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
     int8_linear(...)                           =  int8_linear_fused(...)       if one kernel can
     quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
@@ -37,6 +38,7 @@ from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
 from fxopt.passes.quantization.int4_linear import SelectInt4Linear
+from fxopt.passes.quantization.quantize_linear import in_groups, refuse_groups
 from fxopt.program import Mode, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import (
@@ -212,6 +214,27 @@ class SelectInt8WeightOnlyLinear(Rule):
         return edit.call(ops.int8_weight_only_linear.default, *(match[name] for name in names))
 
 
+class SelectGroupedInt8Linear(Rule):
+    """linear(x, view(dq(view(Wq), Ws)), b) = int8_weight_only_linear(x, Wq, Ws, b)"""
+
+    exclusive = False
+    pattern = op(
+        aten.linear.default,
+        hole("x"),
+        in_groups(constant("weight", _INT8)),
+        hole("bias"),
+    )
+
+    def refuse(self, match: Match) -> str | None:
+        if match["zero_point"] is not None:
+            return "its weight has zero points, which the kernel of int8 groups doesn't take"
+        return refuse_groups(match, *match["weight"].meta["val"].shape)
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("x", "weight", "scale", "bias")
+        return edit.call(ops.int8_weight_only_linear.default, *(match[name] for name in names))
+
+
 @dataclass(frozen=True, repr=False)
 class SelectKernels(RulePass):
     """Quantized regions become fused int8 operators. Claim: close to the quantized reference.
@@ -236,6 +259,7 @@ class SelectKernels(RulePass):
             SelectAffineInt8Linear(),
             SelectPackedInt8Linear(),
             SelectInt8WeightOnlyLinear(),
+            SelectGroupedInt8Linear(),
             SelectInt4Linear(),
             SelectFloat8Linear(),
             SelectSparse24Linear(program),

@@ -2,13 +2,17 @@
 
     x @ Wᵀ + b  ~  x @ dq(q(W))ᵀ + b        q: one scale per output channel and group of inputs
 
-q(v) = clamp(round(v / s), -7, 7) with s = max|v| / 7 over the group, dq(v) = v * s. The graph holds
-plain unpack / dequantize / linear; `SelectInt4Linear` turns each region into one product:
+symmetric   q(v) = clamp(round(v / s), -7, 7), dq(q) = q * s, s = max|v| / 7 over the group
+affine      q(v) = clamp(round(v / s + z), -8, 7), dq(q) = (q - z) * s, s and z fitted to the group
 
-    linear(x, view(dq(view(unpack_int4(P)), s)), b)  =  int4_weight_only_linear(x, P, s, b)
+The graph holds plain unpack / dequantize / linear; `SelectInt4Linear` turns each region into one
+product:
 
-A weight takes 4 bits and a float32 scale per group: 4.25 bits at 128. It saves memory; it saves
-time where few rows in bfloat16 meet it, as in the decoding of a language model.
+    linear(x, view(dq(view(unpack_int4(P)), s, z)), b)  =  int4_weight_only_linear(x, P, s, b, z)
+
+A weight takes 4 bits and a float32 scale per group, 4.25 bits at 128; or two float16 numbers, 5
+bits at 32. It saves memory, and time where few rows meet it, as in the decoding of a language
+model.
 Source: Frantar et al., "GPTQ", ICLR 2023; groups: Shen et al., "Q-BERT", AAAI 2020.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +34,14 @@ from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selections
 from fxopt.passes.linear_layers.weight_inputs import watch_moments
-from fxopt.passes.quantization.quantize_linear import QuantizeLinear, Scheme, WeightKey, weight_key
+from fxopt.passes.quantization.quantize_linear import (
+    QuantizeLinear,
+    Scheme,
+    WeightKey,
+    in_groups,
+    refuse_groups,
+    weight_key,
+)
 from fxopt.program import Program
 from fxopt.recipe import materialize
 from fxopt.rewriting import (
@@ -48,15 +59,25 @@ from fxopt.rewriting import (
 )
 from fxopt.rewriting.option_annotations import Give
 from fxopt.rewriting.option_types import Bounds
+from fxopt.rewriting.options import Conflict, follows
 from fxopt.weights import quantize_rows
+from fxopt.weights.affine import affine_groups
 from fxopt.weights.gptq import Rounding
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
-Packed = tuple[Tensor, Tensor]
-"""A weight: uint8 [N, K/2] and float32 scales [N, K/g, 1]."""
+Packed = tuple[Tensor, ...]
+"""A weight: uint8 [N, K/2], float scales [N, K/g, 1] and, if affine, zero points like them."""
 
-_GROUPS = (128, 64, 32)
+Int4Scheme = Literal["symmetric", "affine"]
+
+_GROUPS: Mapping[Int4Scheme, tuple[int, ...]] = {
+    "symmetric": (128, 64, 32),
+    "affine": (32, 64, 128),
+}
+_FLOOR: Mapping[Int4Scheme, Claim] = {"symmetric": Sqnr(5.0), "affine": Sqnr(7.0)}
+"""Decibels end to end: of the table of architectures, with random weights, 5.9 and 7.9 dB are kept.
+"""
 _BITS = 4
 
 
@@ -66,7 +87,7 @@ class QuantizeInt4Linear(QuantizeLinear):
     def __init__(
         self, options: Int4Linear, ahead: Mapping[WeightKey, Packed] | None = None
     ) -> None:
-        super().__init__(options.scheme)
+        super().__init__(options.selection)
         self.options = options
         self.ahead = ahead or {}
 
@@ -75,66 +96,52 @@ class QuantizeInt4Linear(QuantizeLinear):
         inner = match["linear"].in_features
         if reason is not None or self.options.group_of(inner) is not None:
             return reason
-        wanted = _GROUPS if self.options.group is None else (self.options.group,)
-        return f"its K = {inner} is no multiple of {' or '.join(map(str, sorted(wanted)))}"
+        wanted = " or ".join(map(str, sorted(self.options.groups)))
+        return f"its K = {inner} is no multiple of {wanted}"
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         linear: Linear = match["linear"]
-        packed, scale = edit.once((self, weight_key(linear)), lambda: self._constants(linear, edit))
+        made = edit.once((self, weight_key(linear)), lambda: self._constants(linear, edit))
+        packed, scale, *zero_point = made
         rows, groups, _ = scale.meta["val"].shape
         q = edit.call(ops.unpack_int4.default, packed)
         q = edit.call(aten.view.default, q, [rows, groups, linear.in_features // groups])
-        dense = edit.call(ops.dequantize.default, q, scale, linear.dtype)
+        dense = edit.call(ops.dequantize.default, q, scale, linear.dtype, *zero_point)
         dense = edit.call(aten.view.default, dense, [rows, linear.in_features])
         return edit.call(aten.linear.default, linear.x, dense, linear.bias)
 
     def _constants(self, linear: Linear, edit: Edit) -> tuple[fx.Node, ...]:
-        """The packed weight and its scales."""
+        """The packed weight, its scales and, if affine, its zero points."""
         values = self.ahead.get(weight_key(linear))
         if values is None:
             rows = materialize(linear.weight_nk(edit.state(linear.weight)))
             values = self.options.round(linear, rows, None)
-        packed, scale = values
-        return (
-            edit.constant(f"{linear.name}_int4", packed),
-            edit.constant(f"{linear.name}_scale", scale),
-        )
+        roles = ("int4", "scale", "zero_point")
+        named = zip(roles, values, strict=False)
+        return tuple(edit.constant(f"{linear.name}_{role}", value) for role, value in named)
 
 
 class SelectInt4Linear(Rule):
-    """linear(x, view(dq(view(unpack_int4(P)), s)), b) = int4_weight_only_linear(x, P, s, b)"""
+    """linear(x, view(dq(view(unpack(P)), s, z)), b) = int4_weight_only_linear(x, P, s, b, z)"""
 
     exclusive = False
     pattern = op(
         aten.linear.default,
         hole("x"),
-        op(
-            aten.view.default,
-            op(
-                ops.dequantize.default,
-                op(
-                    aten.view.default,
-                    op(ops.unpack_int4.default, constant("packed")),
-                    hole("grouped"),
-                ),
-                constant("scale"),
-                hole("weight_dtype"),
-            ),
-            hole("shape"),
-        ),
+        in_groups(op(ops.unpack_int4.default, constant("packed"))),
         hole("bias"),
     )
 
     def refuse(self, match: Match) -> str | None:
-        (rows, half), scale = match["packed"].meta["val"].shape, match["scale"].meta["val"].shape
-        shapes = list(match["shape"]), list(match["grouped"]), list(scale)
-        groups = scale[1] if len(scale) == 3 else 1
-        wanted = [rows, 2 * half], [rows, groups, 2 * half // groups], [rows, groups, 1]
-        return None if shapes == wanted else "its scales are not one for each group of columns"
+        rows, half = match["packed"].meta["val"].shape
+        return refuse_groups(match, rows, 2 * half)
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("x", "packed", "scale", "bias")
-        return edit.call(ops.int4_weight_only_linear.default, *(match[name] for name in names))
+        zero = () if match["zero_point"] is None else (match["zero_point"],)
+        return edit.call(
+            ops.int4_weight_only_linear.default, *(match[name] for name in names), *zero
+        )
 
 
 @dataclass(frozen=True)
@@ -146,18 +153,22 @@ class Int4Plan(Plan):
 
 @dataclass(frozen=True, repr=False)
 class Int4Linear(Pass[Int4Plan]):
-    """Linear layers on symmetric int4 weights, two a byte; activations stay as they are.
+    """Linear layers on int4 weights, two a byte; activations stay as they are.
 
     Each `group` input channels of an output channel have a scale; left out, it is the largest of
     128, 64 and 32 that divides their number, and a layer that none divides is refused.
+    `scheme="affine"` gives a group a zero point as well, fits both to it by least squares, its ends
+    clipped where that pays, and stores them in float16; `group` left out is 32 where that divides.
     `weights="gptq"` rounds with error feedback from `transform(calibration=)`, all layers on the
     inputs that the unrounded model gives them, columns of large inputs first; `"nearest"` without.
 
     `include` and `exclude` are globs over module paths (`"encoder.layer.*.output.dense"`) or
     functions of the path. A weight that an embedding reads too is left alone unless `tied=True`.
-    Claim: a signal-to-noise ratio of the model's outputs, 5 dB unless `claim` gives another.
+    Claim: a signal-to-noise ratio of the model's outputs, 5 dB symmetric and 7 dB affine, unless
+    `claim` gives another.
 
-    Raises `PassError` for other options and for a weight that holds NaN or infinity.
+    Raises `PassError` for options that don't exist or don't go together, and for a weight that
+    holds NaN or infinity.
     """
 
     group: Annotated[
@@ -171,37 +182,60 @@ class Int4Linear(Pass[Int4Plan]):
     include: Selections = ("*",)
     exclude: Selections = ()
     tied: bool = False
-    claim: Claim = Sqnr(5.0)  # the table of architectures, with random weights, keeps 5.9 dB
+    claim: Claim = follows()
+    scheme: Int4Scheme = "symmetric"
     name: ClassVar[str] = "int4-linear"
     stage: ClassVar[Stage] = Stage.NUMERICS
 
+    def conflict(self) -> Conflict | None:
+        """Error feedback rounds to scales that it is given, and the affine ones are fitted."""
+        if self.weights == "nearest" or self.scheme == "symmetric":
+            return None
+        return Conflict(
+            ("scheme", "weights"),
+            "error feedback has symmetric groups; give weights='nearest' with scheme='affine'",
+        )
+
+    def default_claim(self) -> Claim:
+        """The floor of the scheme."""
+        return _FLOOR[self.scheme]
+
     @property
-    def scheme(self) -> Scheme:
+    def selection(self) -> Scheme:
         """The selection of layers, as every weight-only pass has it."""
         return Scheme("weight_only", "symmetric", None, self.include, self.exclude, self.tied)
 
     def group_of(self, inner: int) -> int | None:
         """The input channels that share a scale in a layer of `inner`; None where none fits."""
-        wanted = _GROUPS if self.group is None else (self.group,)
-        return next((group for group in wanted if inner % group == 0), None)
+        return next((group for group in self.groups if inner % group == 0), None)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups that are tried, the wanted one first."""
+        return _GROUPS[self.scheme] if self.group is None else (self.group,)
 
     def round(self, linear: Linear, rows: Tensor, moment: Tensor | None) -> Packed:
         """The weight `rows` [N, K] of a layer in four bits; with feedback where `moment` is given.
 
         Raises `PassError`, naming the layer, for NaN and infinity.
         """
+        group = self.group_of(linear.in_features)
+        assert group is not None
         try:
-            q, scale = quantize_rows(
-                rows.detach(),
-                bits=_BITS,
-                group=self.group_of(linear.in_features),
-                method="nearest" if moment is None else "gptq",
-                second_moment=moment,
-                order=True,
-            )
+            if self.scheme == "affine":
+                q, *numbers = affine_groups(rows, group)
+            else:
+                q, *numbers = quantize_rows(
+                    rows.detach(),
+                    bits=_BITS,
+                    group=group,
+                    method="nearest" if moment is None else "gptq",
+                    second_moment=moment,
+                    order=True,
+                )
         except KernelError as error:
             raise PassError(f"{label(linear.node)}: {error}; exclude= takes it out") from error
-        return pack_int4(q), scale.unsqueeze(-1)
+        return pack_int4(q), *(number.unsqueeze(-1) for number in numbers)
 
     def plan(self, program: Program) -> Int4Plan:
         """The linears that will be rewritten, and why the others will not."""

@@ -21,7 +21,8 @@ from fxopt.passes.linear_layers.linear_rule import ProductRule
 from fxopt.passes.linear_layers.selection import Selection, refuse_by_path, refuse_weight
 from fxopt.passes.quantization.split_outliers import is_outlying
 from fxopt.recipe import materialize
-from fxopt.rewriting import Edit, Match
+from fxopt.rewriting import Edit, Match, constant, hole, op
+from fxopt.rewriting.pattern import Op, Pattern
 from fxopt.weights import quantize_rows
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -102,18 +103,17 @@ class Scheme:
 
     def dense_weight(self, linear: Linear, q: Any, scale: Any, call: Call) -> Any:
         """dq(q(W)) [N, K], of values and scales as `stored` gives them."""
-        weight = call(ops.dequantize.default, q, scale, linear.dtype)
         if self.group is None:
-            return weight
-        return call(aten.reshape.default, weight, [linear.out_features, linear.in_features])
+            return call(ops.dequantize.default, q, scale, linear.dtype)
+        rows, inner = linear.out_features, linear.in_features
+        q = call(aten.view.default, q, [rows, inner // self.group, self.group])
+        weight = call(ops.dequantize.default, q, scale, linear.dtype)
+        return call(aten.view.default, weight, [rows, inner])
 
     def stored(self, rounded: Rounded) -> Rounded:
-        """Values and scales in shapes that broadcast: [N, K / group, group] where there are
-        groups, and [N, K / group, 1]."""
+        """Values [N, K] and scales as they broadcast: [N, K / group, 1] where there are groups."""
         values, scale = rounded
-        if self.group is None:
-            return rounded
-        return values.reshape(*scale.shape, -1), scale.unsqueeze(-1)
+        return values, scale if self.group is None else scale.unsqueeze(-1)
 
     def static_scale(self, linear: Linear) -> tuple[Tensor, ...]:
         """The scale and the zero point of the linear's input where it has them ahead."""
@@ -214,3 +214,22 @@ class QuantizeLinear(ProductRule):
 def weight_key(linear: Linear) -> WeightKey:
     """One tensor can serve as W here and as Wᵀ there; their rows are not the same."""
     return linear.name, linear.transposed
+
+
+def in_groups(values: Pattern) -> Op:
+    """view(dq(view(values), scale, dtype, zero_point)): a weight [N, K] with scales [N, K / g, 1].
+
+    `zero_point` is None where it has none.
+    """
+    grouped = op(aten.view.default, values, hole("grouped"))
+    rest = (constant("scale"), hole("weight_dtype"), hole("zero_point"))
+    return op(aten.view.default, op(ops.dequantize.default, grouped, *rest), hole("shape"))
+
+
+def refuse_groups(match: Match, rows: int, inner: int) -> str | None:
+    """Why what `in_groups` matched is no weight [rows, inner] with a scale for each group."""
+    scale = list(match["scale"].meta["val"].shape)
+    shapes = list(match["shape"]), list(match["grouped"]), scale
+    groups = scale[1] if len(scale) == 3 else 1
+    wanted = [rows, inner], [rows, groups, inner // groups], [rows, groups, 1]
+    return None if shapes == wanted else "its scales are not one for each group of columns"

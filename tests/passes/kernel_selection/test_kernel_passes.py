@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -59,6 +61,39 @@ def test_quantized_regions_become_one_operator(mode: str, rule: str, target: str
     assert not any(node.target is torch.ops.aten.linear.default for node in result.graph.nodes)
     (before,), (after,) = evaluate(program, (x,)), evaluate(result, (x,))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    st.sampled_from([(8, 8), (4, 32), (3, 96)]),
+    st.sampled_from([1, 2, 4, 32]),
+    st.lists(st.integers(1, 5), max_size=2),
+    st.booleans(),
+)
+def test_groups_of_int8_become_one_operator(
+    shape: tuple[int, int], group: int, rows: list[int], bias: bool
+) -> None:
+    outputs, inner = shape
+    fits = inner % group == 0
+    torch.manual_seed(0)
+    x = torch.randn(*rows, inner)
+    model = nn.Linear(inner, outputs, bias=bias)
+    program = _after(Int8Linear(mode="weight_only", group=group), model, x)
+    result = SelectKernels().apply(program, SelectKernels().plan(program))
+    assert result.changes.fired.get("SelectGroupedInt8Linear", 0) == fits
+    (before,), (after,) = evaluate(program, (x,)), evaluate(result, (x,))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_points_of_int8_groups_are_refused() -> None:
+    pass_ = Int8Linear(mode="weight_only", group=4)
+    program = _after(pass_, nn.Linear(8, 4), torch.randn(3, 8))
+    (dense,) = (
+        node for node in program.graph.nodes if node.target is torch.ops.fxopt.dequantize.default
+    )
+    dense.args = (*dense.args, dense.args[1])
+    plan = SelectKernels().plan(program)
+    assert not plan.sites
+    assert "has zero points, which the kernel of int8 groups doesn't take" in str(plan)
 
 
 def test_nothing_is_selected_where_nothing_is_quantized() -> None:

@@ -109,7 +109,8 @@ def stacks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Int4Linear, int]:
     model = nn.Sequential(*layers).to(dtype)
     # Hostile weights leave no signal for a decibel claim to be sure of; numbers must stay finite.
     claim = Close(2.0, atol=1.0)
-    return model, torch.randn(3, widths[0]).to(dtype), Int4Linear(group, claim=claim), sum(fits)
+    pass_ = Int4Linear(group, claim=claim, scheme=draw(st.sampled_from(["symmetric", "affine"])))
+    return model, torch.randn(3, widths[0]).to(dtype), pass_, sum(fits)
 
 
 @in_parts(25)
@@ -129,6 +130,25 @@ def test_the_kernel_computes_what_the_numerics_say(drawn: Any) -> None:
     assert fused.changes.fired.get("SelectInt4Linear", 0) == count
     (before,), (after,) = evaluate(program, (x,)), evaluate(fused, (x,))
     assert Close(6e-2 if x.dtype == torch.bfloat16 else 1e-5).measure(before, after).holds
+
+
+@pytest.mark.parametrize("group", [None, 64])
+def test_affine_groups_have_a_zero_point_and_are_truer(group: int | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(128, 64, bias=False), torch.randn(90, 128)
+    nn.init.normal_(model.weight)
+    pass_ = Int4Linear(group, scheme="affine")
+    assert pass_.claim == Sqnr(7.0)
+    result = check(pass_, model, (x,), 1)
+    shape = (64, 128 // (group or 32), 1)
+    assert {(t.dtype, tuple(t.shape)) for t in result.state.values()} == {
+        (torch.uint8, (64, 64)),
+        (torch.float16, shape),
+    }
+    assert set(result.state) == {"weight_int4", "weight_scale", "weight_zero_point"}
+    symmetric = applied(Int4Linear(group or 32), capture(model, (x,)))
+    errors = [sqnr(model(x).detach(), evaluate(one, (x,))[0]) for one in (symmetric, result)]
+    assert errors[1] > errors[0] + 1.5
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,11 @@ def test_wrong_options_say_what_to_give(options: dict[str, Any], message: str) -
         Int4Linear(**options)
 
 
+def test_error_feedback_has_symmetric_groups() -> None:
+    with pytest.raises(PassError, match="give weights='nearest' with scheme='affine'"):
+        Int4Linear(scheme="affine", weights="gptq")
+
+
 def test_it_has_a_textual_form_and_a_repr() -> None:
     (parsed,) = resolve_passes("int4-linear{group=64, weights=gptq, exclude=head, claim=sqnr(9)}")
     assert parsed == Int4Linear(64, "gptq", exclude=("head",), claim=Sqnr(9.0))
@@ -279,10 +304,11 @@ def test_regions_of_other_shapes_are_not_selected() -> None:
     assert "its scales are not one for each group of columns" in str(plan)
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_it_is_saved_and_loaded(fused: bool, tmp_path: Path) -> None:
+def test_it_is_saved_and_loaded(fused: bool, scheme: Any, tmp_path: Path) -> None:
     x = torch.randn(3, 4, 64)
-    program = applied(Int4Linear(), capture(Spellings(), (x,)))
+    program = applied(Int4Linear(scheme=scheme), capture(Spellings(), (x,)))
     if fused:
         program = replace(rewrite(program, (SelectInt4Linear(),)), changes=Changes())
     save(program.materialized(), tmp_path / "saved")
@@ -292,13 +318,14 @@ def test_it_is_saved_and_loaded(fused: bool, tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lowered_it_calls_the_kernel(dtype: torch.dtype) -> None:
+def test_lowered_it_calls_the_kernel(dtype: torch.dtype, scheme: Any) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 64), nn.Linear(64, 16))
     model, x = model.to(dtype).eval(), torch.randn(5, 64).to(dtype)
-    passes = [Int4Linear(group=16), SelectInt4Linear(), fxopt.Lower(strict=True)]
+    passes = [Int4Linear(group=16, scheme=scheme), SelectInt4Linear(), fxopt.Lower(strict=True)]
     opt = fxopt.transform(model, passes, example_inputs=(x,), measure_cost=False)
     for batch in (5, 1, 9):
         y = torch.randn(batch, 64).to(dtype)
