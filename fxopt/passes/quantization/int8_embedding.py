@@ -132,7 +132,14 @@ class QuantizeEmbedding(Rule):
     def _rows(self, node: fx.Node, table: fx.Node, indices: fx.Node, edit: Edit) -> fx.Node:
         """The rows at `indices`, [..., D] in the table's dtype."""
         made = edit.once((self, table), lambda: _rounded_table(node, table, edit))
-        q, scale = (edit.call(LOOKUP, one, indices) for one in made)
+        q, scale = made
+        groups = scale.meta["val"].shape[1]
+        if scale.meta["val"].ndim > 2:
+            scale = edit.call(aten.view.default, scale, [table.meta["val"].shape[0], groups])
+        q, scale = (edit.call(LOOKUP, one, indices) for one in (q, scale))
+        if groups > 1:
+            size = table.meta["val"].shape[1] // groups
+            scale = edit.call(aten.repeat_interleave.self_int, scale, size, -1)
         return edit.call(ops.dequantize.default, q, scale, table.meta["val"].dtype)
 
     def _bag(self, node: fx.Node, table: fx.Node, given: dict[str, Any], edit: Edit) -> fx.Node:
@@ -177,8 +184,8 @@ class Int8Embedding(RulePass):
     `include` and `exclude` are globs over module paths (`"*.word_embeddings"`) or functions of the
     path. A table that something else reads too, as a tied head does, is left alone unless
     `tied=True`. The other reader then keeps the table as it was, so that the int8 copy adds to the
-    memory, as the plan says; unless `Int8Linear(tied=True, range=8)` ran before: its int8 weight
-    and scales are the table's, and kept once.
+    memory, as the plan says; unless `Int8Linear(tied=True, range=8)` ran before, with groups or
+    without: its int8 weight and scales are the table's, and kept once.
 
     Claim: a signal-to-noise ratio of the model's outputs, 30 dB unless `claim` gives another.
 
@@ -218,16 +225,44 @@ class Int8Embedding(RulePass):
 
 
 def _rounded_table(node: fx.Node, table: fx.Node, edit: Edit) -> tuple[fx.Node, ...]:
-    """int8 [V, D] and scales [V, 1] as constants."""
+    """int8 [V, D] and scales [V, 1] as constants; [V, G, 1] where a tied linear has groups."""
     name = _name(table)
     try:
-        q, scale = quantize_rows(materialize(edit.state(table)).detach())
+        values = materialize(edit.state(table)).detach()
+        shared = _stored_by_linear(values, edit)
+        if shared is not None:
+            return shared
+        q, scale = quantize_rows(values)
     except KernelError as error:
         raise PassError(
             f"{label(node)}: its table {name} holds NaN or infinity, which integers can't express; "
             "exclude= takes it out"
         ) from error
     return _constant(f"{name}_int8", q, edit), _constant(f"{name}_scale", scale, edit)
+
+
+def _stored_by_linear(table: Tensor, edit: Edit) -> tuple[fx.Node, ...] | None:
+    """The int8 values and scales in groups that a linear of the graph has of `table`, if any."""
+    for node in edit.graph.nodes:
+        scale = _scale_in_groups(node, table)
+        if scale is None:
+            continue
+        q, numbers = quantize_rows(table, group=table.shape[1] // scale.meta["val"].shape[1])
+        same = torch.equal(edit.tensor(node), q)
+        if same and torch.equal(edit.tensor(scale), numbers.unsqueeze(-1)):
+            return node, scale
+    return None
+
+
+def _scale_in_groups(q: fx.Node, table: Tensor) -> fx.Node | None:
+    """The scales [V, G, 1] of an int8 constant of the shape of `table`, where it has them."""
+    value = q.meta.get("val") if q.op == "get_attr" else None
+    if not isinstance(value, Tensor) or (value.dtype, value.shape) != (torch.int8, table.shape):
+        return None
+    readers = (reader for view in q.users for reader in view.users)
+    scales = (one.args[1] for one in readers if one.target is ops.dequantize.default)
+    constants = (one for one in scales if isinstance(one, fx.Node) and one.op == "get_attr")
+    return next((one for one in constants if one.meta["val"].ndim == 3), None)
 
 
 def _constant(name: str, tensor: Tensor, edit: Edit) -> fx.Node:
@@ -244,7 +279,13 @@ def _constant(name: str, tensor: Tensor, edit: Edit) -> fx.Node:
 
 def _reads_rounded(node: fx.Node) -> bool:
     """Whether a look-up is of int8 rows or of their scales: all that it gives is dequantized."""
-    return bool(node.users) and all(user.target is ops.dequantize.default for user in node.users)
+
+    def dequantizes(user: fx.Node) -> bool:
+        return user.target is ops.dequantize.default or (
+            user.target is aten.repeat_interleave.self_int and _reads_rounded(user)
+        )
+
+    return bool(node.users) and all(map(dequantizes, node.users))
 
 
 def _is_lookup(node: fx.Node) -> bool:

@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 import fxopt
 from fxopt import EquivalenceError, Int8Embedding, Int8Linear, PassError, Sqnr
 from fxopt.capture import capture
-from fxopt.program import Program
+from fxopt.interpreter import evaluate
+from fxopt.program import Changes, Program
 from fxopt.recipe import materialize
+from fxopt.weights import quantize_rows
 from tests.captured import captured, case
-from tests.check import assert_close_to_model, check
+from tests.check import assert_close_to_model, assert_unchanged, check
 from tests.models import Drawn, TiedHead, sequence_models
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
@@ -54,6 +56,18 @@ class Positions(nn.Module):
         x = self.words(ids) + self.words(ids.flip(1)).sin() + self.positions(places)
         result: Tensor = self.head(x)
         return result
+
+
+def returning(program: Program, node: fx.Node) -> Program:
+    """The program with the value of `node` for its output."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for one in program.graph.nodes:
+        if one.op != "output":
+            copies[one] = graph.node_copy(one, copies.__getitem__)
+            copies[one].meta = dict(one.meta)
+    graph.output((copies[node],))
+    return replace(program, graph=graph)
 
 
 def refusal_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
@@ -176,6 +190,51 @@ def test_a_tied_head_in_int8_and_its_embedding_share_one_table() -> None:
     assert set(result.state) == set(program.state) - {"embedding.weight"}
     assert "embedding.weight_int8" in result.state
     assert_close_to_model(linears.claim, model, result.materialized(), (IDS,))
+
+
+@pytest.mark.parametrize("group", [2, 4, 16])
+@pytest.mark.parametrize("ids", [IDS, IDS[0], IDS[0, 0], IDS[:, :, None]], ids=lambda t: t.ndim)
+def test_groups_of_a_tied_head_are_its_embeddings(group: int, ids: Tensor) -> None:
+    torch.manual_seed(0)
+    model = TiedHead(16)
+    linears = Int8Linear(mode="weight_only", tied=True, where="always", group=group)
+    program = capture(model, (ids,))
+    program = replace(linears.apply(program, linears.plan(program)), changes=Changes())
+    pass_ = Int8Embedding()
+    result = pass_.apply(program, pass_.plan(program))
+    assert_unchanged(pass_, result)
+    assert set(result.state) == set(program.state) - {"embedding.weight"}
+    (lookup,) = (
+        node
+        for node in result.graph.nodes
+        if node.target is ops.dequantize.default and node.args[0].target is aten.embedding.default
+    )
+    (rows,) = evaluate(returning(result, lookup), (ids,))
+    q, scale = quantize_rows(model.embedding.weight.detach(), group=group)
+    dense = (q.view(20, -1, group).float() * scale.unsqueeze(-1)).view(20, 16)
+    assert torch.equal(rows, dense[ids])
+    selected = fxopt.SelectKernels().apply(result, fxopt.SelectKernels().plan(result))
+    assert selected.parameter_bytes() == result.parameter_bytes()
+    assert_close_to_model(linears.claim, model, selected.materialized(), (ids,))
+
+
+def test_int8_values_that_are_another_weights_are_not_taken_for_a_table() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.embedding(ids))
+            return y
+
+    linears = Int8Linear(mode="weight_only", where="always", group=4)
+    program = capture(Two(), (IDS,))
+    program = replace(linears.apply(program, linears.plan(program)), changes=Changes())
+    result = Int8Embedding().apply(program, Int8Embedding().plan(program))
+    assert {"embedding.weight_int8", "embedding.weight_scale", "head.weight_int8"} < set(
+        result.state
+    )
 
 
 def test_a_computed_table_is_computed_once() -> None:
