@@ -105,8 +105,10 @@ def transform(
     rounds_cache = any(isinstance(one, QuantizeCache) for one in listed)
     if rounds_cache and plan is None:
         missing = (*missing, _NO_CACHE)
+    resized: Sequence[Inputs] = ()
     if plan is not None:
         plan = plan.with_int8_cache() if rounds_cache else plan
+        resized = plan.resized() if verify else ()
         model, example_inputs = plan.present(), plan.many()
         verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
         calibration = plan.batches(calibration)
@@ -129,6 +131,7 @@ def transform(
             mode,
             judging,
             more=verify_inputs,
+            resized=resized,
             calibration=batches,
             notes=notes,
             further=further,

@@ -94,23 +94,58 @@ def _first_token(model: nn.Module) -> int:
     return 0
 
 
+def reading(
+    step: Any,
+    shapes: tuple[LayerShape, ...],
+    text: Tensor,
+    seen: Tensor,
+    prefix_length: int,
+    keep: int = 2,
+) -> dict[str, Any]:
+    """A step that reads the rest of `text` [B, T] behind its prefix; `seen` is false at padding."""
+    reader = Reader(step, shapes)
+    reader.read(text[:, :prefix_length], seen[:, :prefix_length])
+    return step_inputs(shapes, text[:, prefix_length:], seen, reader.cache, keep)
+
+
 def reading_many(
     step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
 ) -> dict[str, Any]:
     """A step that reads the later part of `text` [B, T] behind the rest; `seen` is its padding."""
-    split = max(1, min(_PREFIX, text.shape[1] - 2))
-    reader = Reader(step, shapes)
-    reader.read(text[:, :split], seen[:, :split])
-    return step_inputs(shapes, text[:, split:], seen, reader.cache)
+    return reading(step, shapes, text, seen, max(1, min(_PREFIX, text.shape[1] - 2)))
 
 
 def reading_one(
     step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
 ) -> dict[str, Any]:
     """A step that reads the last token of each row of `text` [B, T] behind the others."""
-    reader = Reader(step, shapes)
-    reader.read(text[:, :-1], seen[:, :-1])
-    return step_inputs(shapes, text[:, -1:], seen, reader.cache)
+    return reading(step, shapes, text, seen, text.shape[1] - 1)
+
+
+def reading_resized(
+    step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
+) -> tuple[dict[str, Any], ...]:
+    """Steps of both kinds at other sizes: of one row of `text` [B, T], and of a row more, shorter.
+
+    What they read is a part of the text, since a prefix that is cut or repeated is none.
+    """
+    rows, length = text.shape
+    short = max(4, 2 * length // 3)
+    one_row, shorter = (text[:1], seen[:1]), _part(text, seen, rows + 1, short)
+    less = _part(text, seen, 1, max(3, length - 3))
+    return (
+        reading(step, shapes, *one_row, max(1, length // 8), keep=length),
+        reading(step, shapes, *shorter, short - short // 3),
+        reading(step, shapes, *less, less[0].shape[1] - 1),
+        reading(step, shapes, *shorter, shorter[0].shape[1] - 1),
+    )
+
+
+def _part(text: Tensor, seen: Tensor, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """So many rows, the first ones again, and tokens: the first, or behind padding the last."""
+    order = torch.arange(rows, device=text.device) % len(text)
+    kept = slice(length) if bool(seen.all()) else slice(-length, None)
+    return text[order][:, kept], seen[order][:, kept]
 
 
 @dataclass(frozen=True)

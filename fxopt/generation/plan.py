@@ -17,6 +17,7 @@ from fxopt.generation.examples import (
     own_text,
     reading_many,
     reading_one,
+    reading_resized,
     text_of,
 )
 from fxopt.generation.prefix import (
@@ -87,6 +88,10 @@ class GenerationPlan:
     def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
         """The inputs of both kinds of step on `prompts`."""
         return self.many(prompts), self.one(prompts)
+
+    def resized(self) -> tuple[dict[str, Any], ...]:
+        """The inputs of both kinds of step at other sizes, out of the plan's text."""
+        return reading_resized(self.present(), self.shapes, self.text, self.seen)
 
     def batches(self, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
         """Calibration texts as what steps are given."""

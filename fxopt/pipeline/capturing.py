@@ -43,15 +43,18 @@ def captured(
     judging: Judging,
     *,
     more: Sequence[Inputs] = (),
+    resized: Sequence[Inputs] = (),
     calibration: Iterable[Any] | None = None,
     notes: Sequence[str] = (),
     further: bool = False,
 ) -> Run:
     """The run that begins with `model`, captured on `inputs`, or with the program that it is.
 
-    A `further` program of a model is judged on those of the inputs `more` that are its own, and
-    calibrated on the example where none of the batches is. Raises `EquivalenceError` where the
-    capture computes something else than the model, and what `capture` raises.
+    It is judged on the inputs `more` as well, and on those of `resized` that are its own in place
+    of the example at other sizes. A `further` program of a model is judged on those of `more` that
+    are its own, and calibrated on the example where none of the batches is. Raises
+    `EquivalenceError` where the capture computes something else than the model, and what `capture`
+    raises.
     """
     judging.progress(f"capturing {type(model).__name__}")
     start = time.perf_counter()
@@ -65,6 +68,7 @@ def captured(
         given = Calibration(calibration, program.signature, judging.progress, instead)
         program = replace(program, calibration=given)
     own, elsewhere = _sorted_inputs(program, more, further)
+    other_sizes, _ = _sorted_inputs(program, resized, True)
     run = Run(
         model,
         inputs,
@@ -77,7 +81,7 @@ def captured(
     claim: Claim = Close()
     verdict = None
     if judging.verify:
-        run, claim, verdict = _judged(run, own)
+        run, claim, verdict = _judged(run, own, other_sizes)
     fired = {"operations": program.node_count()}
     step = StepTaken("capture", "capture", program, program, claim, verdict, start, fired=fired)
     return run.recording(step, judging)
@@ -111,12 +115,16 @@ def _sorted_inputs(
     return own, tuple(elsewhere)
 
 
-def _judged(run: Run, own: Sequence[list[Tensor]]) -> tuple[Run, Claim, Verdict]:
+def _judged(
+    run: Run, own: Sequence[list[Tensor]], resized: Sequence[list[Tensor]]
+) -> tuple[Run, Claim, Verdict]:
     """The run with its trials, the claim that the capture was held to, and the verdict."""
     program, model = run.program, run.model
-    extra = [[tensor.clone() for tensor in one] for one in own]
+    extra, others = (
+        [[tensor.clone() for tensor in one] for one in all_] for all_ in (own, resized)
+    )
     changed: set[str] = set()
-    found, skipped = trials(program, run_model(model, program, changed), extra)
+    found, skipped = trials(program, run_model(model, program, changed), extra, others)
     if changed:
         run = run.noting(note_on_attributes(model, program, changed))
     # One other size a step keeps judging cheap; the whole list is judged on both.

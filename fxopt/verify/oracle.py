@@ -41,18 +41,22 @@ class Trial:
 
 
 def trials(
-    program: Program, reference: Run, more: Sequence[Sequence[Tensor]] = ()
+    program: Program,
+    reference: Run,
+    more: Sequence[Sequence[Tensor]] = (),
+    resized: Sequence[Sequence[Tensor]] = (),
 ) -> tuple[tuple[Trial, ...], tuple[str, ...]]:
-    """The trials of `program`: its example, `more`, and the example at two other sizes.
+    """The trials of `program`: its example, `more`, and inputs of other sizes.
 
-    Those are within the program's guards. Sizes that the reference itself rejects are left out and
+    Those are `resized`, or where there are none the example at two other sizes within the program's
+    guards. Sizes that the reference itself rejects are left out and
     named in the second result.
     """
     found = [_given("the example", program, program.example, reference)]
     for index, inputs in enumerate(more):
         found.append(_given(f"verify_inputs[{index}]", program, tuple(inputs), reference))
     skipped = []
-    for other in other_sizes(program):
+    for other in map(tuple, resized) if resized else other_sizes(program):
         if other is None:
             skipped.append(_NO_OTHER_SIZE)
             continue
