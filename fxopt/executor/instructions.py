@@ -29,9 +29,10 @@ class Kind(IntEnum):
     RMS_NORM = 4
     ROTATE = 5
     GATHER = 6
-    PRODUCT = 7
-    OPERATOR_CALL = 8
-    ATTENTION = 9
+    WIDEN = 7
+    PRODUCT = 8
+    OPERATOR_CALL = 9
+    ATTENTION = 10
 
 
 class Function(IntEnum):
@@ -61,16 +62,6 @@ class Function(IntEnum):
     SILU_TIMES = 21
     GELU_TIMES = 22
     GELU_TANH_TIMES = 23
-
-
-class Called(IntEnum):
-    """Which operator multiplies many rows."""
-
-    LINEAR = 0
-    PACKED_LINEAR = 1
-    HALF = 2
-    INT8 = 3
-    INT4 = 4
 
 
 POST_OPS = ("none", "relu", "gelu", "gelu_tanh", "silu", "add")

@@ -1,4 +1,4 @@
-"""Linear layers: of few rows by an instruction that reads the weight, of many by operators."""
+"""Linear layers: instructions that read the weight; float32 weights of many rows by operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.executor.arrays import Array, Buffer, contiguous
-from fxopt.executor.instructions import POST_OPS, STORED, Called, Function, Kind, own
+from fxopt.executor.instructions import POST_OPS, STORED, Function, Kind, own
 from fxopt.executor.layout import Layout, NotListedError, Rule
 from fxopt.nodes import arguments
 
@@ -21,105 +21,117 @@ FEW_ROWS = 8
 
 
 @dataclass(frozen=True)
-class _Product:
-    """A linear layer of x: its weight, what scales it, and by which operator many rows go."""
+class _Weight:
+    """A weight [N, K], its bias [N], and by groups of columns its scales and zero points."""
 
-    called: Called
-    weight: Array
+    stored: Array
     bias: Array | None
     scale: Array | None = None
+    zero: Array | None = None
     group: int = 0
 
-
-def _linear(called: Called) -> Rule:
-    def rule(layout: Layout, node: fx.Node) -> Array:
-        given = arguments(node)
-        weight, bias = layout.array(given["weight"]), layout.maybe_array(given["bias"])
-        x = layout.array(given.get("input", given.get("x")))
-        post_op = given.get("post_op", "none")
-        other = layout.maybe_array(given.get("other"))
-        return _multiplied(layout, node, x, _Product(called, weight, bias), post_op, other)
-
-    return rule
+    @property
+    def tensors(self) -> tuple[Array | None, ...]:
+        """All of it."""
+        return self.stored, self.bias, self.scale, self.zero
 
 
-def _half_linear(layout: Layout, node: fx.Node) -> Array:
+def _linear(layout: Layout, node: fx.Node) -> Array:
     given = arguments(node)
-    weight = layout.array(given["weight"], torch.bfloat16, torch.float16)
-    product = _Product(Called.HALF, weight, layout.maybe_array(given["bias"]))
-    return _multiplied(layout, node, layout.array(given["x"]), product)
-
-
-def _int8_linear(layout: Layout, node: fx.Node) -> Array:
-    given = arguments(node)
-    weight, scale = layout.array(given["weight"], torch.int8), layout.array(given["weight_scale"])
-    if scale.count != weight.sizes[0]:
-        raise NotListedError("scales of groups")
-    product = _Product(Called.INT8, weight, layout.maybe_array(given["bias"]), scale)
-    return _multiplied(layout, node, layout.array(given["x"]), product)
-
-
-def _int4_linear(layout: Layout, node: fx.Node) -> Array:
-    given = arguments(node)
-    packed, scale = layout.array(given["packed"], torch.uint8), layout.array(given["scale"])
-    inner = 2 * packed.sizes[1]
-    group = inner // (scale.count // packed.sizes[0])
-    if group % 32:  # the columns that a vector's bytes hold
-        raise NotListedError(f"groups of {group} columns")
-    bias = layout.maybe_array(given["bias"])
-    product = _Product(Called.INT4, packed, bias, scale, group)
-    return _multiplied(layout, node, layout.array(given["x"]), product)
-
-
-def _multiplied(
-    layout: Layout,
-    node: fx.Node,
-    x: Array,
-    product: _Product,
-    post_op: str = "none",
-    other: Array | None = None,
-) -> Array:
-    tensors = [one for one in (product.weight, product.scale, product.bias) if one is not None]
-    if any(one.buffer.place != "held" for one in tensors):
-        raise NotListedError("a product of two values that are computed")
-    x = layout.dense(x)
-    inner = x.sizes[-1]
-    rows = x.count // inner
-    sizes = layout.sizes_of(node)
-    if rows > FEW_ROWS:
-        return _by_operator(layout, sizes, (rows, inner, sizes[-1]), x, product, post_op, other)
-    result = own(sizes)
-    weight, bias, scale, group = product.weight, product.bias, product.scale, product.group
-    words = (STORED[weight.dtype], rows, inner, sizes[-1], result, x, weight, scale, bias, group)
-    layout.listing.add(Kind.PRODUCT, *words)
+    weight = _Weight(layout.array(given["weight"]), layout.maybe_array(given["bias"]))
+    x, sizes = layout.array(given.get("input", given.get("x"))), layout.sizes_of(node)
+    post_op, other = given.get("post_op", "none"), layout.maybe_array(given.get("other"))
+    if x.count // x.sizes[-1] > FEW_ROWS:
+        packed = node.target is ops.packed_linear.default
+        return _by_operator(layout, sizes, x, weight, packed, post_op, other)
+    result = _multiplied(layout, node, x, weight)
     if post_op == "add":
         assert other is not None
         return layout.map(Function.ADD, sizes, result, other)
     return result if post_op == "none" else layout.map(_POST_OPS[post_op], sizes, result)
 
 
+def _half_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    stored = layout.array(given["weight"], torch.bfloat16, torch.float16)
+    weight = _Weight(stored, layout.maybe_array(given["bias"]))
+    return _multiplied(layout, node, layout.array(given["x"]), weight)
+
+
+def _int8_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    stored = layout.array(given["weight"], torch.int8)
+    scale = layout.array(given["weight_scale"], torch.float32, torch.float16)
+    by_row = scale.count == stored.sizes[0] and scale.dtype == torch.float32
+    group = 0 if by_row else _group(stored.sizes[1], stored.sizes[0], scale, _VECTOR)
+    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, None, group)
+    return _multiplied(layout, node, layout.array(given["x"]), weight)
+
+
+def _int4_linear(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    stored = layout.array(given["packed"], torch.uint8)
+    scale = layout.array(given["scale"], torch.float32, torch.float16)
+    zero = layout.maybe_array(given["zero_point"], scale.dtype)
+    group = _group(2 * stored.sizes[1], stored.sizes[0], scale, 2 * _VECTOR)
+    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, zero, group)
+    return _multiplied(layout, node, layout.array(given["x"]), weight)
+
+
+def _group(inner: int, outputs: int, scale: Array, least: int) -> int:
+    """The columns of a group, which are a whole number of vectors."""
+    group = inner // (scale.count // outputs)
+    if group % least:
+        raise NotListedError(f"groups of {group} columns, no multiple of {least}")
+    return group
+
+
+def _multiplied(layout: Layout, node: fx.Node, x: Array, weight: _Weight) -> Array:
+    _check_held(weight)
+    x, sizes = layout.dense(x), layout.sizes_of(node)
+    inner = x.sizes[-1]
+    result = own(sizes)
+    half = weight.scale is not None and weight.scale.dtype == torch.float16
+    shape = (x.count // inner, inner, sizes[-1])
+    tensors = (result, x, *weight.tensors)
+    layout.listing.add(
+        Kind.PRODUCT, STORED[weight.stored.dtype], *shape, *tensors, half, weight.group
+    )
+    return result
+
+
 def _by_operator(
     layout: Layout,
     sizes: tuple[int, ...],
-    shape: tuple[int, int, int],
     x: Array,
-    product: _Product,
+    weight: _Weight,
+    packed: bool,
     post_op: str,
     other: Array | None,
 ) -> Array:
+    _check_held(weight)
+    x = layout.dense(x)
+    inner = x.sizes[-1]
     result = Array(Buffer("result"), sizes, contiguous(sizes), torch.float32)
-    held = (product.weight, product.scale, product.bias)
     layout.listing.add(
         Kind.OPERATOR_CALL,
-        int(product.called),
+        packed,
         result.buffer,
-        *shape,
+        x.count // inner,
+        inner,
+        sizes[-1],
         x,
-        *(-1 if one is None else one.buffer.index for one in held),
+        weight.stored.buffer.index,
+        -1 if weight.bias is None else weight.bias.buffer.index,
         POST_OPS.index(post_op),
         None if other is None else layout.dense(other),
     )
     return result
+
+
+def _check_held(weight: _Weight) -> None:
+    if any(one is not None and one.buffer.place != "held" for one in weight.tensors):
+        raise NotListedError("a product of two values that are computed")
 
 
 _POST_OPS = {
@@ -128,11 +140,12 @@ _POST_OPS = {
     "gelu_tanh": Function.GELU_TANH,
     "silu": Function.SILU,
 }
-
+_VECTOR = 16
+"""Entries of the widest vector: groups are whole numbers of it, whatever the CPU."""
 
 PRODUCTS: dict[Any, Rule] = {
-    aten.linear.default: _linear(Called.LINEAR),
-    ops.packed_linear.default: _linear(Called.PACKED_LINEAR),
+    aten.linear.default: _linear,
+    ops.packed_linear.default: _linear,
     ops.half_weight_only_linear.default: _half_linear,
     ops.int8_weight_only_linear.default: _int8_linear,
     ops.int4_weight_only_linear.default: _int4_linear,

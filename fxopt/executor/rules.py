@@ -94,15 +94,46 @@ def _item(layout: Layout, node: fx.Node) -> Any:
 
 
 def _cast(layout: Layout, node: fx.Node) -> Array:
-    array = layout.array(node.args[0], *_ANY)
+    array = layout.array(node.args[0], *_ANY, *NARROW)
     wanted = node.meta["val"].dtype
     if wanted == array.dtype:
         return array
-    if (array.dtype, wanted) != (torch.int64, torch.float32):
+    if wanted != torch.float32 or array.dtype == torch.bool:
         raise NotListedError(f"it turns {array.dtype} into {wanted}")
+    if array.dtype != torch.int64:
+        return _widened(layout, array)
     result = own(array.sizes)
     layout.listing.add(Kind.WHOLE_MAP, int(Function.REAL), result, *layout.loop(array))
     return result
+
+
+def _widened(layout: Layout, array: Array) -> Array:
+    if not array.is_dense:
+        raise NotListedError(f"{array.dtype} that doesn't lie together")
+    result = own(array.sizes)
+    layout.listing.add(Kind.WIDEN, STORED[array.dtype], array.count, result, array)
+    return result
+
+
+def _dequantize(layout: Layout, node: fx.Node) -> Array:
+    given = arguments(node)
+    if given["dtype"] != torch.float32 or given["zero_point"] is not None:
+        raise NotListedError(f"int8 with a zero point, or as {given['dtype']}")
+    x = _widened(layout, layout.array(given["q"], torch.int8))
+    return layout.map(Function.MUL, x.sizes, x, layout.array(given["scale"]))
+
+
+def _repeat(layout: Layout, node: fx.Node) -> Array:
+    array, given = layout.array(node.args[0]), arguments(node)
+    if given["dim"] is None or _axis(given["dim"], len(array.sizes)) != len(array.sizes) - 1:
+        raise NotListedError("it repeats along another axis than the last")
+    sizes, repeats = array.sizes, layout.number(given["repeats"])
+    each = array.viewed((*sizes, 1))
+    assert each is not None
+    whole = layout.map(Function.COPY, (*sizes, repeats), each.expanded((*sizes, repeats)))
+    repeated = whole.viewed((*sizes[:-1], sizes[-1] * repeats))
+    assert repeated is not None
+    return repeated
 
 
 def _cat(layout: Layout, node: fx.Node) -> Array:
@@ -236,10 +267,8 @@ def _layer_norm(layout: Layout, node: fx.Node) -> Array:
 
 def _embedding(layout: Layout, node: fx.Node) -> Array:
     given = arguments(node)
-    table = layout.array(given["weight"], *_FLOATS)
+    table = layout.dense(layout.array(given["weight"], torch.float32, *NARROW))
     indices = layout.dense(layout.array(given["indices"], torch.int64))
-    if node.meta["val"].dtype != torch.float32:
-        raise NotListedError(f"it gives {node.meta['val'].dtype}")
     length, size = table.sizes
     return _gathered(layout, node, table, indices, (1, length, size), wraps=False)
 
@@ -271,20 +300,10 @@ def _gathered(
 ) -> Array:
     """Rows of x [outer, length, size]; where `wraps`, a negative index counts from the end."""
     outer, length, size = sizes
-    result = own(layout.sizes_of(node))
-    layout.listing.add(
-        Kind.GATHER,
-        STORED[x.dtype],
-        outer,
-        indices.count,
-        length,
-        size,
-        wraps,
-        result,
-        x,
-        indices,
-        None,
-    )
+    result = own(layout.sizes_of(node), x.dtype)
+    row = size * x.dtype.itemsize
+    words = (outer, indices.count, length, row, wraps, result, x, indices)
+    layout.listing.add(Kind.GATHER, *words)
     return result
 
 
@@ -329,8 +348,8 @@ def _prefix(layout: Layout, argument: Any) -> Prefix:
     return value
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ANY = (torch.float32, torch.int64, torch.bool)
+NARROW = (torch.bfloat16, torch.float16, torch.int8)
 
 RULES: dict[Any, Rule] = {
     aten.reshape.default: _reshape,
@@ -375,6 +394,8 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _layer_norm,
     ops.layer_norm.default: _layer_norm,
     aten.embedding.default: _embedding,
+    aten.repeat_interleave.self_int: _repeat,
+    ops.dequantize.default: _dequantize,
     aten.index.Tensor: _index,
     **PRODUCTS,
     ops.cached_attention.default: _attention,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxopt.executor import Executor
 from fxopt.kernels import pack_int4
 from tests.executor.graphs import Built, drawn, run
 
@@ -14,34 +15,64 @@ ops = torch.ops.fxopt
 
 
 def stored(built: Built, kind: str, weight: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """The operator of a kind of weight, and what it takes of it."""
+    """The operator of a kind of weight, and what it takes of it ahead of the bias."""
     outputs, inner = weight.shape
-    if kind == "int8":
-        scale = torch.rand(outputs, 1) + 0.1
-        q = (weight * 40).clamp(-127, 127).to(torch.int8)
-        return ops.int8_weight_only_linear.default, (built.constant(q), built.constant(scale))
-    if kind == "int4":
-        scale = torch.rand(outputs, inner // 32, 1) + 0.1
-        q = pack_int4((weight * 3).clamp(-8, 7).to(torch.int8))
-        return ops.int4_weight_only_linear.default, (built.constant(q), built.constant(scale))
-    if kind == "packed":
+    storage, *groups = kind.split()
+    if storage in ("int8", "int4"):
+        dtype = torch.float16 if "half" in groups else torch.float32
+        each = (outputs, inner // 32, 1) if "groups" in groups else (outputs, 1)
+        scale = built.constant((torch.rand(each) + 0.1).to(dtype))
+        if storage == "int8":
+            q = (weight * 40).clamp(-127, 127).to(torch.int8)
+            return ops.int8_weight_only_linear.default, (built.constant(q), scale)
+        packed = pack_int4((weight * 3).clamp(-8, 7).to(torch.int8))
+        return ops.int4_weight_only_linear.default, (built.constant(packed), scale)
+    if storage == "packed":
         return ops.packed_linear.default, (built.constant(weight),)
-    half = weight.to(getattr(torch, kind))
+    half = weight.to(getattr(torch, storage))
     return ops.half_weight_only_linear.default, (built.constant(half),)
 
 
-@pytest.mark.parametrize("kind", ["packed", "bfloat16", "float16", "int8", "int4"])
+KINDS = [
+    "packed",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int8 groups",
+    "int8 groups half",
+    "int4 groups",
+    "int4 groups half",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
-def test_few_rows_and_many(kind: str, rows: int) -> None:
+@pytest.mark.parametrize("affine", [False, True])
+def test_few_rows_and_many(kind: str, rows: int, affine: bool) -> None:
     built = Built()
     x = built.input(drawn(1, rows, 64))
     target, weight = stored(built, kind, drawn(24, 64, seed=1))
     bias = built.constant(drawn(24, seed=2))
-    more = ("silu", None) if kind == "packed" else ()
+    more: tuple[Any, ...] = ("silu", None) if kind == "packed" else ()
+    if affine:
+        if not kind.startswith("int4"):
+            return
+        scale = weight[1].meta["val"]
+        more = (built.constant(torch.randn(scale.shape).to(scale.dtype)),)
     y = built.call(target, x, *weight, bias, *more)
     z = built.call(torch.ops.aten.add.Tensor, y, 1.0)
     for found, wanted in zip(*run(built, z), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_groups_that_are_no_whole_vectors_are_refused() -> None:
+    built = Built()
+    x = built.input(drawn(1, 3, 24))
+    q = built.constant((drawn(4, 24) * 9).to(torch.int8))
+    scale = built.constant(torch.rand(4, 3, 1) + 0.1)
+    y = built.call(ops.int8_weight_only_linear.default, x, q, scale, None)
+    refusal = str(Executor(built.module(y)).refusal(built.inputs))
+    assert "groups of 8 columns, no multiple of 16" in refusal
 
 
 def test_results_of_operators_are_kept_while_they_are_read() -> None:

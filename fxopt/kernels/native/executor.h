@@ -23,6 +23,7 @@ enum class Kind : int64_t {
   rms_norm,
   rotate,
   gather,
+  widen,
   product,
   operator_call,
   attention,
@@ -53,7 +54,6 @@ enum class Function : int64_t {
   gelu_times,
   gelu_tanh_times,
 };
-enum class Called : int64_t { linear, packed_linear, half, int8, int4 };
 constexpr const char* kPostOps[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "add"};
 enum class Stored : int64_t { float32, bfloat16, float16, int8, int4 };
 
@@ -391,42 +391,43 @@ inline void rotate(Words& words, const Memory& memory) {
   });
 }
 
-template <class T>
-void widen(const T* from, float scale, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(from[i]) * scale;
-}
-
-// out[o, i, :] = x[o, index[i], :] times a scale of that row, in float32.
+// out[o, i, :] = x[o, index[i], :], rows of so many bytes.
 inline void gather(Words& words, const Memory& memory) {
-  const auto stored = static_cast<Stored>(words.next());
   const int64_t outer = words.next(), count = words.next(), length = words.next();
-  const int64_t size = words.next();
+  const int64_t bytes = words.next();
   const bool wraps = words.next();
-  float* to = memory.pointer<float>(words);
+  char* to = memory.pointer<char>(words);
   const char* from = memory.pointer<const char>(words);
   const int64_t* indices = memory.pointer<const int64_t>(words);
-  const float* scales = memory.pointer<const float>(words);
   for (int64_t o = 0; o < outer; ++o) {
-    for (int64_t i = 0; i < count; ++i, to += size) {
+    for (int64_t i = 0; i < count; ++i, to += bytes) {
       const int64_t given = indices[i], index = wraps && given < 0 ? given + length : given;
       TORCH_CHECK_INDEX(index >= 0 && index < length, "index ", given, " is out of range for ",
                         length, " rows");
-      const int64_t first = (o * length + index) * size;
-      const float scale = scales ? scales[index] : 1.0f;
-      switch (stored) {
-        case Stored::float32:
-          std::memcpy(to, from + first * 4, size * 4);
-          break;
-        case Stored::bfloat16:
-          widen(reinterpret_cast<const at::BFloat16*>(from) + first, scale, size, to);
-          break;
-        case Stored::float16:
-          widen(reinterpret_cast<const at::Half*>(from) + first, scale, size, to);
-          break;
-        default:
-          widen(reinterpret_cast<const int8_t*>(from) + first, scale, size, to);
-      }
+      std::memcpy(to, from + (o * length + index) * bytes, bytes);
     }
+  }
+}
+
+// What is stored narrower as float32.
+inline void widen(Words& words, const Memory& memory) {
+  const auto stored = static_cast<Stored>(words.next());
+  const int64_t count = words.next();
+  float* to = memory.pointer<float>(words);
+  const char* given = memory.pointer<const char>(words);
+  const auto of = [&](auto like) {
+    const auto* from = reinterpret_cast<const decltype(like)*>(given);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+  };
+  switch (stored) {
+    case Stored::bfloat16:
+      return of(at::BFloat16());
+    case Stored::float16:
+      return of(at::Half());
+    case Stored::int8:
+      return of(int8_t());
+    default:
+      TORCH_CHECK(false, "fxopt::execute: nothing to widen");
   }
 }
 
@@ -436,81 +437,67 @@ inline void product(Words& words, const Memory& memory) {
   float* to = memory.pointer<float>(words);
   const float* x = memory.pointer<const float>(words);
   const char* weight = memory.pointer<const char>(words);
-  const float *scale = memory.pointer<const float>(words), *bias = memory.pointer<const float>(words);
+  const float* bias = memory.pointer<const float>(words);
+  const char *scale = memory.pointer<const char>(words), *zero = memory.pointer<const char>(words);
+  const bool half = words.next();
   const int64_t group = words.next();
-  const auto plain = [&](auto like) {
+  const auto times = [&](const auto& of, bool pairs, const float* scales) {
+    const Results results{to, rows, outputs, scales, bias};
+    rows > kFewRows ? many_rows(of, x, results) : multiply(x, rows, of, pairs, results);
+  };
+  const auto plain = [&](auto like, const float* scales) {
     using T = decltype(like);
-    const Plain<T> plain{reinterpret_cast<const T*>(weight), inner};
-    multiply(x, rows, plain, false, Results{to, rows, outputs, scale, bias});
+    times(Plain<T>{reinterpret_cast<const T*>(weight), inner}, false, scales);
+  };
+  const auto grouped = [&](auto like) {
+    using S = decltype(like);
+    const S *scales = reinterpret_cast<const S*>(scale), *zeros = reinterpret_cast<const S*>(zero);
+    if (stored == Stored::int4) {
+      const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
+      return times(Int4<S>{bytes, inner, scales, zeros, group}, true, nullptr);
+    }
+    const auto* bytes = reinterpret_cast<const int8_t*>(weight);
+    times(Int8Groups<S>{bytes, inner, scales, group}, false, nullptr);
   };
   switch (stored) {
     case Stored::float32:
-      return plain(float());
+      return plain(float(), nullptr);
     case Stored::bfloat16:
-      return plain(at::BFloat16());
+      return plain(at::BFloat16(), nullptr);
     case Stored::float16:
-      return plain(at::Half());
-    case Stored::int8:
-      return plain(int8_t());
-    case Stored::int4: {
-      const Int4 packed{reinterpret_cast<const uint8_t*>(weight), inner, scale, group};
-      return multiply(x, rows, packed, true, Results{to, rows, outputs, nullptr, bias});
-    }
+      return plain(at::Half(), nullptr);
+    default:
+      if (!group) return plain(int8_t(), reinterpret_cast<const float*>(scale));
+      return half ? grouped(at::Half()) : grouped(0.0f);
   }
 }
 
-// A linear layer of many rows by its operator.
+// A linear layer of many rows by its operator, for weights of float32.
 inline void operator_call(Words& words, Memory& memory, at::TensorList held) {
   using Maybe = std::optional<at::Tensor>;
-  const auto called = static_cast<Called>(words.next());
+  const bool packed = words.next();
   const int64_t base = words.next(), result = words.next();
   const int64_t rows = words.next(), inner = words.next(), outputs = words.next();
   const auto rows_at = [&](float* data, int64_t size) {
     return at::from_blob(data, {rows, size}, at::TensorOptions(at::kFloat));
   };
-  const auto tensor = [&]() -> Maybe {
-    const int64_t index = words.next();
-    return index < 0 ? Maybe() : Maybe(held[index]);
-  };
   const at::Tensor x = rows_at(memory.pointer<float>(words), inner);
-  const at::Tensor weight = *tensor();
-  const Maybe scale = tensor(), bias = tensor();
-  const int64_t post_op = words.next();
+  const at::Tensor& weight = held[words.next()];
+  const int64_t index = words.next(), post_op = words.next();
+  const Maybe bias = index < 0 ? Maybe() : Maybe(held[index]);
   float* other = memory.pointer<float>(words);
   const auto named = [](const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   };
   using Tensor = at::Tensor;
-  at::Tensor y;
-  switch (called) {
-    case Called::linear: {
-      static const auto linear =
-          named("aten::linear").typed<Tensor(const Tensor&, const Tensor&, const Maybe&)>();
-      y = linear.call(x, weight, bias);
-      break;
-    }
-    case Called::packed_linear: {
-      static const auto linear =
-          named("fxopt::packed_linear")
-              .typed<Tensor(const Tensor&, const Tensor&, const Maybe&, c10::string_view,
-                            const Maybe&)>();
-      y = linear.call(x, weight, bias, kPostOps[post_op],
-                      other ? Maybe(rows_at(other, outputs)) : Maybe());
-      break;
-    }
-    case Called::half: {
-      static const auto linear = named("fxopt::half_weight_only_linear")
-                                     .typed<Tensor(const Tensor&, const Tensor&, const Maybe&)>();
-      y = linear.call(x, weight, bias);
-      break;
-    }
-    default: {
-      using Scaled = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&);
-      static const auto int8 = named("fxopt::int8_weight_only_linear").typed<Scaled>();
-      static const auto int4 = named("fxopt::int4_weight_only_linear").typed<Scaled>();
-      y = (called == Called::int8 ? int8 : int4).call(x, weight, *scale, bias);
-    }
-  }
+  using Linear = Tensor(const Tensor&, const Tensor&, const Maybe&);
+  using Packed =
+      Tensor(const Tensor&, const Tensor&, const Maybe&, c10::string_view, const Maybe&);
+  static const auto linear = named("aten::linear").typed<Linear>();
+  static const auto packed_linear = named("fxopt::packed_linear").typed<Packed>();
+  at::Tensor y = packed ? packed_linear.call(x, weight, bias, kPostOps[post_op],
+                                             other ? Maybe(rows_at(other, outputs)) : Maybe())
+                        : linear.call(x, weight, bias);
   y = y.contiguous();
   memory.bases[base + result] = static_cast<char*>(y.mutable_data_ptr());
   memory.results[result] = std::move(y);
@@ -628,6 +615,9 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
         break;
       case Kind::gather:
         gather(words, memory);
+        break;
+      case Kind::widen:
+        widen(words, memory);
         break;
       case Kind::product:
         product(words, memory);
