@@ -66,7 +66,8 @@ def optimize_pipeline(
 
     `inputs` is a call like those of the service (several of a list in one batch, so that the batch
     size stays open), `calibration` a list of further ones; `passes` and `options` are those of
-    `fxopt.transform`. Of a pipeline that writes text the prompts are the example.
+    `fxopt.transform`. Of a pipeline that writes text the prompts are the example, and of one that
+    transcribes the sound.
 
     Raises `ModelError` for what is no pipeline with a torch model, or generates with a model that
     isn't read step by step, and what `transform` raises. `pipeline` is as it was then.
@@ -103,16 +104,17 @@ def _replace(
 ) -> None:
     """Transform `owner.name` on what it gets when `call` is given `inputs`, and put it there."""
     model: nn.Module = getattr(owner, name)
-    example = _recorded(model, call, [inputs])
+    listener = _listener(model, options)
+    example = _recorded(listener, call, [inputs])
     if not example:
         raise ModelError(
             f"{type(model).__name__} wasn't called by {type(owner).__name__}: its inputs are "
             "unknown. Transform it yourself, with example_inputs."
         )
-    batches = _recorded(model, call, [list(calibration)]) if calibration else None
+    batches = _recorded(listener, call, [list(calibration)]) if calibration else None
     if options.get("generation"):
-        example = [_text(example[0])]
-        batches = [_text(one) for one in batches if _reads_text(one)] if batches else None
+        example = [_source(example[0])]
+        batches = [_source(one) for one in batches if _is_prompt(one)] if batches else None
     optimized = transform(model, passes, example_inputs=example[0], calibration=batches, **options)
     setattr(owner, name, optimized)
     if not _recorded(optimized, call, [inputs]):
@@ -123,14 +125,22 @@ def _replace(
         )
 
 
-def _reads_text(call: Mapping[str, Any]) -> bool:
-    """Whether a call reads more than one token, as that for a prompt does."""
-    return bool(call["input_ids"].shape[1] > 1)
+def _listener(model: Any, options: Mapping[str, Any]) -> Any:
+    """What is called with the whole source: of an encoder-decoder that generates, its encoder."""
+    config = getattr(model, "config", None)
+    both = options.get("generation") and getattr(config, "is_encoder_decoder", False)
+    return model.get_encoder() if both else model
 
 
-def _text(call: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call reads, without what `generate` adds to it."""
-    return {name: call[name] for name in ("input_ids", "attention_mask") if name in call}
+def _is_prompt(call: Mapping[str, Any]) -> bool:
+    """Whether a call reads more than the one token that was written last."""
+    return bool("input_ids" not in call or call["input_ids"].shape[1] > 1)
+
+
+def _source(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call reads or hears, without what `generate` adds to it."""
+    names = ("input_ids", "input_features", "attention_mask")
+    return {name: call[name] for name in names if name in call}
 
 
 def _recorded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,8 +85,10 @@ def transform(
     A causal language model of transformers goes on to generate: `opt.generate(...)` and pipelines
     take the result, over one program that reads many tokens and one that reads one, both rewritten
     by `passes`. `example_inputs`, `verify_inputs` and `calibration` are texts then, `input_ids` and
-    `attention_mask`; left out, the model writes some. `generation` left out does so where no
-    `example_inputs` are given; True demands it, False captures a single call without a cache.
+    `attention_mask`; left out, the model writes some. So does a model with an encoder and a
+    decoder, whose source they are (for Whisper `input_features`), with two programs more, which run
+    once a source. `generation` left out does so where no `example_inputs` are given; True demands
+    it, False captures a single call without a cache.
 
     Raises `ModelError`, `InputError`, `CalibrationError`, `CaptureError`, `PassError`,
     `EquivalenceError`, `LowerError`: see `fxopt.errors`.
@@ -112,6 +114,7 @@ def transform(
         model, example_inputs = plan.present(), plan.many()
         verify_inputs = [plan.one(), *(step for one in verify_inputs for step in plan.steps(one))]
         calibration = plan.batches(calibration)
+    others = () if plan is None else plan.others()
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = listed if advised is None else resolve_passes(advised.passes)
     schedule = scheduled(resolved, mode)
@@ -125,13 +128,18 @@ def transform(
     def run_of(
         model: nn.Module, inputs: Inputs | None, batches: Iterable[Inputs] | None, further: bool
     ) -> Run:
+        more: Sequence[Inputs] = verify_inputs
+        smaller = resized
+        if plan is not None and isinstance(inputs, Mapping):
+            more, smaller = (list(plan.alike(inputs, one)) for one in (more, resized))
+            batches = None if batches is None else plan.alike(inputs, batches)
         return captured(
             model,
             inputs,
             mode,
             judging,
-            more=verify_inputs,
-            resized=resized,
+            more=more,
+            resized=smaller,
             calibration=batches,
             notes=notes,
             further=further,
@@ -155,8 +163,8 @@ def transform(
             if run.elsewhere and most == 1:
                 raise run.elsewhere[0][1]
             result = result_of(run, measure_cost)
-            others = tuple(further(model, one) for one, _ in run.elsewhere)
-            return replace(result, further=others)
+            inputs_of_others = (*(one for one, _ in run.elsewhere), *others)
+            return replace(result, further=tuple(further(model, one) for one in inputs_of_others))
 
     def build_at_first_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineResult:
         if not kwargs:
@@ -177,9 +185,10 @@ def transform(
 
 def _generating(plan: GenerationPlan) -> tuple[type[Optimized], dict[str, Any]]:
     """The class of modules that generate, which needs transformers, and what they carry."""
-    from fxopt.optimized.generating import POSITIONS, Generating
+    from fxopt.optimized.generating import POSITIONS
+    from fxopt.optimized.generators import generator_of
 
-    return Generating, {POSITIONS: plan.positions}
+    return generator_of(plan), {POSITIONS: plan.positions}
 
 
 def _prove_generation(plan: GenerationPlan, optimized: Any, judging: Judging) -> None:

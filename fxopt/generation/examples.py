@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +25,13 @@ from fxopt.generation.prefix import (
     prefix,
 )
 
-_ROWS, _PREFIX, _NEW = 2, 6, 18
-"""Rows of the example that reads many tokens, the slots before it, and its tokens."""
+ROWS = 2
+"""Rows of an example: one would be a size of its own."""
+_PREFIX, _NEW = 6, 18
+"""Slots before the example that reads many tokens, and its tokens."""
+OWN_LENGTH = _PREFIX + _NEW
+"""Tokens that a model writes itself."""
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def step_inputs(
@@ -34,11 +40,13 @@ def step_inputs(
     seen: Tensor,
     cache: PrefixCache | None = None,
     keep: int = 2,
+    source: Mapping[str, Any] = _NOTHING,
 ) -> dict[str, Any]:
     """The arguments with which a step reads `ids` [B, S] behind what `cache` holds.
 
     `seen` [B, P + S] is false at padding; positions count what is seen, as `generate` does. The
-    logits asked for are those of the first `keep` slots.
+    logits asked for are those of the first `keep` slots. `source` are the arguments that tell a
+    decoder of its source.
     """
     length = ids.shape[1]
     past_seen, sides = prefix(shapes, cache, seen[:, :-length])
@@ -50,14 +58,20 @@ def step_inputs(
         "seen": seen[:, -length:].contiguous(),
         "past_seen": past_seen.contiguous(),
         **{name: tuple(one.clone() for one in side) for name, side in named.items()},
+        **source,
     }
 
 
 class Reader:
-    """Reads text with a step, any number of tokens at a time, and remembers it."""
+    """Reads text with a step, any number of tokens at a time, and remembers it.
 
-    def __init__(self, step: Any, shapes: tuple[LayerShape, ...]) -> None:
-        self.step, self.shapes = step, shapes
+    `source` are the arguments that tell a decoder of its source.
+    """
+
+    def __init__(
+        self, step: Any, shapes: tuple[LayerShape, ...], source: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        self.step, self.shapes, self.source = step, shapes, source
         self.cache = empty_cache(shapes)
         self.seen: Tensor | None = None
 
@@ -65,23 +79,30 @@ class Reader:
         """The logits [B, S, V] of all of `ids` [B, S]; `seen` [B, S] is false at padding."""
         new = torch.ones_like(ids, dtype=torch.bool) if seen is None else seen
         self.seen = new if self.seen is None else torch.cat([self.seen, new], 1)
-        inputs = step_inputs(self.shapes, ids, self.seen, self.cache, keep=ids.shape[1])
+        length = ids.shape[1]
+        inputs = step_inputs(self.shapes, ids, self.seen, self.cache, length, self.source)
         with torch.no_grad():
             logits, keys, values = self.step(**inputs)
         append(self.cache, keys, values)
         return logits  # type: ignore[no-any-return]
 
 
-def own_text(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> Tensor:
-    """What `model` writes after its own first token, int64 [2, 24], the same each time."""
-    device = device_of(model)
+def own_text(reader: Reader, first: Tensor, length: int = OWN_LENGTH) -> Tensor:
+    """What the model of `reader` writes after the token `first` int64 [B, 1], the same each time.
+
+    With that it is int64 [B, length].
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.full((_ROWS, 1), _first_token(model), device=device)
-    reader, text = Reader(step, shapes), [ids]
-    for _ in range(_PREFIX + _NEW - 1):
+    text = [first]
+    for _ in range(length - 1):
         chances = reader.read(text[-1])[:, -1].float().softmax(-1).cpu()
-        text.append(torch.multinomial(chances, 1, generator=generator).to(device))
+        text.append(torch.multinomial(chances, 1, generator=generator).to(first.device))
     return torch.cat(text, 1)
+
+
+def first_tokens(model: nn.Module) -> Tensor:
+    """The token int64 [2, 1] with which text of `model` begins."""
+    return torch.full((ROWS, 1), _first_token(model), device=device_of(model))
 
 
 def _first_token(model: nn.Module) -> int:
@@ -95,31 +116,25 @@ def _first_token(model: nn.Module) -> int:
 
 
 def reading(
-    step: Any,
-    shapes: tuple[LayerShape, ...],
-    text: Tensor,
-    seen: Tensor,
-    prefix_length: int,
-    keep: int = 2,
+    reader: Reader, text: Tensor, seen: Tensor, prefix_length: int, keep: int = 2
 ) -> dict[str, Any]:
-    """A step that reads the rest of `text` [B, T] behind its prefix; `seen` is false at padding."""
-    reader = Reader(step, shapes)
+    """A step that reads the rest of `text` [B, T] behind its prefix; `seen` is false at padding.
+
+    The `reader` has read nothing yet.
+    """
     reader.read(text[:, :prefix_length], seen[:, :prefix_length])
-    return step_inputs(shapes, text[:, prefix_length:], seen, reader.cache, keep)
+    new = text[:, prefix_length:]
+    return step_inputs(reader.shapes, new, seen, reader.cache, keep, reader.source)
 
 
-def reading_many(
-    step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
-) -> dict[str, Any]:
+def reading_many(reader: Reader, text: Tensor, seen: Tensor) -> dict[str, Any]:
     """A step that reads the later part of `text` [B, T] behind the rest; `seen` is its padding."""
-    return reading(step, shapes, text, seen, max(1, min(_PREFIX, text.shape[1] - 2)))
+    return reading(reader, text, seen, max(1, min(_PREFIX, text.shape[1] - 2)))
 
 
-def reading_one(
-    step: Any, shapes: tuple[LayerShape, ...], text: Tensor, seen: Tensor
-) -> dict[str, Any]:
+def reading_one(reader: Reader, text: Tensor, seen: Tensor) -> dict[str, Any]:
     """A step that reads the last token of each row of `text` [B, T] behind the others."""
-    return reading(step, shapes, text, seen, text.shape[1] - 1)
+    return reading(reader, text, seen, text.shape[1] - 1)
 
 
 def reading_resized(
@@ -133,11 +148,15 @@ def reading_resized(
     short = max(4, 2 * length // 3)
     one_row, shorter = (text[:1], seen[:1]), _part(text, seen, rows + 1, short)
     less = _part(text, seen, 1, max(3, length - 3))
+
+    def reader() -> Reader:
+        return Reader(step, shapes)
+
     return (
-        reading(step, shapes, *one_row, max(1, length // 8), keep=length),
-        reading(step, shapes, *shorter, short - short // 3),
-        reading(step, shapes, *less, less[0].shape[1] - 1),
-        reading(step, shapes, *shorter, shorter[0].shape[1] - 1),
+        reading(reader(), *one_row, max(1, length // 8), keep=length),
+        reading(reader(), *shorter, short - short // 3),
+        reading_one(reader(), *less),
+        reading_one(reader(), *shorter),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from fxopt.errors import InputError, ModelError
 from fxopt.generation.examples import (
+    ROWS,
     Reader,
     StepBatches,
+    first_tokens,
     own_text,
     reading_many,
     reading_one,
@@ -28,7 +31,7 @@ from fxopt.generation.prefix import (
     layer_shapes,
     positions_of,
 )
-from fxopt.generation.seam import step_of
+from fxopt.generation.seam import Int8Step, Step, step_of
 
 _CLOSE, _CLOSE_INT8 = 1e-3, 1e-1
 """How far a step's logits may be from the model's own, relative to the largest of these, and where
@@ -75,27 +78,35 @@ class GenerationPlan:
     def step(self) -> nn.Module | None:
         """The model as a step, while it is there: where further programs come from."""
         model = self.model()
-        return None if model is None else step_of(model, self.int8_cache)
+        return None if model is None else step_of(model, Int8Step if self.int8_cache else Step)
 
     def many(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads many tokens of `prompts`, or of the plan's text."""
-        return reading_many(self.present(), self.kept, *self._text(prompts))
+        return reading_many(*self._example(prompts))
 
     def one(self, prompts: Any = None) -> dict[str, Any]:
         """The inputs of a step that reads one token, the last of each row."""
-        return reading_one(self.present(), self.kept, *self._text(prompts))
+        return reading_one(*self._example(prompts))
+
+    def others(self, prompts: Any = None) -> tuple[dict[str, Any], ...]:
+        """The inputs of the programs that take other arguments than a step that reads tokens."""
+        return ()
 
     def steps(self, prompts: Any) -> tuple[dict[str, Any], ...]:
-        """The inputs of both kinds of step on `prompts`."""
-        return self.many(prompts), self.one(prompts)
+        """The inputs of all programs on `prompts`."""
+        return (self.many(prompts), self.one(prompts), *self.others(prompts))
 
     def resized(self) -> tuple[dict[str, Any], ...]:
         """The inputs of both kinds of step at other sizes, out of the plan's text."""
-        return reading_resized(self.present(), self.shapes, self.text, self.seen)
+        return reading_resized(self.present(), self.kept, self.text, self.seen)
 
     def batches(self, calibration: Iterable[Any] | None) -> Iterable[Any] | None:
         """Calibration texts as what steps are given."""
-        return None if calibration is None else StepBatches(self.kept, calibration)
+        return None if calibration is None else StepBatches(self.kept, again(calibration))
+
+    def alike(self, inputs: Mapping[str, Any], given: Iterable[Any]) -> Iterable[Any]:
+        """Those of the `given` inputs that the program which takes `inputs` may take."""
+        return given
 
     def present(self) -> nn.Module:
         """The step; `ModelError` where the model is gone."""
@@ -104,38 +115,89 @@ class GenerationPlan:
             raise ModelError("the model of this plan is gone: keep it while it is transformed")
         return step
 
-    def _text(self, prompts: Any) -> tuple[Tensor, Tensor]:
-        return (self.text, self.seen) if prompts is None else text_of(prompts)
+    def reader(self) -> Reader:
+        """What reads the plan's text from its beginning as the original does."""
+        model = self.model()
+        assert model is not None
+        return Reader(step_of(model), self.shapes)
+
+    def call(
+        self, text: Tensor, seen: Tensor, start: int = 0, rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """How a model is asked for the logits of `text` [B, T] from slot `start` on.
+
+        The text is that of `rows` of the plan's.
+        """
+        return {
+            "input_ids": text[:, start:],
+            "attention_mask": seen.long(),
+            "position_ids": positions_of(seen)[:, start:],
+        }
+
+    def room(self) -> int | None:
+        """How many tokens a text may have where that is few; None where it is plenty."""
+        return None
+
+    def check(self) -> None:
+        """Raise `ModelError` where steps, of many tokens and of one, aren't the model itself."""
+        model: Any = self.model()
+        text, seen = self.text, self.seen
+        own = model(**self.call(text, seen), use_cache=False).logits
+        middle = text.shape[1] // 2
+        reader = self.reader()
+        logits = [reader.read(text[:, :middle], seen[:, :middle])]
+        for at in range(middle, text.shape[1]):
+            logits.append(reader.read(text[:, at : at + 1], seen[:, at : at + 1]))
+        off = (torch.cat(logits, 1) - own)[seen].abs().max()
+        close = _CLOSE_INT8 if is_int8(self.shapes) else _CLOSE
+        if not off <= close * own[seen].abs().max():
+            raise ModelError(
+                f"{type(model).__name__} computes something else step by step ({float(off):.3g} "
+                "off): its attention does more than attend to keys and values"
+            )
+
+    def _example(self, prompts: Any) -> tuple[Reader, Tensor, Tensor]:
+        """A new reader and the text that it is to read, and what of that is seen."""
+        text, seen = (self.text, self.seen) if prompts is None else text_of(prompts)
+        return Reader(self.present(), self.kept), text, seen
 
 
-def generation_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
-    """How `model` is stepped; tried on `prompts`, or on text of its own.
+def again(batches: Iterable[Any]) -> Iterable[Any]:
+    """`batches` as what can be iterated for each program, and for each pass that learns."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def decoder_plan(model: nn.Module, prompts: Any = None) -> GenerationPlan:
+    """How a decoder is stepped; tried on `prompts`, or on text of its own.
 
     Raises `ModelError` where no step computes what it computes.
     """
-    config: Any = getattr(model, "config", None)
-    kind = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{kind} has an encoder and a decoder, and steps are of decoders alone")
     with torch.no_grad():
         shapes = layer_shapes(model)
         step = step_of(model)
-        _check_call(model, step, shapes)
+        with stumbling_refused(model):
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
+            Reader(step, shapes).read(ids)
         if prompts is None:
-            text = own_text(model, step, shapes)
+            text = own_text(Reader(step, shapes), first_tokens(model))
             seen = torch.ones_like(text, dtype=torch.bool)
         else:
             text, seen = text_of(prompts)
-            if text.shape[1] < 3:
-                raise InputError(
-                    f"the text has {text.shape[1]} tokens: give one of 3 or more, so that some are "
-                    "read behind others"
-                )
+            check_length(text)
             if len(text) == 1:  # a size of 1 would be one of its own
-                text, seen = text.repeat(2, 1), seen.repeat(2, 1)
-        _check_steps(model, step, shapes, text, seen)
-        positions = _positions_of(model, text)
-    return GenerationPlan(weakref.ref(model), shapes, text, seen, positions)
+                text, seen = text.repeat(ROWS, 1), seen.repeat(ROWS, 1)
+        plan = GenerationPlan(weakref.ref(model), shapes, text, seen, "unknown")
+        plan.check()
+        return replace(plan, positions=_positions_of(model, text))
+
+
+def check_length(text: Tensor) -> None:
+    """Raise `InputError` for text [B, T] of which no token is read behind others."""
+    if text.shape[1] < 3:
+        raise InputError(
+            f"the text has {text.shape[1]} tokens: give one of 3 or more, so that some are "
+            "read behind others"
+        )
 
 
 def _positions_of(model: nn.Module, text: Tensor) -> Positions:
@@ -153,43 +215,15 @@ def _positions_of(model: nn.Module, text: Tensor) -> Positions:
     return "unknown"
 
 
-def _check_call(model: nn.Module, step: nn.Module, shapes: tuple[LayerShape, ...]) -> None:
-    """Raise `ModelError` where `model` can't be called as a step at all."""
+@contextmanager
+def stumbling_refused(model: nn.Module) -> Iterator[None]:
+    """Within, `ModelError` where `model` can't be called as a step at all."""
     try:
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
-        Reader(step, shapes).read(ids)
-    except ModelError:
+        yield
+    except (ModelError, InputError):
         raise
     except Exception as error:  # a model's own code raises whatever it stumbles over
         raise ModelError(
             f"{type(model).__name__} doesn't attend through the attention interface of "
             f"transformers: {type(error).__name__}: {error!s:.200}"
         ) from error
-
-
-def _check_steps(
-    model: nn.Module,
-    step: nn.Module,
-    shapes: tuple[LayerShape, ...],
-    text: Tensor,
-    seen: Tensor,
-) -> None:
-    """Raise `ModelError` where steps, of many tokens and of one, aren't the model itself."""
-    own = model(
-        input_ids=text,
-        attention_mask=seen.long(),
-        position_ids=positions_of(seen),
-        use_cache=False,
-    ).logits
-    middle = text.shape[1] // 2
-    reader = Reader(step, shapes)
-    logits = [reader.read(text[:, :middle], seen[:, :middle])]
-    for at in range(middle, text.shape[1]):
-        logits.append(reader.read(text[:, at : at + 1], seen[:, at : at + 1]))
-    off = (torch.cat(logits, 1) - own)[seen].abs().max()
-    close = _CLOSE_INT8 if is_int8(shapes) else _CLOSE
-    if not off <= close * own[seen].abs().max():
-        raise ModelError(
-            f"{type(model).__name__} computes something else step by step ({float(off):.3g} off): "
-            "its attention does more than attend to keys and values"
-        )

@@ -74,15 +74,12 @@ def _blank(
 ) -> tuple[tuple[Tensor, ...], ...]:
     """Keys and values of `BLANK` slots that nothing attends to: what stands for an empty prefix.
 
-    Of int8 ones the scales come after them.
+    Of int8 ones the scales come after them. Each is a tensor of its own, as those of later steps
+    are: code is compiled for what is shared.
     """
-    zeros: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def of(heads: int, size: int, dtype: torch.dtype) -> Tensor:
-        key = (heads, size, dtype)
-        if key not in zeros:
-            zeros[key] = torch.zeros(BLANK, rows, heads, size, dtype=dtype, device=device)
-        return zeros[key]
+        return torch.zeros(BLANK, rows, heads, size, dtype=dtype, device=device)
 
     blank = (
         tuple(of(one.heads, one.key_size, one.dtype) for one in shapes),
@@ -90,8 +87,8 @@ def _blank(
     )
     if not is_int8(shapes):
         return blank
-    scales = tuple(of(one.heads, 1, torch.float32) for one in shapes)
-    return (*blank, scales, scales)
+    scales = (tuple(of(one.heads, 1, torch.float32) for one in shapes) for _ in blank)
+    return (*blank, *scales)
 
 
 def prefix(

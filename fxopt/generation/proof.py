@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.claim import Claim, sqnr
 from fxopt.errors import EquivalenceError
-from fxopt.generation.examples import Reader
 from fxopt.generation.plan import GenerationPlan
-from fxopt.generation.prefix import positions_of
-from fxopt.generation.seam import step_of
 
 _STEPS = 12
 """Tokens that the original writes on, which are read one by one."""
@@ -61,9 +58,9 @@ def teacher_forced(
     text, seen = _continued(plan)
     read = plan.text.shape[1]
     with torch.no_grad():
-        wanted = _logits(original, text, seen, 0, use_cache=False).logits[seen]
+        wanted = original(**plan.call(text, seen), use_cache=False).logits[seen]
         # Row by row, as text is mostly written; batches were judged step by step.
-        rows = [_read(generating, text[i : i + 1], seen[i : i + 1], read) for i in range(len(text))]
+        rows = [_read(plan, generating, text, seen, slice(i, i + 1)) for i in range(len(text))]
     got = torch.cat(rows)[seen]
     measured = None if claim is None else claim.measure(wanted, got)
     if measured is not None and not measured.holds:
@@ -75,13 +72,15 @@ def teacher_forced(
     return _compared(wanted, got, text.shape[0] * (text.shape[1] - read))
 
 
-def _read(generating: Any, text: Tensor, seen: Tensor, at_once: int) -> Tensor:
-    """The logits of text [B, T] whose first `at_once` tokens are read at once, others by one."""
-    output = _logits(generating, text[:, :at_once], seen[:, :at_once], 0, use_cache=True)
+def _read(plan: GenerationPlan, generating: Any, text: Tensor, seen: Tensor, rows: slice) -> Tensor:
+    """The logits of `rows` of text [B, T]: the plan's is read at once, what follows one by one."""
+    text, seen, at_once = text[rows], seen[rows], plan.text.shape[1]
+    given = plan.call(text[:, :at_once], seen[:, :at_once], rows=rows)
+    output = generating(**given, use_cache=True)
     found = [output.logits]
     for at in range(at_once, text.shape[1]):
-        cache, ids = output.past_key_values, text[:, at : at + 1]
-        output = _logits(generating, ids, seen[:, : at + 1], at, past_key_values=cache)
+        given = plan.call(text[:, : at + 1], seen[:, : at + 1], at, rows)
+        output = generating(**given, past_key_values=output.past_key_values)
         found.append(output.logits)
     return torch.cat(found, 1)
 
@@ -94,24 +93,15 @@ def _compared(wanted: Tensor, got: Tensor, one_by_one: int) -> TeacherForcing:
     return TeacherForcing(len(same), one_by_one, sqnr(wanted, got), int(same.sum()), ties)
 
 
-def _logits(model: Any, ids: Tensor, seen: Tensor, start: int, **options: Any) -> Any:
-    return model(
-        input_ids=ids,
-        attention_mask=seen.long(),
-        position_ids=positions_of(seen)[:, start:],
-        **options,
-    )
-
-
 def _continued(plan: GenerationPlan) -> tuple[Tensor, Tensor]:
     """The plan's text and what the original writes after it, and what of it is seen."""
-    model = plan.model()
-    assert model is not None
-    reader, text, seen = Reader(step_of(model), plan.shapes), plan.text, plan.seen
+    reader, text, seen = plan.reader(), plan.text, plan.seen
     logits = reader.read(text, seen)
-    for index in range(_STEPS):
+    room = plan.room()
+    steps = _STEPS if room is None else min(_STEPS, room - text.shape[1])
+    for index in range(steps):
         new = logits[:, -1].argmax(-1, keepdim=True)
         text, seen = torch.cat([text, new], 1), torch.cat([seen, torch.ones_like(new).bool()], 1)
-        if index < _STEPS - 1:
+        if index < steps - 1:
             logits = reader.read(new)
     return text, seen

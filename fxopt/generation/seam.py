@@ -40,7 +40,7 @@ ATTENTION = "fxopt"
 _KNOWN = frozenset({"sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache"})
 """Keywords of an attention that are taken into account, or that say nothing about its values."""
 
-_active: ContextVar[StepCache] = ContextVar("the cache of the step that runs")
+active: ContextVar[StepCache] = ContextVar("the cache of the step that runs")
 
 
 class StepCache(Cache):
@@ -98,7 +98,7 @@ def attention(
     Raises `ModelError` for what a step can't hold: a mask of the model's own, attention that isn't
     causal, a keyword that changes it in a way not known here.
     """
-    cache = _active.get()
+    cache = active.get()
     layer: Any = getattr(module, "layer_idx", None)
     kind = type(module).__name__
     if layer not in cache.new_keys or cache.new_keys[layer] is not key:
@@ -154,7 +154,7 @@ class _OneCall:
         forward: Any = super().forward  # type: ignore[misc]
         keeps = "logits_to_keep" in inspect.signature(forward).parameters
         given = {"logits_to_keep": keep} if keeps else {}
-        with _stepping(self, cache):  # type: ignore[arg-type]
+        with stepping(self, cache):  # type: ignore[arg-type]
             output = forward(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -220,37 +220,39 @@ class Int8Step(_OneCall):
 
 
 @contextmanager
-def _stepping(model: nn.Module, cache: StepCache) -> Iterator[None]:
-    """Attention of `model` reads `cache`; its configs are put back in the end."""
+def stepping(model: nn.Module, cache: StepCache, name: str = ATTENTION) -> Iterator[None]:
+    """The attention called `name` stands in for that of `model` and reads `cache`.
+
+    The configs of `model` are put back in the end.
+    """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
-    token = _active.set(cache)
+    token = active.set(cache)
     try:
         for config in configs.values():
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = name
         yield
     finally:
-        _active.reset(token)
+        active.reset(token)
         for key, config in configs.items():
             config._attn_implementation = before[key]
 
 
-_steps: weakref.WeakKeyDictionary[nn.Module, dict[bool, nn.Module]] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, dict[type, nn.Module]] = weakref.WeakKeyDictionary()
 
 
-def step_of(model: nn.Module, int8: bool = False) -> nn.Module:
-    """`model` with the forward of a `Step`: the same modules and tensors, under the same names.
+def step_of(model: nn.Module, kind: type = Step) -> nn.Module:
+    """`model` with the forward of `kind`: the same modules and tensors, under the same names.
 
-    With `int8` its prefix is given in int8. It is kept for as long as somebody holds `model`. One
-    that was transformed is its own steps, whose prefix is what it was then.
+    It is kept for as long as somebody holds `model`. One that was transformed is its own steps,
+    whose prefix is what it was then.
     """
     known = _steps.setdefault(model, {})
-    if int8 not in known:
+    if kind not in known:
         if hasattr(model, "as_step"):
             transformed: Any = model
-            known[int8] = transformed.as_step()
+            known[kind] = transformed.as_step()
         else:
-            known[int8] = step = copy.copy(model)
-            kind = Int8Step if int8 else Step
+            known[kind] = step = copy.copy(model)
             step.__class__ = type(type(model).__name__, (kind, type(model)), {})
-    return known[int8]
+    return known[kind]

@@ -116,7 +116,7 @@ def cached_attention(
 ) -> Tensor:
     """The definition, in aten: `[B, S, H, E]` in the dtype of `q`."""
     keys, values = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-    visible = _visible(past_seen, seen, window)
+    visible = visible_slots(past_seen, seen, window)
     batch, heads, queries, _ = q.shape
     if not queries:
         return q.new_empty(batch, queries, heads, v.shape[3])
@@ -145,8 +145,8 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
     return rows.reshape(rows.shape[0], groups, -1, rows.shape[3])
 
 
-def _visible(past_seen: Tensor, seen: Tensor, window: int | None) -> Tensor:
-    """bool `[B, 1, S, P + S]`: which slots each query sees."""
+def visible_slots(past_seen: Tensor, seen: Tensor, window: int | None) -> Tensor:
+    """bool `[B, 1, S, P + S]`: which of prefix and new slots each query sees."""
     past, new = past_seen.shape[1], seen.shape[1]
     slots = torch.arange(past + new, device=seen.device)
     behind = slots[past:, None] - slots
@@ -179,7 +179,7 @@ def _by_sdpa(call: Call) -> Tensor:
     if all_before and queries == 1:
         output = sdpa(rows, keys, values, scale=scale)
         return output.reshape(batch, heads, queries, -1).transpose(1, 2)
-    visible = _visible(past_seen, seen, window)
+    visible = visible_slots(past_seen, seen, window)
     mask = visible.expand(-1, heads // k.shape[1], -1, -1).reshape(batch, 1, rows.shape[2], -1)
     output = sdpa(rows, keys, values, mask, scale=scale).view(batch, heads, queries, -1)
     if not tokens_only:

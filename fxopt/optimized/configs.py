@@ -46,7 +46,12 @@ def read_generation_config(saved: Mapping[str, Any], origin: str | Path) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_dict(dict(saved["config"]))
+        known = dict(saved["config"])
+        # One that says it comes from a model's config is read without what is not of its class.
+        from_model = known.pop("_from_model_config", None)
+        config = GenerationConfig.from_dict(known)
+        config._from_model_config = from_model
+        return config
     except Exception as error:  # the file may be hostile: any value may stand anywhere
         raise SaveError(
             f"{origin} holds a generation config that transformers can't read: {error!s:.200}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +29,6 @@ from fxopt.optimized.optimized import Optimized, optimized_like
 _WAY_OUT = "transform the model with generation=False, whose graph answers single calls"
 POSITIONS = "_positions_without_ids"
 """Under which name a module carries its `Positions`."""
-_BEFORE_PREFIX = 5
-"""Tensors that a step is given ahead of keys and values."""
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid")
 
 
@@ -43,12 +42,14 @@ class Generating(Optimized, GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    input_modalities = ("text",)
+    input_modalities: tuple[str, ...] = ("text",)
     base_model_prefix = "model"
     _is_stateful = False
     hf_quantizer = None
     _no_split_modules = None
     _supports_cache_class = True
+    kind: ClassVar[str] = "decoder"
+    """What a saved module says of how it generates."""
 
     def forward(
         self,
@@ -70,22 +71,23 @@ class Generating(Optimized, GenerationMixin):
         number of last slots, 0 for all, or their indices. Raises `InputError` for what no step
         computes.
         """
-        ids = _checked_ids(input_ids, inputs_embeds, labels, kwargs)
+        ids = checked_ids(input_ids, inputs_embeds, labels, kwargs)
         rows, length = ids.shape
         cache = past_key_values
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         if cache is None and use_cache:
-            cache = empty_cache(self.kept_shapes())
+            cache = self._new_cache()
         held = 0 if cache is None else int(cache.get_seq_length())
-        seen = _seen(attention_mask, rows, held, length, ids.device)
-        past_seen, sides = prefix(self.kept_shapes(), cache, seen[:, :held])
-        logits, keys, values = super().forward(
-            ids,
-            self._positions(position_ids, seen, held),
-            _kept(logits_to_keep, length, ids.device),
-            seen[:, held:],
-            past_seen,
-            *sides,
+        seen = seen_slots(attention_mask, rows, held, length, ids.device)
+        past_seen, sides = prefix(self.kept_shapes(), cache, packed(seen[:, :held]))
+        logits, keys, values = self._ask(
+            "many" if length > 1 else "one",
+            input_ids=ids,
+            position_ids=self._positions(position_ids, seen, held),
+            keep=kept_slots(logits_to_keep, length, ids.device),
+            seen=packed(seen[:, held:]),
+            past_seen=past_seen,
+            **dict(zip(PREFIX, sides, strict=False)),
         )
         if cache is not None:
             append(cache, keys, values)
@@ -93,11 +95,21 @@ class Generating(Optimized, GenerationMixin):
         whole = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
+    def _ask(self, kind: str, **inputs: Any) -> Any:
+        """The outputs for `inputs`; what answered the last call of this `kind` is asked first."""
+        self._check_origins()
+        known = self._programs.run_again(kind, inputs)
+        if known is not None:
+            return known[0]
+        outputs = Optimized.forward(self, **inputs)
+        self._programs.note(kind)
+        return outputs
+
     def _positions(self, given: Tensor | None, seen: Tensor, held: int) -> Tensor:
         """The positions int64 [B, S] of the new slots, as the original has them."""
         rows, slots = seen.shape
         if given is not None:
-            return given.expand(rows, slots - held).contiguous()
+            return packed(given.expand(rows, slots - held))
         by_slot = torch.arange(slots, device=seen.device).expand(rows, slots)
         by_seen = positions_of(seen)
         known: Positions = self._carried[POSITIONS]
@@ -106,19 +118,18 @@ class Generating(Optimized, GenerationMixin):
                 "attention_mask has padding ahead of text, and what this model makes of it where a "
                 "call gives no positions isn't known: give position_ids"
             )
-        return (by_seen if known == "seen" else by_slot)[:, held:].contiguous()
+        return packed((by_seen if known == "seen" else by_slot)[:, held:])
 
     def kept_shapes(self) -> tuple[LayerShape, ...]:
         """What the cache keeps of a slot in each layer."""
         found: tuple[LayerShape, ...] | None = self.__dict__.get("_layer_shapes")
         if found is None:
-            signature = self._done().program.signature
-            held = signature.tensors[_BEFORE_PREFIX:]
-            layers = len(held) // sum(name in PREFIX for name in signature.names)
-            pairs = zip(held[:layers], held[layers : 2 * layers], strict=True)
+            tensors = self._done().program.signature.tensors
+            keys = [one for one in tensors if one.path.startswith("keys[")]
+            values = [one for one in tensors if one.path.startswith("values[")]
             found = tuple(
                 LayerShape(int(k.sizes[2]), int(k.sizes[3]), int(v.sizes[3]), k.dtype)
-                for k, v in pairs
+                for k, v in zip(keys, values, strict=True)
             )
             object.__setattr__(self, "_layer_shapes", found)
         return found
@@ -126,7 +137,11 @@ class Generating(Optimized, GenerationMixin):
     def _generation(self) -> dict[str, Any]:
         config: Any = self._carried.get("generation_config")
         text = "{}" if config is None else config.to_json_string()
-        return {"config": json.loads(text), "positions": self._carried[POSITIONS]}
+        return {
+            "config": json.loads(text),
+            "positions": self._carried[POSITIONS],
+            "kind": self.kind,
+        }
 
     def step_inputs(self, text: Any) -> dict[str, Any]:
         """The arguments of the step that a call with `text`, ids and perhaps a mask, is answered
@@ -167,7 +182,10 @@ class Generating(Optimized, GenerationMixin):
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = empty_cache(self.kept_shapes())
+            model_kwargs["past_key_values"] = self._new_cache()
+
+    def _new_cache(self) -> Cache:
+        return empty_cache(self.kept_shapes())
 
     def can_generate(self) -> bool:
         """True."""
@@ -186,37 +204,61 @@ class Generating(Optimized, GenerationMixin):
         """Nothing: which experts run is in the graph."""
 
 
-def _checked_ids(
-    ids: Tensor | None, embeds: Tensor | None, labels: Tensor | None, others: dict[str, Any]
+def packed(slots: Tensor) -> Tensor:
+    """A copy of [B, S] whose rows follow each other, also where there is one: compiled code holds
+    for strides, and those of a slice grow with the text."""
+    return slots.clone(memory_format=torch.contiguous_format)
+
+
+def checked_ids(
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    labels: Tensor | None,
+    others: Mapping[str, Any],
+    name: str = "input_ids",
 ) -> Tensor:
-    if embeds is not None or ids is None:
-        raise InputError(f"a step reads input_ids, not inputs_embeds: {_WAY_OUT}")
+    """The ids [B, S] under the argument `name`; raises `InputError` for what no step computes."""
     if labels is not None:
         raise InputError(f"a step computes no loss from labels: {_WAY_OUT}, or take it of logits")
+    if embeds is not None or ids is None:
+        embedded = f"{name.removesuffix('input_ids')}inputs_embeds"
+        raise InputError(f"a step reads {name}, not {embedded}: {_WAY_OUT}")
+    check_others(others)
+    if ids.dim() != 2 or not ids.numel():
+        raise InputError(f"{name} must be [batch, length] with an entry, not {tuple(ids.shape)}")
+    return ids
+
+
+def check_others(others: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a call gives arguments that no step takes."""
     wanted = [name for name, value in others.items() if value is not None and value is not False]
     if wanted:
         raise InputError(
             f"this call gives {', '.join(wanted)}, which a step doesn't take: leave it out, or "
             f"{_WAY_OUT}"
         )
-    if ids.dim() != 2 or not ids.numel():
-        raise InputError(f"input_ids must be [batch, length] with an entry, not {tuple(ids.shape)}")
-    return ids
 
 
-def _seen(mask: Tensor | None, rows: int, held: int, length: int, device: torch.device) -> Tensor:
+def seen_slots(
+    mask: Tensor | None,
+    rows: int,
+    held: int,
+    length: int,
+    device: torch.device,
+    name: str = "attention_mask",
+) -> Tensor:
     """Which of all slots [B, P + S] aren't padding."""
     if mask is None:
         return torch.ones(rows, held + length, dtype=torch.bool, device=device)
     if mask.shape != (rows, held + length):
         raise InputError(
-            f"attention_mask must be [batch, tokens so far], ({rows}, {held + length}) in this "
+            f"{name} must be [batch, tokens so far], ({rows}, {held + length}) in this "
             f"call, not {tuple(mask.shape)}: masks of every pair of tokens aren't taken"
         )
     return mask.to(device=device, dtype=torch.bool)
 
 
-def _kept(given: int | Tensor, length: int, device: torch.device) -> Tensor:
+def kept_slots(given: int | Tensor, length: int, device: torch.device) -> Tensor:
     """The slots whose logits are wanted, int64 [K]."""
     if isinstance(given, Tensor):
         return given.to(device) % length

@@ -35,9 +35,10 @@ def load(folder: str | Path, *, namespaces: Collection[str] = ()) -> Optimized:
     carried = {} if saved.config is None else {"config": read_config(saved.config, folder)}
     base = Optimized
     if saved.generation is not None:
-        from fxopt.optimized.generating import POSITIONS, Generating  # it needs transformers
+        from fxopt.optimized.generating import POSITIONS  # it needs transformers
+        from fxopt.optimized.generators import generator_called
 
-        base = Generating
+        base = generator_called(saved.generation.get("kind", "decoder"), folder)
         carried["generation_config"] = read_generation_config(saved.generation, folder)
         positions = saved.generation.get("positions")
         carried[POSITIONS] = positions if positions in ("slots", "seen") else "unknown"

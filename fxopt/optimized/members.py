@@ -68,11 +68,15 @@ class Member:
 
     def answers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call is one of this program's."""
+        return self.refusal(args, kwargs) is None
+
+    def refusal(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> InputError | None:
+        """Why a call isn't one of this program's; None where it is."""
         try:
             self.outcome.program.signature.flatten(args, kwargs)
-        except InputError:
-            return False
-        return True
+        except InputError as refused:
+            return refused
+        return None
 
 
 def member(

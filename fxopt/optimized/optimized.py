@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxopt.analyses.channels import Channels, channels
 from fxopt.calls import bind, forward_signature, spread
-from fxopt.errors import InputError, ModelError, NotCapturedError, OutsideError
+from fxopt.errors import InputError, ModelError, NotCapturedError
 from fxopt.eval_graph import evaluation_mode
 from fxopt.graph_modules import attribute, graph_module, hold, share_tables
 from fxopt.graph_text import GraphText
@@ -118,7 +118,8 @@ class Optimized(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return next((t.device for t in self._tensors()), torch.device("cpu"))
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,8 +184,8 @@ class Optimized(nn.Module):
         signature = execution.signature(mode)
         try:
             leaves = signature.flatten(args, kwargs)
-        except OutsideError as outside:
-            return self._programs.run(mode, args, kwargs, outside)
+        except InputError as refused:
+            return self._programs.run(mode, args, kwargs, refused)
         return signature.unflatten(execution.run(mode, leaves))
 
     def _execution_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Execution:

@@ -42,23 +42,52 @@ class Programs:
     def __init__(self, first: PipelineResult, members: Sequence[Member] = ()) -> None:
         self.first = first
         self.members = list(members)
+        self._latest: Member | None = None
+        self._by_kind: dict[str, Member] = {}
+
+    def run_again(self, kind: str, kwargs: Mapping[str, Any]) -> tuple[Any] | None:
+        """The outputs, of the further program that answered the last call of this `kind`.
+
+        None where it doesn't answer this call, or where no further program did.
+        """
+        self._latest = None
+        known = self._by_kind.get(kind)
+        if known is None or not self._is_valid(known):
+            return None
+        try:
+            return (known.run("eval", (), kwargs),)
+        except InputError:
+            return None
+
+    def note(self, kind: str) -> None:
+        """Remember the further program that has just answered a call of this `kind`."""
+        if self._latest is not None:
+            self._by_kind[kind] = self._latest
 
     def run(
-        self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any], outside: OutsideError
+        self, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any], refused: InputError
     ) -> Any:
-        """The outputs for a call that the first program refused with the error `outside`.
+        """The outputs for a call that the first program refused with the error `refused`.
 
         Raises `InputError` where no program answers it and none can be captured for it.
         """
-        return self.answering(args, kwargs, outside).run(mode, args, kwargs)
+        self._latest = self.answering(args, kwargs, refused)
+        return self._latest.run(mode, args, kwargs)
 
     def answering(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], outside: OutsideError
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], refused: InputError
     ) -> Member:
-        """The program for a call that the first one refused, captured now if there is none."""
+        """The program for a call that the first one refused, captured now if there is none.
+
+        One is captured for what is outside of a program that takes these arguments.
+        """
         found = self._find(args, kwargs)
         if found is not None:
             return found
+        refusals = (refused, *(one.refusal(args, kwargs) for one in self.members))
+        outside = next((one for one in refusals if isinstance(one, OutsideError)), None)
+        if outside is None:
+            raise refused
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             raise outside  # a tracer of this call can't start another
         with _ONE_AT_A_TIME:
@@ -79,12 +108,14 @@ class Programs:
 
     def _find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Member | None:
         found = next((one for one in self.members if one.answers(args, kwargs)), None)
-        if found is None or found.stamp is None:
-            return found
-        if found.stamp == stamp(present_tensors(self.first)):
+        if found is None or self._is_valid(found):
             return found
         self.members.remove(found)  # its own weights were made beside others
         return None
+
+    def _is_valid(self, one: Member) -> bool:
+        """Whether its weights are right beside the first program's present ones."""
+        return one.stamp is None or one.stamp == stamp(present_tensors(self.first))
 
     def _captured(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], outside: OutsideError

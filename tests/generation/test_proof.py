@@ -49,7 +49,7 @@ def _lost(original: Callable[..., Any]) -> Callable[..., Any]:
 
 FAULTS = {
     "position": (generating.Generating, "_positions", _late_positions),
-    "mask": (generating, "_seen", _blind),
+    "mask": (generating, "seen_slots", _blind),
     "prefix": (caches, "_filled", _short),
     "append": (generating, "append", _lost),
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import ModelError
 from fxopt.generation import generation_plan
-from fxopt.generation.seam import ATTENTION, StepCache, _active, attention, step_of
+from fxopt.generation.seam import ATTENTION, StepCache, active, attention, step_of
 from tests.generation.language_models import language_model
 
 
@@ -98,5 +98,5 @@ def _attend(
     **options: Any,
 ) -> None:
     context = contextvars.copy_context()
-    context.run(_active.set, cache)
+    context.run(active.set, cache)
     context.run(attention, module or _Attention(), key, key, key, mask, **options)
