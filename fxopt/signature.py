@@ -125,9 +125,8 @@ class Signature:
         constant, or a tensor of another dtype, device, rank or fixed size; `OutsideError`, which is
         one, where sizes or constants ask for another program of the same model.
         """
-        if not args and self._is_plain(kwargs):
-            leaves: list[Any] = [kwargs[name] for name in self.names]
-        else:
+        leaves = None if args else self._plain_leaves(kwargs)
+        if leaves is None:
             leaves = self._leaves(args, kwargs)
         tensors: list[Tensor] = []
         shapes: list[torch.Size] = []
@@ -165,13 +164,30 @@ class Signature:
             "Transform the model again with example_inputs of these sizes."
         )
 
-    def _is_plain(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the call names each argument, and each is a tensor as it was at capture."""
-        return (
-            len(self.names) == len(self.leaves) == len(self.tensors)
-            and kwargs.keys() == set(self.names)
-            and all(isinstance(value, Tensor) for value in kwargs.values())
-        )
+    @cached_property
+    def _counts(self) -> tuple[int | None, ...] | None:
+        """For each argument how many tensors its tuple has, None for one that is a tensor itself;
+        None where arguments are nested otherwise, or hold constants."""
+        if len(self.leaves) != len(self.tensors):
+            return None
+        counts = [_count(spec) for spec in self.in_spec.children()]
+        return None if -1 in counts else tuple(counts)
+
+    def _plain_leaves(self, kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The leaves of a call that names each argument, all of them tensors or tuples of as many
+        as at capture; None for any other call."""
+        if self._counts is None or len(kwargs) != len(self.names):
+            return None
+        leaves: list[Any] = []
+        for name, count in zip(self.names, self._counts, strict=True):
+            value = kwargs.get(name)
+            if count is None:
+                leaves.append(value)
+            elif type(value) is tuple and len(value) == count:
+                leaves += value
+            else:
+                return None
+        return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else None
 
     def _leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call's arguments, nested as they were at capture."""
@@ -214,12 +230,22 @@ class Signature:
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The model's own output type, made of the graph's output tensors."""
+        if self._out_counts is not None:
+            return _nested(outputs, self._out_counts)
         remaining = iter(outputs)
         leaves = [
             self.out_constants[index] if index in self.out_constants else next(remaining)
             for index in range(self.out_spec.num_leaves)
         ]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+    @cached_property
+    def _out_counts(self) -> tuple[int | None, ...] | None:
+        """As `_counts`, for an output that is a tuple."""
+        if self.out_constants or self.out_spec.type is not tuple:
+            return None
+        counts = [_count(spec) for spec in self.out_spec.children()]
+        return None if -1 in counts else tuple(counts)
 
     def _path_of(self, constant: object) -> str:
         paths, _ = pytree.tree_flatten_with_path(
@@ -304,3 +330,23 @@ def gathered(named: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _container(path: str) -> str:
     return path.rpartition("[")[0]
+
+
+def _count(spec: pytree.TreeSpec) -> int | None:
+    """How many leaves a tuple has, None for a leaf itself, -1 for what is nested otherwise."""
+    if spec.is_leaf():
+        return None
+    plain = spec.type is tuple and all(child.is_leaf() for child in spec.children())
+    return spec.num_leaves if plain else -1
+
+
+def _nested(leaves: Sequence[Any], counts: Sequence[int | None]) -> tuple[Any, ...]:
+    nested: list[Any] = []
+    start = 0
+    for count in counts:
+        if count is None:
+            nested.append(leaves[start])
+        else:
+            nested.append(tuple(leaves[start : start + count]))
+        start += 1 if count is None else count
+    return tuple(nested)

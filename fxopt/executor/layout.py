@@ -33,7 +33,7 @@ class NotListedError(Exception):
 class Prefix:
     """Keys or values of earlier slots, of which only the attention asks where they lie.
 
-    `index` is that of the input, `axes` which of its axes each axis is.
+    `index` is that of the input, `axes` which of its axes each axis is, -1 for one of size 1.
     """
 
     index: int
@@ -226,8 +226,12 @@ Rule = Callable[[Layout, fx.Node], Any]
 """What a node is in a layout: an array, or several in a list."""
 
 
+_MOVES = (aten.permute.default, aten.unsqueeze.default)
+"""How a prefix is seen otherwise ahead of attention."""
+
+
 def _is_of_prefix(value: Any, node: fx.Node) -> bool:
-    return isinstance(value, Prefix) and node.target is aten.permute.default
+    return isinstance(value, Prefix) and node.target in _MOVES
 
 
 def _check_entries(node: fx.Node, sizes: Sizes) -> None:
@@ -246,7 +250,7 @@ def _is_prefix(node: fx.Node) -> bool:
 
 
 def _reads_prefix(user: fx.Node, node: fx.Node) -> bool:
-    if user.target is aten.permute.default:
+    if user.target in _MOVES:
         return _is_prefix(user)
     if user.target in ATTENTIONS:
         given = arguments(user)

@@ -34,6 +34,15 @@ def _reshape(layout: Layout, node: fx.Node) -> Array:
     return viewed
 
 
+def _unsqueeze(layout: Layout, node: fx.Node) -> Array | Prefix:
+    value = layout.value(node.args[0])
+    if not isinstance(value, Prefix):
+        return _reshape(layout, node)
+    axes, axis = list(value.axes), arguments(node)["dim"]
+    axes.insert(_axis(axis, len(axes) + 1), -1)
+    return Prefix(value.index, tuple(axes))
+
+
 def _permute(layout: Layout, node: fx.Node) -> Array | Prefix:
     value = layout.value(node.args[0])
     axes: Any = node.args[1]
@@ -343,7 +352,7 @@ PREFIXES = ("past_seen", "past_k", "past_v", "past_k_scale", "past_v_scale")
 
 def _prefix(layout: Layout, argument: Any) -> Prefix:
     value = layout.value(argument)
-    if not isinstance(value, Prefix) or value.axes[3:] not in ((), (3,)):
+    if not isinstance(value, Prefix) or value.axes[3:] not in ((), (3,), (-1,)):
         raise NotListedError("its prefix is computed")
     return value
 
@@ -354,7 +363,7 @@ NARROW = (torch.bfloat16, torch.float16, torch.int8)
 RULES: dict[Any, Rule] = {
     aten.reshape.default: _reshape,
     aten.view.default: _reshape,
-    aten.unsqueeze.default: _reshape,
+    aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _reshape,
     aten.flatten.using_ints: _reshape,
     aten.permute.default: _permute,

@@ -43,7 +43,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return tuple(getattr(self, name) for name in self.HELD)
 
     def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
-        """Slots [B, G, S, D] as they are held."""
+        """Slots [..., D] as they are held."""
         return key_states, value_states
 
     def floats(self) -> tuple[Tensor, Tensor]:
@@ -57,21 +57,22 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, new in zip(self.HELD, self.stored(key_states, value_states), strict=True):
             setattr(self, name, new[:, :, :0])
-        self._rooms: dict[str, Tensor | None] = dict.fromkeys(self.HELD)
+        self._rooms: dict[str, Tensor] = {}
+        self._filled: dict[str, Tensor] = {}  # what was appended last, the beginning of a room
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append new slots [B, G, S, D]; returns all keys and values."""
-        self.append(key_states, value_states)
+        self.append(by_slot(key_states), by_slot(value_states))
         return self.floats()
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Append new slots [B, G, S, D]."""
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append new slots [S, B, G, D]."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for name, new in zip(self.HELD, self.stored(key_states, value_states), strict=True):
+            self.lazy_initialization(by_head(keys), by_head(values))
+        for name, new in zip(self.HELD, self.stored(keys, values), strict=True):
             setattr(self, name, self._appended(name, getattr(self, name), new))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -92,15 +93,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 setattr(self, name, by_head(change(by_slot(one))))
 
     def _appended(self, name: str, heads: Tensor, new: Tensor) -> Tensor:
-        filled, room = by_slot(heads), self._rooms[name]
-        length = filled.shape[0] + new.shape[2]
-        if room is None or not _begins(room, filled) or room.shape[0] < length:
-            rows, groups, _, size = new.shape
-            room = new.new_empty(max(_LEAST, 2 * length), rows, groups, size)
-            room[: filled.shape[0]] = filled
+        """`heads` [B, G, P, D] with the slots `new` [S, B, G, D] behind them."""
+        room, held = self._rooms.get(name), heads.shape[2]
+        length = held + new.shape[0]
+        begins = heads is self._filled.get(name) or _begins(room, by_slot(heads))
+        if room is None or not begins or room.shape[0] < length:
+            room = new.new_empty(max(_LEAST, 2 * length), *new.shape[1:])
+            room[:held] = by_slot(heads)
             self._rooms[name] = room
-        room[filled.shape[0] : length] = by_slot(new)
-        return by_head(room[:length])
+        room.narrow(0, held, new.shape[0]).copy_(new)
+        self._filled[name] = filled = by_head(room.narrow(0, 0, length))
+        return filled
 
 
 class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
@@ -109,7 +112,7 @@ class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
     HELD = ("keys", "values", "key_scales", "value_scales")
 
     def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
-        """Slots [B, G, S, D] as they are held."""
+        """Slots [..., D] as they are held."""
         return rounded(key_states, value_states)
 
     def floats(self) -> tuple[Tensor, Tensor]:
@@ -136,10 +139,11 @@ def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return key, value, key_scale, value_scale
 
 
-def _begins(room: Tensor, filled: Tensor) -> bool:
+def _begins(room: Tensor | None, filled: Tensor) -> bool:
     """Whether `filled` is the first slots of `room`."""
     return (
-        filled.data_ptr() == room.data_ptr()
+        room is not None
+        and filled.data_ptr() == room.data_ptr()
         and filled.stride() == room.stride()
         and filled.shape[1:] == room.shape[1:]
     )
@@ -160,7 +164,7 @@ class PrefixCache(Cache):
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class())  # type: ignore[no-untyped-call]
         held: Any = self.layers[layer]
-        held.append(by_head(keys), by_head(values))
+        held.append(keys, values)
 
 
 def prefix_of(cache: Cache, layers: int, int8: bool) -> tuple[tuple[Tensor, ...], ...]:
@@ -188,7 +192,8 @@ def _filled(heads: Tensor, length: int) -> Tensor:
             "step reads all of them. Leave past_key_values out, or give a DynamicCache() made "
             "without a config"
         )
-    return by_slot(heads)[:length].contiguous()
+    slots = by_slot(heads)
+    return (slots if slots.shape[0] == length else slots[:length]).contiguous()
 
 
 def append(cache: Cache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:

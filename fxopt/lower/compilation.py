@@ -66,6 +66,8 @@ class Compiled:
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
         self._run = self._compile(options.dynamic)
         self._widened = options.dynamic is True
+        self.is_listed = False
+        """Whether nothing was compiled so far, and nothing is lost with this callable."""
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The module's outputs. Raises `LowerError` where it can't be compiled for `inputs`."""
@@ -175,6 +177,7 @@ def compile_program(
     names = [GENERATED_AS[node.target] for node in asked]  # type: ignore[index]
     wanted = {name: names.count(name) for name in sorted(set(names))}
     if executed:  # every node of the graph is an instruction
+        compiled.is_listed = True
         return Lowered(compiled, (), wanted, wanted, time.perf_counter() - start)
     code = "\n".join(compiled.backend.codes)
     warnings = check_kernels(asked, code, options.strict)

@@ -107,17 +107,15 @@ def shareable(
     """The names of the tensors of the `first` program, `present` by now, that mean the same in
     `outcome`: those that both took from the model, and those that passes made alike.
 
-    Where `outcome` is compiled, what passes made stays as it is compiled.
+    Where code was compiled for `outcome`, what passes made stays as it is compiled.
     """
+    free = outcome.compiled is None or getattr(outcome.compiled, "is_listed", False)
     both = _untouched(outcome) & _untouched(first)
     return {
         name
         for name, tensor in outcome.program.state.items()
         if name in present
-        and (
-            name in both
-            or (outcome.compiled is None and _alike(materialize(tensor), present[name]))
-        )
+        and (name in both or (free and _alike(materialize(tensor), present[name])))
     }
 
 

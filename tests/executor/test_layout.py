@@ -94,7 +94,9 @@ def test_a_prefix_in_int8() -> None:
     q, k = built.input(drawn(1, 4, 2, 8)), built.input(drawn(1, 2, 2, 8, seed=1))
     keys, key_scale = ops.quantize_per_token(drawn(5, 1, 2, 8, seed=2))
     values, value_scale = ops.quantize_per_token(drawn(5, 1, 2, 8, seed=3))
-    past = [built.input(one) for one in (keys, values, key_scale, value_scale)]
+    past = [built.input(one) for one in (keys, values)]
+    for scale in (key_scale, value_scale):
+        past.append(built.call(aten.unsqueeze.default, built.input(scale.squeeze(-1)), -1))
     past_seen, seen = (built.input(torch.ones(1, n, dtype=torch.bool)) for n in (5, 2))
     by_head = [built.call(aten.permute.default, one, [1, 2, 0, 3]) for one in past]
     attended = built.call(

@@ -514,10 +514,13 @@ Heads<T> heads_of(Words& words, const Memory& memory) {
 template <class T>
 Heads<T> prefix_of(Words& words, at::TensorList inputs, const std::array<int64_t, 4>& sizes) {
   const at::Tensor& given = inputs[words.next()];
-  const std::array<int64_t, 4> axes{words.next(), words.next(), words.next(), 3};
-  bool fits = given.is_cpu() && given.scalar_type() == c10::CppTypeToScalarType<T>::value &&
-              (given.stride(3) == 1 || sizes[3] == 1);
-  for (int i = 0; i < 4; ++i) fits = fits && given.size(axes[i]) == sizes[i];
+  const std::array<int64_t, 3> axes{words.next(), words.next(), words.next()};
+  bool fits = given.is_cpu() && given.scalar_type() == c10::CppTypeToScalarType<T>::value;
+  for (int i = 0; i < 3; ++i) fits = fits && given.size(axes[i]) == sizes[i];
+  // A last axis of size 1 need not be there.
+  const bool rows = given.dim() == 4;
+  fits = fits && (rows ? given.size(3) == sizes[3] && (given.stride(3) == 1 || sizes[3] == 1)
+                       : sizes[3] == 1);
   TORCH_CHECK(fits, "fxopt::execute: the prefix has other sizes than the step was laid out for");
   return {given.const_data_ptr<T>(), given.stride(axes[0]), given.stride(axes[1]),
           given.stride(axes[2])};
