@@ -41,8 +41,14 @@ LISTS: dict[str, str | tuple[Any, ...]] = {
 }
 """The lists of passes that are timed: textual, or tuples of passes."""
 
+_GROUPS = "int8-linear{mode=weight_only, group=32, tied=true, where=always"
+
 WRITING: dict[str, str | tuple[Any, ...]] = {
     "fp32": f"{_START}, lower",
+    "half": f"{_START}, half-linear{{weight_only=true, lossless=false}}, lower",
+    "int8": f"{_START}, {_GROUPS}}}, int8-embedding, lower",
+    "int4": f"{_START}, {_GROUPS}, include=lm_head}}, int8-embedding, "
+    "int4-linear{scheme=affine}, lower",
 }
 """The lists of passes with which text is written."""
 
