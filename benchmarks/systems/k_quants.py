@@ -61,7 +61,8 @@ def _affine(x: Floats, most: int) -> tuple[Floats, Floats]:
     weights = numpy.sqrt((x * x).mean(-1, keepdims=True)) + numpy.abs(x)
     low = numpy.minimum(x.min(-1), 0.0)
     span = x.max(-1) - low
-    span = numpy.where(span > 1e-30, span, 1.0)  # no scale of half precision is smaller
+    flat = span <= 1e-30  # no scale of half precision is smaller
+    span = numpy.where(flat, 1.0, span)
     sum_w, sum_x = weights.sum(-1), (weights * x).sum(-1)
     best_scale, best_low = span / most, low
     best = _error(x, weights, _levels(x, low, most / span, most), best_scale, best_low)
@@ -82,6 +83,8 @@ def _affine(x: Floats, most: int) -> tuple[Floats, Floats]:
         best = numpy.where(better, error, best)
         best_scale = numpy.where(better, scale, best_scale)
         best_low = numpy.where(better, minimum, best_low)
+    best_scale = numpy.where(flat, 0.0, best_scale)
+    best_low = numpy.where(flat, low, best_low)
     return best_scale.astype(numpy.float32), (-best_low).astype(numpy.float32)
 
 

@@ -41,9 +41,22 @@ def test_k_quants_are_read_back_within_a_level(rows, rounded, kind: str, steps: 
     blocks, back = rows.reshape(-1, size), found.reshape(-1, size)
     reach = numpy.abs(rows.reshape(-1, 256)).max(-1).repeat(256 // size)
     spans = numpy.maximum(blocks.max(-1), 0) - numpy.minimum(blocks.min(-1), 0)
-    # A level, and what the scales of a block of 256 lose by being whole numbers.
-    allowed = spans / steps + 4 * reach / 63 + 1e-6
+    # A level, what the scales of a block of 256 lose by being whole numbers, and the whole of
+    # values so small that half precision has no scale for them.
+    smallest = numpy.finfo("float16").smallest_subnormal * (63 * 15 if kind == "Q4_K" else 128 * 32)
+    allowed = spans / steps + 4 * reach / 63 + smallest
     assert (numpy.abs(back - blocks).max(-1) <= allowed).all()
+
+
+@pytest.mark.parametrize(("rounded", "kind"), [(q4_k, "Q4_K"), (q6_k, "Q6_K")])
+@pytest.mark.parametrize("constant", [0.0, -0.01])
+def test_constant_parts_of_a_block_leave_the_others_their_scales(  # type: ignore[no-untyped-def]
+    rounded, kind: str, constant: float
+) -> None:
+    rows = numpy.full((1, 256), constant, "float32")
+    rows[0, :32] = numpy.linspace(-0.01, 0.01, 32)
+    found = gguf.dequantize(rounded(rows), gguf.GGMLQuantizationType[kind])
+    assert numpy.abs(found - rows).max() < 1e-3
 
 
 @pytest.mark.parametrize(("rounded", "kind", "least"), [(q4_k, "Q4_K", 22.0), (q6_k, "Q6_K", 34.0)])
