@@ -32,6 +32,8 @@ _PREFIX, _NEW = 6, 18
 OWN_LENGTH = _PREFIX + _NEW
 """Tokens that a model writes itself."""
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_LIKELIEST = 20
+"""The best tokens, of which one is drawn: among all are many that no text goes on with."""
 
 
 def step_inputs(
@@ -95,8 +97,10 @@ def own_text(reader: Reader, first: Tensor, length: int = OWN_LENGTH) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     text = [first]
     for _ in range(length - 1):
-        chances = reader.read(text[-1])[:, -1].float().softmax(-1).cpu()
-        text.append(torch.multinomial(chances, 1, generator=generator).to(first.device))
+        logits = reader.read(text[-1])[:, -1].float().cpu()
+        best = logits.topk(min(_LIKELIEST, logits.shape[-1]))
+        drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        text.append(best.indices.gather(1, drawn).to(first.device))
     return torch.cat(text, 1)
 
 
