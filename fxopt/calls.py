@@ -14,6 +14,9 @@ from fxopt.errors import FxoptError, InputError
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """A tensor, a tuple (or list) of positional arguments or a dict of keyword arguments."""
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What models of transformers call the cache that they take; the second since 5.24."""
+
 FORMS = "a tensor, a tuple of positional arguments or a dict of keyword arguments"
 
 

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxopt.calls import Inputs, forward_signature, unbind
+from fxopt.calls import CACHE_NAMES, Inputs, forward_signature, unbind
 from fxopt.capture.attributes import attributes_kept, left_alone
 from fxopt.capture.dialect import to_program
 from fxopt.capture.failures import capture_error, first_line, user_line
@@ -177,8 +177,8 @@ def _would_return_cache(model: nn.Module, named: Mapping[str, Any]) -> bool:
     writes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True)
     if not _uses_cache(config) or writes is False:
         return False
-    takes_cache = "past_key_values" in forward_signature(model).parameters
-    return takes_cache and "use_cache" not in named and "past_key_values" not in named
+    takes_cache = not forward_signature(model).parameters.keys().isdisjoint(CACHE_NAMES)
+    return takes_cache and named.keys().isdisjoint(("use_cache", *CACHE_NAMES))
 
 
 def _uses_cache(config: Any) -> bool:

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fxopt.calls import CACHE_NAMES
 from fxopt.errors import InputError
+
+CACHE = CACHE_NAMES["cache" in CausalLMOutputWithPast.__dataclass_fields__]
+"""What this transformers calls the cache that a model takes and returns."""
 
 _LEAST = 64
 """Slots that a layer's memory begins with."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from fxopt.errors import ModelError
-from fxopt.generation.cache import PrefixCache, prefix_of
+from fxopt.generation.cache import CACHE, PrefixCache, prefix_of
 
 BLANK = 2
 """Slots of a prefix that is empty. One would be a size for which code is compiled anew."""
@@ -58,7 +58,7 @@ def layer_shapes(model: nn.Module) -> tuple[LayerShape, ...]:
     kind = type(model).__name__
     try:
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, use_cache=True, **{CACHE: cache})
     except Exception as error:  # a model's own code raises whatever it stumbles over
         raise ModelError(f"{kind} doesn't take a cache of keys and values: {error}") from error
     held: list[Any] = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.claim import Claim, sqnr
 from fxopt.errors import EquivalenceError
+from fxopt.generation.cache import CACHE
 from fxopt.generation.plan import GenerationPlan
 
 _STEPS = 12
@@ -80,7 +81,7 @@ def _read(plan: GenerationPlan, generating: Any, text: Tensor, seen: Tensor, row
     found = [output.logits]
     for at in range(at_once, text.shape[1]):
         given = plan.call(text[:, : at + 1], seen[:, : at + 1], at, rows)
-        output = generating(**given, past_key_values=output.past_key_values)
+        output = generating(**given, **{CACHE: output[CACHE]})
         found.append(output.logits)
     return torch.cat(found, 1)
 

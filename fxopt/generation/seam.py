@@ -32,7 +32,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fxopt.errors import ModelError
-from fxopt.generation.cache import by_head, by_slot
+from fxopt.generation.cache import CACHE, by_head, by_slot
 
 ATTENTION = "fxopt"
 """The name under which transformers knows the attention of a step."""
@@ -158,9 +158,9 @@ class _OneCall:
             output = forward(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: cache},
                 **given,
             )
         layers = range(len(cache.past_keys))

@@ -22,6 +22,7 @@ from fxopt.generation import (
     positions_of,
     prefix,
 )
+from fxopt.generation.cache import CACHE
 from fxopt.generation.examples import step_inputs, text_of
 from fxopt.generation.prefix import PREFIX
 from fxopt.optimized.optimized import Optimized, optimized_like
@@ -62,9 +63,11 @@ class Generating(Optimized, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [B, K, V] for ids [B, S] behind the slots that `past_key_values` holds.
+        """Logits [B, K, V] for ids [B, S] behind the slots that `past_key_values` holds, or
+        `cache`, as transformers calls it since 5.24.
 
         `attention_mask` [B, P + S] covers these too and is 0 where a slot is padding;
         `position_ids` [B, S] left out are those that the original takes. `logits_to_keep` is the
@@ -73,7 +76,7 @@ class Generating(Optimized, GenerationMixin):
         """
         ids = checked_ids(input_ids, inputs_embeds, labels, kwargs)
         rows, length = ids.shape
-        cache = past_key_values
+        cache = _one_cache(past_key_values, cache)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = self._new_cache()
@@ -91,7 +94,7 @@ class Generating(Optimized, GenerationMixin):
         )
         if cache is not None:
             append(cache, keys, values)
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache else None})
         whole = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
@@ -178,11 +181,11 @@ class Generating(Optimized, GenerationMixin):
                 f"cache_implementation={kind!r}: an optimised model keeps keys and values in a "
                 "cache of its own, which grows as it is filled. Leave cache_implementation out."
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self._new_cache()
+            model_kwargs[CACHE] = self._new_cache()
 
     def _new_cache(self) -> Cache:
         return empty_cache(self.kept_shapes())
@@ -237,6 +240,13 @@ def check_others(others: Mapping[str, Any]) -> None:
             f"this call gives {', '.join(wanted)}, which a step doesn't take: leave it out, or "
             f"{_WAY_OUT}"
         )
+
+
+def _one_cache(older: Cache | None, newer: Cache | None) -> Cache | None:
+    """The cache of a call that gives it by one of its two names."""
+    if older is not None and newer is not None:
+        raise InputError("this call gives past_key_values and cache, which are one: leave one out")
+    return newer if older is None else older
 
 
 def seen_slots(

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import fxopt
+from fxopt.calls import CACHE_NAMES
 from fxopt.errors import InputError, ModelError, PassError
+from fxopt.generation.cache import CACHE
 from tests.generation.language_models import FAMILIES, VOCAB, language_model, shared, text, words
 
 PADDED = {
@@ -292,6 +294,20 @@ def test_what_no_step_computes_is_said(call: dict[str, Any], message: str) -> No
     _, opt = shared("Llama")
     with pytest.raises(InputError, match=message):
         opt(text(1, 4), **call)
+
+
+def test_a_cache_has_either_of_two_names() -> None:
+    _, opt = shared("Llama")
+    ids = text(1, 9)
+    wanted = opt(ids).logits[:, 5:]
+    for name in CACHE_NAMES:
+        cache = opt(ids[:, :5])[CACHE]
+        found = opt(ids[:, 5:], **{name: cache})
+        torch.testing.assert_close(found.logits, wanted)
+        assert found[CACHE] is cache
+    message = "gives past_key_values and cache, which are one: leave one out"
+    with pytest.raises(InputError, match=message):
+        opt(ids, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def test_other_inputs_are_refused() -> None:
