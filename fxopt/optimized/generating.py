@@ -94,7 +94,8 @@ class Generating(Optimized, GenerationMixin):
         )
         if cache is not None:
             append(cache, keys, values)
-        output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache else None})
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        output = CausalLMOutputWithPast(logits=logits, **kept)
         whole = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
