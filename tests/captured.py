@@ -6,19 +6,22 @@ test has written to a shared one is asserted when the tests end.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
 import fxopt
 from fxopt.capture import capture
-from fxopt.program import Program
+from fxopt.pipeline import nested
+from fxopt.program import Mode, Program
 from tests.architectures import ARCHITECTURES, Case
 
 _CASES: dict[tuple[int, int], str] = {}
@@ -59,6 +62,25 @@ def program_of(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) ->
     """The capture of `model` on `inputs`: the shared one, where they are those of a shared case."""
     name = _CASES.get((id(model), id(inputs)))
     return captured(name) if name is not None else capture(model, inputs)
+
+
+@contextlib.contextmanager
+def captured_once(model: nn.Module, inputs: Any) -> Iterator[Program]:
+    """The capture of `model` on `inputs`, which `transform` takes as well while this lasts."""
+    program = capture(model, inputs)
+    text, state = str(program.graph), dict(program.state)
+
+    def known(other: nn.Module, given: Any, mode: Mode = "eval", **options: Any) -> Program:
+        if other is model and given is inputs and mode == "eval" and not any(options.values()):
+            return program
+        return capture(other, given, mode, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nested, "capture", known)
+        yield program
+    assert str(program.graph) == text, "the shared program's graph was edited"
+    assert list(program.state) == list(state)
+    assert all(program.state[name] is tensor for name, tensor in state.items())
 
 
 def trainable(model: nn.Module, example: Any, passes: str = "canonicalize") -> Any:

@@ -28,6 +28,7 @@ from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, Stage
 from fxopt.rewriting.pattern import Target
 from fxopt.verify import compose
+from tests.captured import captured_once
 from tests.check import assert_state_equal, assert_unchanged, eager, tensors_of
 from tests.models import (
     Attention,
@@ -82,11 +83,12 @@ def test_outputs_keep_the_claims_at_every_size(drawn: Drawn, passes: list[Any]) 
 def test_int8_keeps_its_floor_or_names_the_node_that_breaks_it(
     drawn: Drawn, passes: list[Any]
 ) -> None:
-    violation = _violation(drawn, passes)
+    with captured_once(drawn.model, drawn.example):
+        violation = _violation(drawn, passes)
+        opt = _optimize(drawn, passes, on_violation="revert")
     if violation is not None:
         assert "Int8Linear" in violation or "HalfAttention" in violation
         assert "guilty node" in violation
-    opt = _optimize(drawn, passes, on_violation="revert")
     reverted = any(step.record.reverted for step in opt.steps)
     assert reverted == (violation is not None)
     claims = [pass_.claim for pass_ in resolve_passes(passes)]
@@ -181,8 +183,9 @@ def test_saving_and_loading_gives_the_same_program(drawn: Drawn, passes: list[An
 @_FEW
 @given(models(), pass_lists())
 def test_sizes_stay_dynamic(drawn: Drawn, passes: list[Any]) -> None:
-    before = capture(drawn.model, drawn.example).signature.tensors
-    after = _optimize(drawn, passes, on_violation="revert").program.signature.tensors
+    with captured_once(drawn.model, drawn.example) as program:
+        before = program.signature.tensors
+        after = _optimize(drawn, passes, on_violation="revert").program.signature.tensors
     for old, new in zip(before, after, strict=True):
         assert [isinstance(s, str) for s in old.sizes] == [isinstance(s, str) for s in new.sizes]
         assert isinstance(new.sizes[0], str)
@@ -227,16 +230,22 @@ class SpoiledLinear(Rule):
 _FAULTS = ["scaled", "zeros", "infinity", "channels swapped", "offset"]
 
 
-@in_parts(20)
-@given(models(), st.data())
-def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.DataObject) -> None:
-    program = capture(drawn.model, drawn.example)
+def _planted(program: Program, data: st.DataObject) -> tuple[fx.Node, SpoiledLinear]:
+    """A drawn linear of `program` with the rule that spoils it, so that the outputs show it."""
     linears = [node for node in program.graph.nodes if as_linear(node) is not None]
     guilty = data.draw(st.sampled_from(linears))
     rule = SpoiledLinear(guilty.name, data.draw(st.sampled_from(_FAULTS)))
     assume(_breaks(rule, program))
-    with pytest.raises(EquivalenceError) as caught:
-        _optimize(drawn, [rule])
+    return guilty, rule
+
+
+@in_parts(20)
+@given(models(), st.data())
+def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.DataObject) -> None:
+    with captured_once(drawn.model, drawn.example) as program:
+        guilty, rule = _planted(program, data)
+        with pytest.raises(EquivalenceError) as caught:
+            _optimize(drawn, [rule])
     text = str(caught.value)
     assert "SpoiledLinear() broke its claim" in text
     assert "guilty node" in text
@@ -246,12 +255,9 @@ def test_a_planted_fault_is_caught_and_its_node_named(drawn: Drawn, data: st.Dat
 @_FEW
 @given(models(), st.data())
 def test_revert_undoes_a_planted_fault(drawn: Drawn, data: st.DataObject) -> None:
-    program = capture(drawn.model, drawn.example)
-    linears = [node for node in program.graph.nodes if as_linear(node) is not None]
-    guilty = data.draw(st.sampled_from(linears))
-    rule = SpoiledLinear(guilty.name, data.draw(st.sampled_from(_FAULTS)))
-    assume(_breaks(rule, program))
-    opt = _optimize(drawn, [rule], on_violation="revert")
+    with captured_once(drawn.model, drawn.example) as program:
+        guilty, rule = _planted(program, data)
+        opt = _optimize(drawn, [rule], on_violation="revert")
     (refusal,) = opt.steps[-1].record.reverted
     assert refusal.node == label(guilty)
     assert refusal.reason.startswith("reverted: ")
@@ -351,12 +357,12 @@ def test_a_fault_planted_in_each_pass_is_caught(
 ) -> None:
     drawn = data.draw(drawn_models)
     sabotaged = Sabotaged(inner, data.draw(st.sampled_from(["zeros", "flipped", "negated"])))
-    program = capture(drawn.model, drawn.example)
-    for pass_ in resolve_passes(before) if before else ():
-        program = pass_.apply(program, pass_.plan(program))
-    assume(_breaks(sabotaged, program))
-    with pytest.raises(EquivalenceError, match="broke its claim"):
-        _optimize(drawn, [*([before] if before else []), sabotaged])
+    with captured_once(drawn.model, drawn.example) as program:
+        for pass_ in resolve_passes(before) if before else ():
+            program = pass_.apply(program, pass_.plan(program))
+        assume(_breaks(sabotaged, program))
+        with pytest.raises(EquivalenceError, match="broke its claim"):
+            _optimize(drawn, [*([before] if before else []), sabotaged])
 
 
 def _breaks(change: Rule | Pass, program: Program) -> bool:
