@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 import onnxruntime
@@ -25,6 +26,9 @@ from tests.check import tensors_of
 
 ops = torch.ops.fxopt
 aten = torch.ops.aten
+
+Written: TypeAlias = tuple[fxopt.Optimized, Path]
+"""A module and the file of it."""
 
 FORMS = {
     "fp32": "canonicalize, fuse-linears",
@@ -67,12 +71,26 @@ def assert_same_numbers(
         assert sqnr(expected, found) >= min(sqnr(expected, mine), 90.0) - 3.0
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Written]:
+    """An architecture in one of the forms, and the file of it, written once."""
+
+    @functools.cache
+    def write(name: str, form: str) -> Written:
+        opt = fxopt.transform(canonicalized(name), FORMS[form])
+        path = tmp_path_factory.mktemp("written") / "model.onnx"
+        return opt, fxopt.to_onnx(opt, path)
+
+    return write
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["bert", "llama", "vit"])
-def test_architectures_at_other_sizes(name: str, form: str, tmp_path: Path) -> None:
+def test_architectures_at_other_sizes(
+    name: str, form: str, written: Callable[[str, str], Written], tmp_path: Path
+) -> None:
     shared = case(name)
-    opt = fxopt.transform(canonicalized(name), FORMS[form])
-    path = fxopt.to_onnx(opt, tmp_path / "model.onnx")
+    opt, path = written(name, form)
     floor = {"fp32": 90.0, "dynamic": 16.0, "weight-only": 26.0}[form]
     assert len(shared.others) >= 2
     for inputs in shared.others:
@@ -267,8 +285,10 @@ def dimensions(value: Any) -> list[int | str]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def test_inputs_outputs_and_sizes_keep_their_names(tmp_path: Path) -> None:
-    graph = onnx.load(fxopt.to_onnx(canonicalized("bert"), tmp_path / "model.onnx")).graph
+def test_inputs_outputs_and_sizes_keep_their_names(
+    written: Callable[[str, str], Written],
+) -> None:
+    graph = onnx.load(written("bert", "fp32")[1]).graph
     assert {value.name: dimensions(value) for value in graph.input} == {
         "input_ids": ["batch", "length"],
         "attention_mask": ["attention_mask_batch", "length"],
@@ -307,11 +327,21 @@ def test_no_two_values_share_a_name(tmp_path: Path) -> None:
         assert torch.allclose(expected, found, atol=1e-6)
 
 
-def test_the_file_tells_nothing_of_the_machine(tmp_path: Path) -> None:
-    opt = fxopt.transform(canonicalized("llama"), ["int8-linear{where=always}"])
-    content = fxopt.to_onnx(opt, tmp_path / "model.onnx").read_bytes()
+def test_the_file_tells_nothing_of_the_machine(
+    written: Callable[[str, str], Written],
+) -> None:
+    _, path = written("llama", "dynamic")
+    content = path.read_bytes()
     here = str(Path(__file__).parents[2])
-    for trace in (str(tmp_path), here, "site-packages", ".py", "self.", "transformers.", "torch."):
+    for trace in (
+        str(path.parent),
+        here,
+        "site-packages",
+        ".py",
+        "self.",
+        "transformers.",
+        "torch.",
+    ):
         assert trace.encode() not in content, trace
 
 
