@@ -33,6 +33,8 @@ class Kind(IntEnum):
     PRODUCT = 8
     OPERATOR_CALL = 9
     ATTENTION = 10
+    CLEAR = 11
+    COUNT = 12
 
 
 class Function(IntEnum):

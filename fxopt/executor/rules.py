@@ -235,6 +235,25 @@ def _gelu(layout: Layout, node: fx.Node) -> Array:
     return layout.map(function, layout.sizes_of(node), layout.array(node.args[0]))
 
 
+def _zeros(layout: Layout, node: fx.Node) -> Array:
+    dtype = node.meta["val"].dtype
+    if dtype not in _ANY:
+        raise NotListedError(f"it makes {dtype}")
+    result = own(layout.sizes_of(node), dtype)
+    layout.listing.add(Kind.CLEAR, result.count * dtype.itemsize, result)
+    return result
+
+
+def _count(layout: Layout, node: fx.Node) -> Array:
+    if node.meta["val"].dtype != torch.int64:
+        raise NotListedError(f"it counts in {node.meta['val'].dtype}")
+    given = arguments(node)
+    start, step = (layout.number(given.get(name, at)) for name, at in (("start", 0), ("step", 1)))
+    result = own(layout.sizes_of(node), torch.int64)
+    layout.listing.add(Kind.COUNT, result.count, start, step, result)
+    return result
+
+
 def rows_of(layout: Layout, array: Array) -> tuple[Array, int, int]:
     """An array whose rows lie evenly apart, how many these are, and the step between them."""
     array = layout.rows_dense(array)
@@ -376,6 +395,11 @@ RULES: dict[Any, Rule] = {
     aten.chunk.default: _parts,
     operator.getitem: _item,
     aten.cat.default: _cat,
+    aten.zeros_like.default: _zeros,
+    aten.zeros.default: _zeros,
+    aten.arange.default: _count,
+    aten.arange.start: _count,
+    aten.arange.start_step: _count,
     aten.to.dtype: _cast,
     aten.add.Tensor: _map_of_two(Function.ADD),
     aten.sub.Tensor: _map_of_two(Function.SUB),

@@ -27,6 +27,8 @@ enum class Kind : int64_t {
   product,
   operator_call,
   attention,
+  clear,
+  count,
 };
 enum class Function : int64_t {
   copy,
@@ -562,6 +564,19 @@ inline void attention(Words& words, const Memory& memory, at::TensorList inputs)
   Attention<float, int8_t>{sizes, options, q, {k, v, seen}, prefix, to}.run();
 }
 
+// Zeros, so many bytes.
+inline void clear(Words& words, const Memory& memory) {
+  const int64_t bytes = words.next();
+  std::memset(memory.pointer<char>(words), 0, bytes);
+}
+
+// start, start + step, ... as int64.
+inline void count(Words& words, const Memory& memory) {
+  const int64_t entries = words.next(), start = words.next(), step = words.next();
+  int64_t* to = memory.pointer<int64_t>(words);
+  for (int64_t i = 0; i < entries; ++i) to[i] = start + i * step;
+}
+
 // The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
 // many results of operators it keeps at a time, and the sizes and strides of its outputs; tensors
 // are contiguous but for those of the prefix.
@@ -630,6 +645,12 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
         break;
       case Kind::attention:
         attention(words, memory, inputs);
+        break;
+      case Kind::clear:
+        clear(words, memory);
+        break;
+      case Kind::count:
+        count(words, memory);
         break;
       default:
         TORCH_CHECK(false, "fxopt::execute: no such instruction");
