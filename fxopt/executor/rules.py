@@ -310,8 +310,6 @@ def _index(layout: Layout, node: fx.Node) -> Array:
     array = layout.dense(layout.array(x))
     axis = len(indices) - 1
     index = layout.array(indices[-1], torch.int64)
-    if len(index.sizes) != 1:
-        raise NotListedError("its indices have several axes")
     inner = math.prod(array.sizes[axis + 1 :])
     outer = math.prod(array.sizes[:axis])
     sizes = (outer, array.sizes[axis], inner)

@@ -170,7 +170,8 @@ def looked_up(draw: st.DrawFn, built: Built, x: fx.Node) -> fx.Node:
     axis = draw(st.integers(0, value.dim() - 1))
     size = value.shape[axis]
     some = [draw(st.integers(-size, size - 1)) for _ in range(draw(st.integers(1, 3)))]
-    index = built.constant(torch.tensor(some))
+    indices = torch.tensor(some)
+    index = built.constant(indices if draw(st.booleans()) else indices.view(-1, 1))
     return built.call(aten.index.Tensor, x, [*[None] * axis, index])
 
 
