@@ -62,6 +62,10 @@ def _transpose(layout: Layout, node: fx.Node) -> Array:
     return array.permuted(axes)
 
 
+def _contiguous(layout: Layout, node: fx.Node) -> Array:
+    return layout.dense(layout.array(node.args[0]))
+
+
 def _expand(layout: Layout, node: fx.Node) -> Array:
     return layout.array(node.args[0], *_ANY).expanded(layout.sizes_of(node))
 
@@ -405,6 +409,7 @@ RULES: dict[Any, Rule] = {
     aten.div.Tensor: _map_of_two(Function.DIV),
     aten.maximum.default: _map_of_two(Function.MAXIMUM),
     aten.minimum.default: _map_of_two(Function.MINIMUM),
+    aten.contiguous.default: _contiguous,
     aten.clone.default: _map(Function.COPY),
     aten.neg.default: _map(Function.NEGATIVE),
     aten.reciprocal.default: _map(Function.RECIPROCAL),

@@ -52,6 +52,7 @@ UNARY: tuple[Callable[[Built, fx.Node], fx.Node], ...] = (
             ops.gelu.default,
         )
     ),
+    lambda b, x: b.call(aten.contiguous.default, b.call(aten.transpose.int, x, 0, -1)),
     lambda b, x: b.call(aten.gelu.default, x, approximate="tanh"),
     lambda b, x: b.call(aten.exp.default, b.call(aten.clamp.default, x, -3, 2.5)),
     lambda b, x: b.call(aten.clamp.default, x, None, 0.5),
