@@ -1,16 +1,15 @@
-"""A program whose calls of few rows are executed as listings, one for each kind of inputs."""
+"""A program whose calls are executed as listings, one for each kind of inputs."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxopt.executor.arrays import Sizes
 from fxopt.executor.fusions import fusions_of
 from fxopt.executor.layout import ATTENTIONS, Layout, NotListedError, prefixes_of
 from fxopt.executor.rules import RULES
@@ -22,7 +21,7 @@ _MOST_KINDS = 64
 
 @dataclass(frozen=True)
 class _Listed:
-    """A listing ready to be executed: its words, and its constants, float32 [C]."""
+    """A listing ready to be executed: its words, and its constants, int64 [C]."""
 
     code: Tensor
     constants: Tensor
@@ -38,37 +37,41 @@ class Executor:
         self._plain = [i for i, node in enumerate(placeholders) if node not in prefixes]
         self._fused = fusions_of(module.graph)
         self._tables = _tables(module)
-        self._known: dict[tuple[Sizes, ...], _Listed | str] = {}
+        self._held: list[Tensor] = []
+        self._known: dict[Hashable, _Listed | str] = {}
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The outputs for `inputs`; None where no listing computes them, or nothing runs one."""
         if not native.running("decoding"):
             return None
-        kind = tuple([inputs[index].shape for index in self._plain])
-        listed = self._known.get(kind)
-        if listed is None:
-            listed = self._listed(kind, inputs)
+        listed = self._listed(inputs)
         if isinstance(listed, str):
             return None
         given = list(inputs)
         for index in self._plain:
             given[index] = inputs[index].contiguous()
-        held = [table[name] for table, name in self._tables.values()]
-        held.append(listed.constants)
+        held = [*self._held, listed.constants]
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(torch.ops.fxopt.execute(listed.code, given, held))
 
     def refusal(self, inputs: Sequence[Tensor]) -> str | None:
         """Why no listing computes the outputs for `inputs`; None where one does."""
-        kind = tuple([inputs[index].shape for index in self._plain])
-        known = self._known.get(kind)
-        known = self._listed(kind, inputs) if known is None else known
-        return known if isinstance(known, str) else None
+        listed = self._listed(inputs)
+        return listed if isinstance(listed, str) else None
 
-    def _listed(self, kind: tuple[Sizes, ...], inputs: Sequence[Tensor]) -> _Listed | str:
-        tensors = {n: (i, table[key]) for i, (n, (table, key)) in enumerate(self._tables.items())}
+    def _listed(self, inputs: Sequence[Tensor]) -> _Listed | str:
+        """The listing for `inputs` and the tensors that the module holds by now, or why none."""
+        held = [table[name] for table, name in self._tables.values()]
+        if len(held) != len(self._held) or any(map(operator.is_not, held, self._held)):
+            self._known.clear()
+            self._held = held
+        kind = tuple([(inputs[index].shape, inputs[index].dtype) for index in self._plain])
+        return self._known.get(kind) or self._made(kind, inputs)
+
+    def _made(self, kind: Hashable, inputs: Sequence[Tensor]) -> _Listed | str:
+        tensors = {name: (i, self._held[i]) for i, name in enumerate(self._tables)}
         try:
-            layout = Layout(self._graph, tensors, [tuple(one.shape) for one in inputs])
+            layout = Layout(self._graph, tensors, inputs)
             listing = layout.write(RULES, self._fused)
             found: _Listed | str = _Listed(
                 listing.encoded(len(inputs), len(tensors) + 1), listing.constants_encoded()

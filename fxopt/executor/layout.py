@@ -44,10 +44,13 @@ Value = Array | Prefix | float | int | bool | None
 
 
 class Layout:
-    """Writes the listing of `graph` for inputs of `shapes`, node by node."""
+    """Writes the listing of `graph` for inputs like `inputs`, node by node.
+
+    `held` is the state by name, and which of the tensors that are held each is.
+    """
 
     def __init__(
-        self, graph: fx.Graph, held: Mapping[str, tuple[int, Tensor]], shapes: Sequence[Sizes]
+        self, graph: fx.Graph, held: Mapping[str, tuple[int, Tensor]], inputs: Sequence[Tensor]
     ) -> None:
         self.listing = Listing()
         self.graph = graph
@@ -56,14 +59,16 @@ class Layout:
         self._prefixes = prefixes_of(graph)
         self._sizes: dict[Any, int] = {}
         self._symbols: dict[sympy.Symbol, int] = {}
-        self._bind(shapes)
+        self._bind(inputs)
 
-    def _bind(self, shapes: Sequence[Sizes]) -> None:
+    def _bind(self, inputs: Sequence[Tensor]) -> None:
         nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
-        for node, shape in zip(nodes, shapes, strict=True):
+        for node, tensor in zip(nodes, inputs, strict=True):
             if node in self._prefixes:
                 continue
-            for size, given in zip(node.meta["val"].shape, shape, strict=True):
+            if tensor.dtype != node.meta["val"].dtype:
+                raise NotListedError(f"{node.name} is {tensor.dtype} in this call")
+            for size, given in zip(node.meta["val"].shape, tensor.shape, strict=True):
                 if isinstance(size, SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     self._symbols[size.node.expr] = given
 
@@ -188,9 +193,11 @@ class Layout:
 
     def _constant(self, node: fx.Node) -> Array:
         index, tensor = self._held[str(node.target)]
+        sizes, expected = tuple(tensor.shape), node.meta["val"]
         if not tensor.is_contiguous():
             raise NotListedError(f"{node.target} isn't contiguous")
-        sizes = tuple(tensor.shape)
+        if sizes != tuple(expected.shape) or tensor.dtype != expected.dtype:
+            raise NotListedError(f"{node.target} is {tensor.dtype} {sizes} by now")
         return Array(Buffer("held", index), sizes, contiguous(sizes), tensor.dtype)
 
     def _called(self, node: fx.Node, rules: Mapping[Any, Callable[..., Any]]) -> Any:

@@ -15,6 +15,7 @@ from fxopt.executor.instructions import STORED, Function, Kind, Word, own
 from fxopt.executor.layout import Layout, NotListedError, Prefix, Rule
 from fxopt.executor.products import PRODUCTS
 from fxopt.nodes import arguments
+from fxopt.operators.views import PERMUTATIONS, RESHAPES, permutation
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
 
@@ -44,22 +45,10 @@ def _unsqueeze(layout: Layout, node: fx.Node) -> Array | Prefix:
 
 
 def _permute(layout: Layout, node: fx.Node) -> Array | Prefix:
-    value = layout.value(node.args[0])
-    axes: Any = node.args[1]
+    value, axes = layout.value(node.args[0]), permutation(node)
     if isinstance(value, Prefix):
         return Prefix(value.index, tuple(value.axes[axis] for axis in axes))
-    array = layout.array(node.args[0], *_ANY)
-    return array.permuted([_axis(axis, len(array.sizes)) for axis in axes])
-
-
-def _transpose(layout: Layout, node: fx.Node) -> Array:
-    array = layout.array(node.args[0], *_ANY)
-    axes = list(range(len(array.sizes)))
-    if axes:
-        given = arguments(node)
-        first, second = (_axis(given[name], len(axes)) for name in ("dim0", "dim1"))
-        axes[first], axes[second] = axes[second], axes[first]
-    return array.permuted(axes)
+    return layout.array(node.args[0], *_ANY).permuted(axes)
 
 
 def _contiguous(layout: Layout, node: fx.Node) -> Array:
@@ -382,13 +371,9 @@ _ANY = (torch.float32, torch.int64, torch.bool)
 NARROW = (torch.bfloat16, torch.float16, torch.int8)
 
 RULES: dict[Any, Rule] = {
-    aten.reshape.default: _reshape,
-    aten.view.default: _reshape,
+    **dict.fromkeys(RESHAPES, _reshape),
     aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
+    **dict.fromkeys(PERMUTATIONS, _permute),
     aten.expand.default: _expand,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,

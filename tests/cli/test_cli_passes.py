@@ -14,19 +14,23 @@ from fxopt.pass_list import PASSES, parse_passes
 from tests.cli.command import run
 from tests.test_pass_registry import install
 
+NEEDING_OTHERS = {("prune-channels", "weighting"), ("half-linear", "lossless")}
+"""Options whose other choice needs another option."""
+
 
 def test_every_pass_is_listed_with_its_options() -> None:
     text = run("passes").stdout
     assert [line.split()[0] for line in text.splitlines() if line[:1].strip()] == list(PASSES)
     assert (
         "int4-linear  (numerics, sqnr(5.0))\n"
-        "  Linear layers on symmetric int4 weights, two a byte; activations stay as they are.\n"
+        "  Linear layers on int4 weights, two a byte; activations stay as they are.\n"
         "    group    a whole number from 2 on, a multiple of 2 | none  [none]\n"
         "    weights  nearest | gptq  [nearest]\n"
         "    include  globs over module paths, separated by |  [*]\n"
         "    exclude  globs over module paths, separated by |  [empty]\n"
         "    tied     true | false  [false]\n"
-        "    claim    exact | close | close(1e-4) | sqnr(30)  [sqnr(5.0)]\n"
+        "    claim    exact | close | close(1e-4) | sqnr(30)  [sqnr(5.0), by the other options]\n"
+        "    scheme   symmetric | affine  [symmetric]\n"
     ) in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -38,8 +42,8 @@ def test_with_json_each_choice_can_be_written_in_a_list() -> None:
     for entry in document["passes"]:
         assert entry["description"].endswith("."), entry
         for option in entry["options"]:
-            if (entry["name"], option["name"]) == ("prune-channels", "weighting"):
-                continue  # its other choice needs another option
+            if (entry["name"], option["name"]) in NEEDING_OTHERS:
+                continue
             for choice in option["choices"]:
                 (pass_,) = parse_passes(f"{entry['name']}{{{option['name']}={choice}}}")
                 assert str(getattr(pass_, option["name"])) == str(choice)

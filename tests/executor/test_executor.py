@@ -74,6 +74,44 @@ def test_only_steps_have_an_executor() -> None:
     assert executor_of(built.module(built.call(aten.neg.default, x))) is None
 
 
+def test_state_of_another_kind_is_no_longer_listed() -> None:
+    built = Built()
+    x = built.input(drawn(3, 4))
+    module = built.module(built.call(aten.add.Tensor, x, built.constant(drawn(4, seed=1))))
+    executor = Executor(module)
+    assert executor(built.inputs) is not None
+    for other, reason in (
+        (torch.ones(4, dtype=torch.float64), "w0 is torch.float64"),
+        (torch.ones(1), r"w0 is torch.float32 \(1,\) by now"),
+        (torch.ones(8)[::2], "w0 isn't contiguous"),
+    ):
+        module.w0 = other
+        assert executor(built.inputs) is None
+        with pytest.raises(AssertionError, match=reason):
+            assert executor.refusal(built.inputs) is None, executor.refusal(built.inputs)
+    module.w0 = torch.ones(4)
+    assert executor(built.inputs) is not None
+
+
+def test_inputs_of_another_dtype_are_not_listed() -> None:
+    built = Built()
+    x = built.input(drawn(3, 4))
+    executor = Executor(built.module(built.call(aten.neg.default, x)))
+    assert executor(built.inputs) is not None
+    assert executor([built.inputs[0].double()]) is None
+
+
+def test_state_whose_memory_was_exchanged_is_an_error() -> None:
+    built = Built()
+    x = built.input(drawn(4, 4))
+    module = built.module(built.call(aten.add.Tensor, x, built.constant(drawn(4, 4, seed=1))))
+    executor = Executor(module)
+    executor(built.inputs)
+    module.w0.data = drawn(4, 4).t()
+    with pytest.raises(RuntimeError, match="a tensor that is held isn't contiguous"):
+        executor(built.inputs)
+
+
 def test_without_the_kernels_nothing_is_executed() -> None:
     built = Built()
     x = built.input(drawn(2, 3))

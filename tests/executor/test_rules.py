@@ -86,9 +86,13 @@ def moved(draw: st.DrawFn, built: Built, x: fx.Node) -> fx.Node:
     size = value.shape[axis]
     if kind == "reshape":
         sizes = draw(st.sampled_from([[-1], [1, -1, value.shape[-1]], [value.numel(), 1]]))
+        if draw(st.booleans()):
+            return built.call(aten.squeeze.default, built.call(aten.unsqueeze.default, x, 1))
         return built.call(aten.reshape.default, x, sizes)
     if kind == "transpose":
         return built.call(aten.transpose.int, x, axis, axis_of(draw, value))
+    if kind == "permute" and draw(st.booleans()):
+        return built.call(aten.movedim.int, x, axis, axis_of(draw, value))
     if kind == "permute":
         return built.call(aten.permute.default, x, draw(st.permutations(range(value.dim()))))
     if kind == "slice":

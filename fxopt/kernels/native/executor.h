@@ -600,7 +600,10 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
   add(room.defined() ? room.mutable_data_ptr() : kept.data());
   add(begin);
   for (const at::Tensor& input : inputs) add(input.const_data_ptr());
-  for (const at::Tensor& one : held) add(one.const_data_ptr());
+  for (const at::Tensor& one : held) {
+    TORCH_CHECK(one.is_contiguous(), "fxopt::execute: a tensor that is held isn't contiguous");
+    add(one.const_data_ptr());
+  }
   std::vector<at::Tensor> outputs(words.next());
   for (at::Tensor& output : outputs) {
     const int64_t dimensions = words.next();
