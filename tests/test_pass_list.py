@@ -46,6 +46,10 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "round_to": st.integers(1, 64),
     "reconstruct": st.booleans(),
     "prepack": st.booleans(),
+    "executor": st.booleans(),
+    "scheme": st.sampled_from(["symmetric", "affine"]),
+    "weight_only": st.booleans(),
+    "lossless": st.booleans(),
     "weighting": st.just("uniform"),
     "seed": st.integers(0, 9),
     "gain": st.floats(0.01, 0.99),
@@ -78,9 +82,16 @@ def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     own = {"mode": _MODES, "group": _GROUPS, "importance": _IMPORTANCES, "ratio": _RATIOS}
     known = {**_OPTIONS, **{name: of.get(kind.name, st.nothing()) for name, of in own.items()}}
-    return st.fixed_dictionaries(
-        {}, optional={name: known[name] for name in fields if not name.startswith("target_")}
-    )
+    drawn = {name: known[name] for name in fields if not name.startswith("target_")}
+    return st.fixed_dictionaries({}, optional=drawn).filter(agree)
+
+
+def agree(options: dict[str, Any]) -> bool:
+    """Whether these options go together, where the test of each pass says that some don't."""
+    affine = options.get("scheme") == "affine" and options.get("weights") == "gptq"
+    if options.get("weight_only"):
+        return not options.get("force") and options.get("device") is None
+    return not affine and options.get("lossless", True)
 
 
 passes = st.sampled_from(sorted(PASSES)).flatmap(
