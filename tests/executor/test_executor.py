@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -110,6 +112,44 @@ def test_state_whose_memory_was_exchanged_is_an_error() -> None:
     module.w0.data = drawn(4, 4).t()
     with pytest.raises(RuntimeError, match="a tensor that is held isn't contiguous"):
         executor(built.inputs)
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    """One of them has the team of threads, the others go without."""
+    built = Built()
+    x = built.input(drawn(2, 300))
+    weight = built.constant(drawn(700, 300, seed=1))
+    y = built.call(ops.packed_linear.default, x, weight, None, "silu", None)
+    y = built.call(aten.tanh.default, y)
+    module = built.module(y)
+    executor = Executor(module)
+    wanted = module(*built.inputs)[0]
+    executor(built.inputs)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(executor, [built.inputs] * 60):
+            assert found is not None
+            torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_threads(count: int) -> None:
+    built = Built()
+    x = built.input(drawn(1, 512))
+    for seed in range(12):
+        weight = built.constant(drawn(512, 512, seed=seed) / 23)
+        x = built.call(ops.packed_linear.default, x, weight, None, "none", None)
+    module = built.module(x)
+    executor = Executor(module)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = [executor(built.inputs) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    wanted = module(*built.inputs)[0]
+    for one in found:
+        assert one is not None
+        torch.testing.assert_close(one[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_kernels_nothing_is_executed() -> None:

@@ -483,9 +483,9 @@ void Attention<T, Stored>::run() const {
     }
   };
   if (threads == 1) return part_of(0, heads);
-  at::parallel_for(0, heads * runs, 1, part_of);
+  parallel(0, heads * runs, 1, part_of);
   if (runs == 1) return;
-  at::parallel_for(0, heads, 8, [&](int64_t begin, int64_t end) {
+  parallel(0, heads, 8, [&](int64_t begin, int64_t end) {
     Rows& rows = Rows::of(sizes);
     for (int64_t head = begin; head < end; ++head) {
       const auto [batch, group] = take(rows, head);

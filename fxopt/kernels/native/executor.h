@@ -129,7 +129,7 @@ struct Loop {
     };
     if (rows * inner < kManyEntries) return run(0, rows * pieces);
     const int64_t grain = std::max<int64_t>(1, kChunk / std::min(inner, kChunk));
-    at::parallel_for(0, rows * pieces, grain, run);
+    parallel(0, rows * pieces, grain, run);
   }
 };
 
@@ -316,7 +316,7 @@ void each_row(int64_t rows, int64_t size, const Body& body) {
     for (int64_t row = begin; row < end; ++row) body(row);
   };
   if (rows * size < kManyEntries) return run(0, rows);
-  at::parallel_for(0, rows, std::max<int64_t>(1, kChunk / size), run);
+  parallel(0, rows, std::max<int64_t>(1, kChunk / size), run);
 }
 
 inline void mean(Words& words, const Memory& memory) {
@@ -613,6 +613,8 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
     add(output.mutable_data_ptr());
   }
   for (int64_t i = 0; i < results; ++i) add(nullptr);
+  // OpenMP's own threads, which products of many rows go to, would compete with a team.
+  const Team::Call team(results ? 1 : at::get_num_threads());
   const int64_t* end = begin + code.numel();
   while (words.at() != end) {
     switch (static_cast<Kind>(words.next())) {

@@ -332,7 +332,7 @@ template <int M, class Weight>
 void multiply_few(const Weight& weight, const float* x, const Results& results) {
   const int64_t grain = std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, weight.bytes()));
   const bool shares = M * weight.inner * int64_t(sizeof(float)) > kInCache;
-  at::parallel_for(0, results.outputs, grain, [&](int64_t begin, int64_t end) {
+  parallel(0, results.outputs, grain, [&](int64_t begin, int64_t end) {
     if (shares) begin = blocks<M, together(M)>(weight, x, results, begin, end);
     blocks<M, 1>(weight, x, results, begin, end);
   });

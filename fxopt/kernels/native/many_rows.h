@@ -74,7 +74,7 @@ inline void multiply_tile(const float* weight, const float* x, int64_t depth, fl
 
 // Rows of x [rows, K] as panels [rows / panel, K, panel], filled up with zeros.
 inline void lay_panels(const float* x, int64_t rows, int64_t inner, int64_t panel, float* to) {
-  at::parallel_for(0, (rows + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
+  parallel(0, (rows + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, rows - first);
       if (count < panel) std::fill_n(to + first * inner, panel * inner, 0.0f);
@@ -145,7 +145,7 @@ void multiply_many(const Weight& weight, const float* x, Results results) {
     results.rows = std::min(kMostRows, whole - first);
     results.data = to + first * results.outputs;
     lay_panels(x + first * weight.inner, results.rows, weight.inner, panel, room.data());
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Block block(weight.inner, padded(results.rows));
       for (int64_t b = begin; b < end; ++b) {
         const int64_t count = std::min(kBlock, results.outputs - b * kBlock);

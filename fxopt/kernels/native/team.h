@@ -1,0 +1,134 @@
+// Threads that stay awake through a call of many small kernels.
+//
+// OpenMP's fall asleep after each region as soon as a process holds more of them than it has cores,
+// as one does that serves from several threads, and waking one takes longer than such a kernel.
+// Those of a team watch for work until the call ends. Work is cut into parts that whoever is free
+// takes, the caller among them, so that a thread that isn't scheduled is not waited for.
+#include <immintrin.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+namespace fxopt {
+namespace {
+
+class Team {
+  using Run = void (*)(const void* body, int64_t part);
+
+  std::mutex calls_;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::atomic<int> wanted_{0};
+  int made_ = 0;
+  // Which task it is, its parts and the next one that is free: 32, 16 and 16 bits.
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int64_t> left_{0};
+  uint64_t task_ = 0;
+  Run run_ = nullptr;
+  const void* body_ = nullptr;
+
+  static constexpr int kPatience = 512;
+
+  // Take a part of the present task, if one is free.
+  bool take() {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    const uint64_t part = state & 0xffff, parts = state >> 16 & 0xffff;
+    if (part >= parts) return false;
+    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+      // What the task is stays as it is until this part is done.
+      run_(body_, static_cast<int64_t>(part));
+      left_.fetch_sub(1, std::memory_order_release);
+    }
+    return true;
+  }
+
+  void work(int index) {
+    for (int idle = 0;; ++idle) {
+      if (take()) {
+        idle = 0;
+      } else if (index >= wanted_.load(std::memory_order_acquire)) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        wake_.wait(lock, [&] { return index < wanted_.load(std::memory_order_acquire); });
+        idle = 0;
+      } else if (idle % kPatience == kPatience - 1) {
+        std::this_thread::yield();
+      } else {
+        _mm_pause();
+      }
+    }
+  }
+
+  void begin(int helpers) {
+    for (; made_ < helpers; ++made_) std::thread(&Team::work, this, made_).detach();
+    {
+      const std::lock_guard<std::mutex> lock(sleep_);
+      wanted_.store(helpers, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+ public:
+  // The team of the call that this thread is in.
+  static Team*& present() {
+    thread_local Team* team = nullptr;
+    return team;
+  }
+
+  // Threads of the present call, the caller among them.
+  int threads() const { return 1 + wanted_.load(std::memory_order_relaxed); }
+
+  // body(part) for each of up to 65,535 parts.
+  template <class Body>
+  void run(int64_t parts, const Body& body) {
+    body_ = &body;
+    run_ = [](const void* given, int64_t part) { (*static_cast<const Body*>(given))(part); };
+    left_.store(parts, std::memory_order_relaxed);
+    state_.store(++task_ << 32 | uint64_t(parts) << 16, std::memory_order_release);
+    while (take()) {
+    }
+    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
+      spins % kPatience == kPatience - 1 ? std::this_thread::yield() : _mm_pause();
+    }
+  }
+
+  // As long as it lives the calling thread has the team, unless another one has it.
+  class Call {
+    Team* team_ = nullptr;
+
+   public:
+    explicit Call(int threads) {
+      // Never destroyed: its threads sleep until the process ends.
+      static Team* const team = new Team();
+      if (threads <= 1 || present() || !team->calls_.try_lock()) return;
+      team_ = present() = team;
+      team->begin(threads - 1);
+    }
+    ~Call() {
+      if (!team_) return;
+      team_->wanted_.store(0, std::memory_order_release);
+      present() = nullptr;
+      team_->calls_.unlock();
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+  };
+};
+
+// body(begin, end) for pieces of a range, of `grain` or more: by the team of the call, or by OpenMP.
+template <class Body>
+void parallel(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  Team* const team = Team::present();
+  if (!team) return at::parallel_for(begin, end, grain, body);
+  const int64_t count = end - begin;
+  const int64_t parts = std::min<int64_t>(3 * team->threads(), count / std::max<int64_t>(1, grain));
+  if (count <= 0) return;
+  if (parts <= 1) return body(begin, end);
+  team->run(parts, [&](int64_t part) {
+    body(begin + count * part / parts, begin + count * (part + 1) / parts);
+  });
+}
+
+}  // namespace
+}  // namespace fxopt
