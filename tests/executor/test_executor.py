@@ -115,7 +115,7 @@ def test_state_whose_memory_was_exchanged_is_an_error() -> None:
 
 
 def test_calls_from_several_threads_at_once() -> None:
-    """One of them has the team of threads, the others go without."""
+    """Each has a team of its own."""
     built = Built()
     x = built.input(drawn(2, 300))
     weight = built.constant(drawn(700, 300, seed=1))

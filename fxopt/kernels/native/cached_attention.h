@@ -450,7 +450,9 @@ void Attention<T, Stored>::run() const {
   const int64_t work =
       sizes.batch * sizes.groups * sizes.rows() * sizes.slots() * (sizes.size + sizes.value_size);
   const int64_t threads =
-      work < kWorthThreads || at::in_parallel_region() ? 1 : at::get_num_threads();
+      work < kWorthThreads || (!Team::present() && at::in_parallel_region())
+          ? 1
+          : at::get_num_threads();
   const int64_t runs = runs_of(sizes, heads, threads);
   const int64_t kept = kRows * (sizes.pitch() + 2);
   Floats partial(runs > 1 ? heads * runs * kept : 0);

@@ -577,45 +577,9 @@ inline void count(Words& words, const Memory& memory) {
   for (int64_t i = 0; i < entries; ++i) to[i] = start + i * step;
 }
 
-// The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
-// many results of operators it keeps at a time, and the sizes and strides of its outputs; tensors
-// are contiguous but for those of the prefix.
-inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList inputs,
-                                       at::TensorList held) {
-  const int64_t* begin = code.const_data_ptr<int64_t>();
-  Words words(begin);
-  const int64_t bytes = words.next(), results = words.next();
-  // A small call takes the memory that the one before it had.
-  thread_local Floats kept;
-  const int64_t floats = bytes / int64_t(sizeof(float));
-  const at::Tensor room = floats > kKeptFloats ? at::empty({floats}, at::TensorOptions(at::kFloat))
-                                               : at::Tensor();
-  if (!room.defined()) kept.grow(floats);
-  Memory memory;
-  memory.bases.reserve(2 + inputs.size() + held.size() + 256);
-  memory.results.resize(results);
-  const auto add = [&](const void* data) {
-    memory.bases.push_back(static_cast<char*>(const_cast<void*>(data)));
-  };
-  add(room.defined() ? room.mutable_data_ptr() : kept.data());
-  add(begin);
-  for (const at::Tensor& input : inputs) add(input.const_data_ptr());
-  for (const at::Tensor& one : held) {
-    TORCH_CHECK(one.is_contiguous(), "fxopt::execute: a tensor that is held isn't contiguous");
-    add(one.const_data_ptr());
-  }
-  std::vector<at::Tensor> outputs(words.next());
-  for (at::Tensor& output : outputs) {
-    const int64_t dimensions = words.next();
-    const at::IntArrayRef sizes(words.at(), dimensions), strides(words.at() + dimensions, dimensions);
-    output = at::empty_strided(sizes, strides, at::TensorOptions(at::kFloat));
-    words = Words(strides.end());
-    add(output.mutable_data_ptr());
-  }
-  for (int64_t i = 0; i < results; ++i) add(nullptr);
-  // OpenMP's own threads, which products of many rows go to, would compete with a team.
-  const Team::Call team(results ? 1 : at::get_num_threads());
-  const int64_t* end = begin + code.numel();
+// All instructions up to `end`.
+inline void instructions(Words words, const int64_t* end, Memory& memory, at::TensorList inputs,
+                         at::TensorList held) {
   while (words.at() != end) {
     switch (static_cast<Kind>(words.next())) {
       case Kind::map:
@@ -661,6 +625,48 @@ inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList in
         TORCH_CHECK(false, "fxopt::execute: no such instruction");
     }
   }
+}
+
+// The outputs of a program. `code` int64 begins with the bytes of memory that the call needs, how
+// many results of operators it keeps at a time, and the sizes and strides of its outputs; tensors
+// are contiguous but for those of the prefix.
+inline std::vector<at::Tensor> execute(const at::Tensor& code, at::TensorList inputs,
+                                       at::TensorList held) {
+  const int64_t* begin = code.const_data_ptr<int64_t>();
+  Words words(begin);
+  const int64_t bytes = words.next(), results = words.next();
+  // A small call takes the memory that the one before it had.
+  thread_local Floats kept;
+  const int64_t floats = bytes / int64_t(sizeof(float));
+  const at::Tensor room = floats > kKeptFloats ? at::empty({floats}, at::TensorOptions(at::kFloat))
+                                               : at::Tensor();
+  if (!room.defined()) kept.grow(floats);
+  Memory memory;
+  memory.bases.reserve(2 + inputs.size() + held.size() + 256);
+  memory.results.resize(results);
+  const auto add = [&](const void* data) {
+    memory.bases.push_back(static_cast<char*>(const_cast<void*>(data)));
+  };
+  add(room.defined() ? room.mutable_data_ptr() : kept.data());
+  add(begin);
+  for (const at::Tensor& input : inputs) add(input.const_data_ptr());
+  for (const at::Tensor& one : held) {
+    TORCH_CHECK(one.is_contiguous(), "fxopt::execute: a tensor that is held isn't contiguous");
+    add(one.const_data_ptr());
+  }
+  std::vector<at::Tensor> outputs(words.next());
+  for (at::Tensor& output : outputs) {
+    const int64_t dimensions = words.next();
+    const at::IntArrayRef sizes(words.at(), dimensions), strides(words.at() + dimensions, dimensions);
+    output = at::empty_strided(sizes, strides, at::TensorOptions(at::kFloat));
+    words = Words(strides.end());
+    add(output.mutable_data_ptr());
+  }
+  for (int64_t i = 0; i < results; ++i) add(nullptr);
+  const int64_t* end = begin + code.numel();
+  const auto run = [&] { instructions(words, end, memory, inputs, held); };
+  // Operators that many rows go to have threads of their own.
+  with_team(results ? 1 : at::get_num_threads(), run);
   return outputs;
 }
 

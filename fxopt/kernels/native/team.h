@@ -1,14 +1,15 @@
 // Threads that stay awake through a call of many small kernels.
 //
 // OpenMP's fall asleep after each region as soon as a process holds more of them than it has cores,
-// as one does that serves from several threads, and waking one takes longer than such a kernel.
-// Those of a team watch for work until the call ends. Work is cut into parts that whoever is free
-// takes, the caller among them, so that a thread that isn't scheduled is not waited for.
+// as one does that serves from several threads, and waking one takes longer than such a kernel. A
+// team is one region for the whole call, whose threads watch for work until it ends. Work is cut
+// into parts that whoever is free takes, the caller among them, so that a thread that isn't
+// scheduled is not waited for.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <atomic>
-#include <condition_variable>
-#include <mutex>
+#include <exception>
 #include <thread>
 
 namespace fxopt {
@@ -17,11 +18,8 @@ namespace {
 class Team {
   using Run = void (*)(const void* body, int64_t part);
 
-  std::mutex calls_;
-  std::mutex sleep_;
-  std::condition_variable wake_;
-  std::atomic<int> wanted_{0};
-  int made_ = 0;
+  const int threads_;
+  std::atomic<bool> ended_{false};
   // Which task it is, its parts and the next one that is free: 32, 16 and 16 bits.
   std::atomic<uint64_t> state_{0};
   std::atomic<int64_t> left_{0};
@@ -30,6 +28,10 @@ class Team {
   const void* body_ = nullptr;
 
   static constexpr int kPatience = 512;
+
+  static void pause(int spins) {
+    spins % kPatience == kPatience - 1 ? std::this_thread::yield() : _mm_pause();
+  }
 
   // Take a part of the present task, if one is free.
   bool take() {
@@ -44,40 +46,20 @@ class Team {
     return true;
   }
 
-  void work(int index) {
-    for (int idle = 0;; ++idle) {
-      if (take()) {
-        idle = 0;
-      } else if (index >= wanted_.load(std::memory_order_acquire)) {
-        std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return index < wanted_.load(std::memory_order_acquire); });
-        idle = 0;
-      } else if (idle % kPatience == kPatience - 1) {
-        std::this_thread::yield();
-      } else {
-        _mm_pause();
-      }
-    }
-  }
-
-  void begin(int helpers) {
-    for (; made_ < helpers; ++made_) std::thread(&Team::work, this, made_).detach();
-    {
-      const std::lock_guard<std::mutex> lock(sleep_);
-      wanted_.store(helpers, std::memory_order_release);
-    }
-    wake_.notify_all();
+  void help() {
+    for (int idle = 0; !ended_.load(std::memory_order_acquire); ++idle) take() ? void() : pause(idle);
   }
 
  public:
+  explicit Team(int threads) : threads_(threads) {}
+
   // The team of the call that this thread is in.
   static Team*& present() {
     thread_local Team* team = nullptr;
     return team;
   }
 
-  // Threads of the present call, the caller among them.
-  int threads() const { return 1 + wanted_.load(std::memory_order_relaxed); }
+  int threads() const { return threads_; }
 
   // body(part) for each of up to 65,535 parts.
   template <class Body>
@@ -88,33 +70,37 @@ class Team {
     state_.store(++task_ << 32 | uint64_t(parts) << 16, std::memory_order_release);
     while (take()) {
     }
-    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
-      spins % kPatience == kPatience - 1 ? std::this_thread::yield() : _mm_pause();
-    }
+    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) pause(spins);
   }
 
-  // As long as it lives the calling thread has the team, unless another one has it.
-  class Call {
-    Team* team_ = nullptr;
-
-   public:
-    explicit Call(int threads) {
-      // Never destroyed: its threads sleep until the process ends.
-      static Team* const team = new Team();
-      if (threads <= 1 || present() || !team->calls_.try_lock()) return;
-      team_ = present() = team;
-      team->begin(threads - 1);
+  // call(), with the team for all that is `parallel` in it.
+  template <class Call>
+  void lead(const Call& call) {
+    std::exception_ptr error;
+#pragma omp parallel num_threads(threads_)
+    {
+      if (omp_get_thread_num() == 0) {
+        present() = this;
+        try {
+          call();
+        } catch (...) {
+          error = std::current_exception();
+        }
+        present() = nullptr;
+        ended_.store(true, std::memory_order_release);
+      } else {
+        help();
+      }
     }
-    ~Call() {
-      if (!team_) return;
-      team_->wanted_.store(0, std::memory_order_release);
-      present() = nullptr;
-      team_->calls_.unlock();
-    }
-    Call(const Call&) = delete;
-    Call& operator=(const Call&) = delete;
-  };
+    if (error) std::rethrow_exception(error);
+  }
 };
+
+template <class Call>
+void with_team(int threads, const Call& call) {
+  if (threads <= 1 || omp_in_parallel()) return call();
+  Team(threads).lead(call);
+}
 
 // body(begin, end) for pieces of a range, of `grain` or more: by the team of the call, or by OpenMP.
 template <class Body>
