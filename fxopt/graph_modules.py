@@ -40,7 +40,7 @@ def graph_module(program: Program) -> fx.GraphModule:
         if kind == "LayerNorm" and path:
             _contain(module, path, LayerNormTensors())
     for name, tensor in state.items():
-        owner, leaf = _owner(module, name)
+        owner, leaf = owner_of(module, name)
         if isinstance(tensor, nn.Parameter):
             owner._parameters[leaf] = tensor
         else:
@@ -86,7 +86,7 @@ def share_tables(module: nn.Module, source: nn.Module) -> None:
 
 def attribute(module: nn.Module, name: str) -> Tensor:
     """The tensor that `module` holds under a dotted name."""
-    owner, leaf = _owner(module, name)
+    owner, leaf = owner_of(module, name)
     tensor = {**owner._buffers, **owner._parameters}.get(leaf)
     assert isinstance(tensor, Tensor)
     return tensor
@@ -120,7 +120,8 @@ def _read_before_writing(graph: fx.Graph) -> None:
         state.replace_all_uses_with(copy, lambda user, kept=(write, copy): user not in kept)
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of `module` that holds what has a dotted name, and the name there."""
     path, _, leaf = name.rpartition(".")
     owner = module
     for part in path.split(".") if path else []:
@@ -133,7 +134,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _contain(module: nn.Module, path: str, container: nn.Module) -> None:
     """Put `container` in the place of the plain one at `path`, if there is one."""
     try:
-        owner, leaf = _owner(module, path)
+        owner, leaf = owner_of(module, path)
         plain = owner._modules[leaf]
     except (AttributeError, KeyError):
         return

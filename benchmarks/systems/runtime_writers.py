@@ -46,24 +46,16 @@ class LlamaCpp:
         self.settings = f"xllamacpp {_version('xllamacpp')}, f16 cache, {flags.strip()}"
 
     def write(self, prompt: Sequence[int], new: int) -> Written:
-        answer = self.server.handle_completions(
-            {
-                "prompt": list(prompt),
-                "n_predict": new,
-                "temperature": 0.0,
-                "samplers": ["top_k"],
-                "top_k": 1,
-                "cache_prompt": False,
-                "ignore_eos": True,
-                "stream": False,
-            }
-        )
-        times = answer["timings"]
+        times = self._answer(prompt, new)["timings"]
         return Written((), times["prompt_ms"], times["predicted_ms"] / (times["predicted_n"] - 1))
 
     def tokens(self, prompt: Sequence[int], new: int) -> tuple[int, ...]:
         """The tokens alone, which the server tells where it is asked for their chances."""
-        answer = self.server.handle_completions(
+        answer = self._answer(prompt, new, logprobs=1)
+        return tuple(one["id"] for one in answer["choices"][0]["logprobs"]["content"])
+
+    def _answer(self, prompt: Sequence[int], new: int, **more: Any) -> Any:
+        return self.server.handle_completions(
             {
                 "prompt": list(prompt),
                 "n_predict": new,
@@ -73,10 +65,9 @@ class LlamaCpp:
                 "cache_prompt": False,
                 "ignore_eos": True,
                 "stream": False,
-                "logprobs": 1,
+                **more,
             }
         )
-        return tuple(one["id"] for one in answer["choices"][0]["logprobs"]["content"])
 
 
 class OpenVINO:

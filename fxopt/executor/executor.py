@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxopt.executor.fusions import fusions_of
 from fxopt.executor.layout import ATTENTIONS, Layout, NotListedError, prefixes_of
 from fxopt.executor.rules import RULES
+from fxopt.graph_modules import owner_of
 from fxopt.kernels import native
 
 _MOST_KINDS = 64
@@ -109,8 +110,7 @@ def _tables(module: fx.GraphModule) -> dict[str, tuple[dict[str, Any], str]]:
     for node in module.graph.nodes:
         if node.op != "get_attr" or node.target in found:
             continue
-        *path, leaf = str(node.target).split(".")
-        owner: Any = operator.attrgetter(".".join(path))(module) if path else module
+        owner, leaf = owner_of(module, str(node.target))
         table = owner._parameters if leaf in owner._parameters else owner._buffers
         found[str(node.target)] = (table, leaf)
     return found

@@ -19,8 +19,8 @@ aten, ops = torch.ops.aten, torch.ops.fxopt
 
 ATTENTIONS = (ops.cached_attention.default, ops.int8_cached_attention.default)
 """Attention to a prefix."""
-PREFIX = frozenset({"past_k", "past_v", "past_k_scale", "past_v_scale", "past_seen"})
-"""What they are given of it."""
+PREFIX = ("past_seen", "past_k", "past_v", "past_k_scale", "past_v_scale")
+"""What they are given of it, in the order of an instruction."""
 _MOST_AXES = 6
 """`kDimensions` of `executor.h`."""
 
@@ -261,5 +261,5 @@ def _reads_prefix(user: fx.Node, node: fx.Node) -> bool:
         return _is_prefix(user)
     if user.target in ATTENTIONS:
         given = arguments(user)
-        return all(node is not given[name] for name in given.keys() - PREFIX)
+        return all(node is not given[name] for name in given.keys() - set(PREFIX))
     return user.target is aten.sym_size.int

@@ -12,7 +12,7 @@ from torch import fx
 import fxopt.kernels  # noqa: F401  (registers the fxopt:: operators)
 from fxopt.executor.arrays import Array
 from fxopt.executor.instructions import STORED, Function, Kind, Word, own
-from fxopt.executor.layout import Layout, NotListedError, Prefix, Rule
+from fxopt.executor.layout import PREFIX, Layout, NotListedError, Prefix, Rule
 from fxopt.executor.products import PRODUCTS
 from fxopt.nodes import arguments
 from fxopt.operators.views import PERMUTATIONS, RESHAPES, permutation
@@ -331,7 +331,7 @@ def _attention(layout: Layout, node: fx.Node) -> Array:
     q, k, v = (layout.rows_dense(layout.array(given[name])) for name in ("q", "k", "v"))
     seen = layout.dense(layout.array(given["seen"], torch.bool))
     sinks = layout.maybe_array(given["sinks"])
-    past_seen, *past = (_prefix(layout, given[name]) for name in PREFIXES if name in given)
+    past_seen, *past = (_prefix(layout, given[name]) for name in PREFIX if name in given)
     batch, heads, queries, size = q.sizes
     result = own((batch, queries, heads, v.sizes[3]))
     sizes = (batch, heads, k.sizes[1], queries, size, v.sizes[3])
@@ -354,10 +354,6 @@ def _attention(layout: Layout, node: fx.Node) -> Array:
         *prefix,
     )
     return result
-
-
-PREFIXES = ("past_seen", "past_k", "past_v", "past_k_scale", "past_v_scale")
-"""What an attention is given of its prefix, in the order of its instruction."""
 
 
 def _prefix(layout: Layout, argument: Any) -> Prefix:

@@ -78,6 +78,19 @@ class StepCache(Cache):
             torch.ops.fxopt.dequantize(values, of_values, dtype),
         )
 
+    def new_slots(self, kind: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The new keys and values [S, B, G, D] of every layer.
+
+        Raises `ModelError`, which names the model's `kind`, where it kept those of some alone.
+        """
+        layers = range(len(self.past_keys))
+        if self.new_keys.keys() != set(layers):
+            raise ModelError(f"{kind} keeps no keys and values of some layers")
+        return (
+            tuple(by_slot(self.new_keys[layer]) for layer in layers),
+            tuple(by_slot(self.new_values[layer]) for layer in layers),
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many slots the prefix has."""
         return self.past_seen.shape[1]
@@ -163,15 +176,8 @@ class _OneCall:
                 **{CACHE: cache},
                 **given,
             )
-        layers = range(len(cache.past_keys))
-        if cache.new_keys.keys() != set(layers):
-            raise ModelError(f"{type(self).__name__} keeps no keys and values of some layers")
-        logits = output.logits if keeps else output.logits[:, keep]
-        return (
-            logits,
-            tuple(by_slot(cache.new_keys[layer]) for layer in layers),
-            tuple(by_slot(cache.new_values[layer]) for layer in layers),
-        )
+        new = cache.new_slots(type(self).__name__)
+        return (output.logits if keeps else output.logits[:, keep], *new)
 
 
 class Step(_OneCall):

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fxopt.errors import ModelError
-from fxopt.generation.cache import by_head, by_slot
+from fxopt.generation.cache import by_head
 from fxopt.generation.seam import StepCache, active, attention, stepping
 from fxopt.kernels.cached_attention import visible_slots
 
@@ -253,14 +253,7 @@ def _stepped(
             return_dict=True,
             **named,
         )
-    layers = range(len(cache.past_keys))
-    if cache.new_keys.keys() != set(layers):
-        raise ModelError(f"{type(model).__name__} keeps no keys and values of some layers")
-    return (
-        output.logits[:, keep],
-        tuple(by_slot(cache.new_keys[layer]) for layer in layers),
-        tuple(by_slot(cache.new_values[layer]) for layer in layers),
-    )
+    return (output.logits[:, keep], *cache.new_slots(type(model).__name__))
 
 
 def has_distances(model: Any) -> bool:

@@ -66,8 +66,6 @@ class Compiled:
         self._graphs = bool(self.backend.options.get("triton.cudagraphs"))
         self._run = self._compile(options.dynamic)
         self._widened = options.dynamic is True
-        self.is_listed = False
-        """Whether nothing was compiled so far, and nothing is lost with this callable."""
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The module's outputs. Raises `LowerError` where it can't be compiled for `inputs`."""
@@ -110,6 +108,11 @@ class Compiled:
         # A recorded CUDA graph writes its outputs to the same memory at each replay.
         torch.compiler.cudagraph_mark_step_begin()
         return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*inputs))
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether nothing was compiled so far, so that nothing is lost with this callable."""
+        return self.executor is not None and not self.backend.codes
 
     def executes(self, inputs: Sequence[Tensor]) -> bool:
         """Whether a call with `inputs` is a list of instructions, for which nothing is compiled."""
@@ -177,7 +180,6 @@ def compile_program(
     names = [GENERATED_AS[node.target] for node in asked]  # type: ignore[index]
     wanted = {name: names.count(name) for name in sorted(set(names))}
     if executed:  # every node of the graph is an instruction
-        compiled.is_listed = True
         return Lowered(compiled, (), wanted, wanted, time.perf_counter() - start)
     code = "\n".join(compiled.backend.codes)
     warnings = check_kernels(asked, code, options.strict)
