@@ -22,13 +22,17 @@ FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight [N, K], its bias [N], and by groups of columns its scales and zero points."""
+    """A weight [N, K], its bias [N], and by groups of columns its scales and zero points.
+
+    Where it `rounds`, the groups of its input become int8.
+    """
 
     stored: Array
     bias: Array | None
     scale: Array | None = None
     zero: Array | None = None
     group: int = 0
+    rounds: bool = False
 
     @property
     def tensors(self) -> tuple[Array | None, ...]:
@@ -64,7 +68,8 @@ def _int8_linear(layout: Layout, node: fx.Node) -> Array:
     scale = layout.array(given["weight_scale"], torch.float32, torch.float16)
     by_row = scale.count == stored.sizes[0] and scale.dtype == torch.float32
     group = 0 if by_row else _group(stored.sizes[1], stored.sizes[0], scale, _VECTOR)
-    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, None, group)
+    rounds = _rounds(node, group)
+    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, None, group, rounds)
     return _multiplied(layout, node, layout.array(given["x"]), weight)
 
 
@@ -74,7 +79,8 @@ def _int4_linear(layout: Layout, node: fx.Node) -> Array:
     scale = layout.array(given["scale"], torch.float32, torch.float16)
     zero = layout.maybe_array(given["zero_point"], scale.dtype)
     group = _group(2 * stored.sizes[1], stored.sizes[0], scale, 2 * _VECTOR)
-    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, zero, group)
+    rounds = _rounds(node, group)
+    weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, zero, group, rounds)
     return _multiplied(layout, node, layout.array(given["x"]), weight)
 
 
@@ -86,6 +92,15 @@ def _group(inner: int, outputs: int, scale: Array, least: int) -> int:
     return group
 
 
+def _rounds(node: fx.Node, group: int) -> bool:
+    """Whether the input is rounded too, in groups that the kernel has: `rounds_in`."""
+    if node.target not in _ROUNDING:
+        return False
+    if group not in (32, 64) and (group == 0 or group % 128):
+        raise NotListedError(f"rounded groups of {group} columns: not 32, 64 or a multiple of 128")
+    return True
+
+
 def _multiplied(layout: Layout, node: fx.Node, x: Array, weight: _Weight) -> Array:
     _check_held(weight)
     x, sizes = layout.dense(x), layout.sizes_of(node)
@@ -95,7 +110,13 @@ def _multiplied(layout: Layout, node: fx.Node, x: Array, weight: _Weight) -> Arr
     shape = (x.count // inner, inner, sizes[-1])
     tensors = (result, x, *weight.tensors)
     layout.listing.add(
-        Kind.PRODUCT, STORED[weight.stored.dtype], *shape, *tensors, half, weight.group
+        Kind.PRODUCT,
+        STORED[weight.stored.dtype],
+        *shape,
+        *tensors,
+        half,
+        weight.group,
+        weight.rounds,
     )
     return result
 
@@ -143,10 +164,14 @@ _POST_OPS = {
 _VECTOR = 16
 """Entries of the widest vector: groups are whole numbers of it, whatever the CPU."""
 
+_ROUNDING = {ops.int8_grouped_linear.default, ops.int4_grouped_linear.default}
+
 PRODUCTS: dict[Any, Rule] = {
     aten.linear.default: _linear,
     ops.packed_linear.default: _linear,
     ops.half_weight_only_linear.default: _half_linear,
     ops.int8_weight_only_linear.default: _int8_linear,
     ops.int4_weight_only_linear.default: _int4_linear,
+    ops.int8_grouped_linear.default: _int8_linear,
+    ops.int4_grouped_linear.default: _int4_linear,
 }

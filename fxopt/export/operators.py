@@ -7,6 +7,7 @@
     dequantize(q, s, z float)       the same: a zero point between two steps
     half_weight_only_linear(x, W)   MatMul(x, Transpose(Cast(W)))
     quantize_per_token(x)           Clip(Round(Mul(x, Reciprocal(s)))),  s = Max(Abs(x)) / 127
+    round_groups(x, g)              the same of x [..., K / g, g], and back
 
 ONNX has no operator that takes a scale per token; those are written out, in the order of
 operations of the definitions, so that both round alike. Source: the ONNX operator documentation,
@@ -37,6 +38,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.quantize.default: emitter.quantize,
         ops.quantize_per_token.default: emitter.quantize_per_token,
         ops.quantize_per_token_affine.default: emitter.quantize_per_token_affine,
+        ops.round_groups.default: emitter.round_groups,
         ops.dequantize.default: emitter.dequantize,
         ops.gelu.default: emitter.gelu,
         ops.half_weight_only_linear.default: emitter.half_weight_only_linear,
@@ -79,6 +81,13 @@ class _Emitter:
         scale = op.Max(op.Div(largest, _number(op, _LARGEST)), _number(op, _SMALLEST_SCALE))
         q = op.Round(op.Mul(rows, op.Reciprocal(scale)))
         return self._saturate(q, -_LARGEST, _LARGEST, self.int8), scale
+
+    def round_groups(self, x: Any, group: int) -> Any:
+        op, ahead, inner = self.op, [0] * (len(x.shape) - 1), x.shape[-1]
+        grouped = op.Reshape(x, op.Constant(value_ints=[*ahead, inner // group, group]))
+        q, scale = self.quantize_per_token(grouped)
+        rounded = self._dequantize_written_out(q, scale, x.dtype, None)
+        return op.Reshape(rounded, op.Constant(value_ints=[*ahead, inner]))
 
     def quantize_per_token_affine(self, x: Any) -> tuple[Any, Any, Any]:
         op = self.op

@@ -9,6 +9,7 @@ torch.compile, so that Inductor fuses them with their neighbours.
     quantize_float8(x) -> (q, scale)                         float8 (e4m3) rows, one scale each
     dequantize(q, scale, dtype, zero_point) -> x             (q - zero_point) * scale
     unpack_int4(packed) -> q                                 int8 from two values a byte
+    round_groups(x, group) -> x                              each group of columns by int8 and back
     gelu(x)                                      with a rational erf, which the compiler fuses
     written_attention(q, k, v, bias, is_causal, scale)       written out, for the compiler to fuse
     layer_norm(x, weight, bias, eps)                         in two passes, for the same
@@ -25,6 +26,8 @@ one with AVX2 or AVX-512.
     float8_linear(q, scale, weight, weight_scale, bias, dtype)   torch._scaled_mm on CUDA
     int8_weight_only_linear(x, weight, weight_scale, bias)       float activations, int8 weight +
     int4_weight_only_linear(x, packed, scale, bias)              int4 weight, groups of columns +
+    int8_grouped_linear(x, weight, weight_scale, bias)           both in int8 by groups of columns +
+    int4_grouped_linear(x, packed, scale, bias, zero_point)      the same, the weight in int4 +
     half_weight_only_linear(x, weight, bias)                     float32 activations, half weight +
     linear_sparse24(x, values, places, bias)                     2:4 weights, sparse tensor cores
     quantize_tokens(x, factor, shift, affine)                    int8 rows of x * factor - shift *
@@ -58,6 +61,7 @@ from fxopt.kernels import (
     execution,
     float8,
     gelu,
+    grouped_linear,
     half_linear,
     int4,
     int8_cached_attention,
@@ -89,6 +93,7 @@ NUMERICS_LEVEL: frozenset[OpOverload] = frozenset(
         torch.ops.fxopt.quantize_float8.default,
         torch.ops.fxopt.dequantize.default,
         torch.ops.fxopt.unpack_int4.default,
+        torch.ops.fxopt.round_groups.default,
     }
 )
 
@@ -96,6 +101,7 @@ SHAPE_RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.fxopt.quantize_per_token.default: quantization.type_of_quantized,
     torch.ops.fxopt.quantize_per_token_affine.default: quantization.type_of_quantized_affine,
     torch.ops.fxopt.quantize_float8.default: float8.type_of_quantized_float8,
+    torch.ops.fxopt.round_groups.default: grouped_linear.type_of_rounded,
     torch.ops.aten.lstm.input: recurrent.type_of_lstm,
     torch.ops.aten.gru.input: recurrent.type_of_gru,
     torch.ops.aten.rnn_tanh.input: recurrent.type_of_rnn,
@@ -111,6 +117,8 @@ GENERATED_AS: dict[OpOverload, str] = {
     torch.ops.fxopt.float8_linear.default: "fxopt.float8_linear",
     torch.ops.fxopt.int8_weight_only_linear.default: "fxopt.int8_weight_only_linear",
     torch.ops.fxopt.int4_weight_only_linear.default: "fxopt.int4_weight_only_linear",
+    torch.ops.fxopt.int8_grouped_linear.default: "fxopt.int8_grouped_linear",
+    torch.ops.fxopt.int4_grouped_linear.default: "fxopt.int4_grouped_linear",
     torch.ops.fxopt.half_weight_only_linear.default: "fxopt.half_weight_only_linear",
     torch.ops.fxopt.linear_sparse24.default: "fxopt.linear_sparse24",
     torch.ops.fxopt.quantize_tokens.default: "fxopt.quantize_tokens",
@@ -155,6 +163,7 @@ __all__ = [
     "execution",
     "float8",
     "gelu",
+    "grouped_linear",
     "half_linear",
     "int4",
     "int8_cached_attention",

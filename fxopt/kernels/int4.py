@@ -112,22 +112,28 @@ def _dense_on_cpu(
     return dense
 
 
-def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+def check_int4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    name: str = "int4_weight_only_linear",
+) -> None:
+    """Raise `KernelError`, from `name`, for what no layer on an int4 weight is."""
     if not x.is_floating_point() or packed.dtype != torch.uint8:
         raise KernelError(
-            "int4_weight_only_linear needs float x and uint8 packed weight, not "
-            f"{x.dtype}, {packed.dtype}"
+            f"{name} needs float x and uint8 packed weight, not {x.dtype}, {packed.dtype}"
         )
     if packed.dim() != 2 or x.dim() < 1 or x.shape[-1] != 2 * packed.shape[1]:
         raise KernelError(
-            "int4_weight_only_linear needs x [..., K] and a packed weight [N, K/2], not "
+            f"{name} needs x [..., K] and a packed weight [N, K/2], not "
             f"{tuple(x.shape)} and {tuple(packed.shape)}"
         )
     rows, groups = scale.shape[:2] if scale.dim() >= 2 else (0, 0)
     fits = scale.numel() == rows * groups and rows == packed.shape[0]
     if not fits or groups < 1 or 2 * packed.shape[1] % groups:
         raise KernelError(
-            "int4_weight_only_linear needs scales [N, K/g], one for each group of g of the "
+            f"{name} needs scales [N, K/g], one for each group of g of the "
             f"weight's {2 * packed.shape[1]} columns, not {tuple(scale.shape)} for "
             f"{packed.shape[0]} rows"
         )
@@ -136,7 +142,7 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None) 
         scale.dtype,
     ):
         raise KernelError(
-            f"int4_weight_only_linear needs as many zero points as scales, of their dtype, not "
+            f"{name} needs as many zero points as scales, of their dtype, not "
             f"{zero_point.dtype} of {tuple(zero_point.shape)} for {scale.dtype} of "
             f"{tuple(scale.shape)}"
         )
@@ -149,7 +155,7 @@ def _reference(
     bias: Tensor | None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    _check(x, packed, scale, zero_point)
+    check_int4_linear(x, packed, scale, zero_point)
     return torch.nn.functional.linear(x, _dense(packed, scale, x.dtype, zero_point), bias)
 
 
@@ -160,7 +166,7 @@ def _on_cpu(
     bias: Tensor | None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    _check(x, packed, scale, zero_point)
+    check_int4_linear(x, packed, scale, zero_point)
     if not x.numel() or not packed.numel():
         return _reference(x, packed, scale, bias, zero_point)
     suits = packed.shape[0] % _CPU_OUTPUTS == 0 and zero_point is None
@@ -178,7 +184,7 @@ def _on_cuda(
     bias: Tensor | None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    _check(x, packed, scale, zero_point)
+    check_int4_linear(x, packed, scale, zero_point)
     if (
         packed.numel()
         and zero_point is None
@@ -252,7 +258,7 @@ def _fake(
     bias: Tensor | None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    _check(x, packed, scale, zero_point)
+    check_int4_linear(x, packed, scale, zero_point)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

@@ -116,7 +116,7 @@ def _product_on_cuda(q: Tensor, weight: Tensor) -> Tensor:
 def _dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    _check_weight_only(x, weight, weight_scale)
+    check_weight_only(x, weight, weight_scale)
     return torch.nn.functional.linear(x, _dense(weight, weight_scale, x.dtype), bias)
 
 
@@ -130,17 +130,18 @@ def _dense(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dense.reshape(rows, inner)
 
 
-def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+def check_weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, name: str = "int8_weight_only_linear"
+) -> None:
+    """Raise `KernelError`, from `name`, for what no layer on an int8 weight is."""
     if not x.is_floating_point() or weight.dtype != torch.int8:
-        raise KernelError(
-            f"int8_weight_only_linear needs float x and int8 weight, not {x.dtype}, {weight.dtype}"
-        )
-    check_product("int8_weight_only_linear", x, weight)
+        raise KernelError(f"{name} needs float x and int8 weight, not {x.dtype}, {weight.dtype}")
+    check_product(name, x, weight)
     rows, inner = weight.shape
     groups = weight_scale.shape[1] if weight_scale.dim() >= 2 else 1
     if weight_scale.numel() != rows * groups or groups < 1 or inner % groups:
         raise KernelError(
-            f"int8_weight_only_linear needs one scale for each of the weight's {rows} rows, or for "
+            f"{name} needs one scale for each of the weight's {rows} rows, or for "
             f"equal groups of its {inner} columns [N, K/g], not {tuple(weight_scale.shape)}"
         )
 
@@ -148,7 +149,7 @@ def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
 def _weight_only_on_cpu(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    _check_weight_only(x, weight, weight_scale)
+    check_weight_only(x, weight, weight_scale)
     count = x.numel() // max(1, x.shape[-1])
     by_row = weight_scale.numel() == weight.shape[0]
     if x.dtype == torch.bfloat16 and 0 < count <= _FEW_ROWS and by_row and _in_vectors(weight):
@@ -166,7 +167,7 @@ def _in_vectors(weight: Tensor) -> bool:
 def _weight_only_fake(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    _check_weight_only(x, weight, weight_scale)
+    check_weight_only(x, weight, weight_scale)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

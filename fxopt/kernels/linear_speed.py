@@ -174,12 +174,19 @@ def _weight_only_groups(given: Operands) -> Tensor:
     return y
 
 
+def _int8_groups(given: Operands) -> Tensor:
+    """The same with an input that is rounded in those groups."""
+    y: Tensor = ops.int8_grouped_linear(given.x, given.weight_int8, given.group_scale, given.bias)
+    return y
+
+
 LINEAR_KERNELS: Mapping[str, LinearKernel] = {
     "float": _float,
     "int8": _int8,
     "int8_static": _int8_static,
     "weight_only": _weight_only,
     "weight_only_groups": _weight_only_groups,
+    "int8_groups": _int8_groups,
 }
 """The kernels of a linear layer by name; the first is the baseline."""
 

@@ -226,7 +226,9 @@ _KERNELS: Mapping[str, Callable[[fx.Node], int]] = MappingProxyType(
             (
                 "fxopt.float8_linear.default",
                 "fxopt.half_weight_only_linear.default",
+                "fxopt.int4_grouped_linear.default",
                 "fxopt.int4_weight_only_linear.default",
+                "fxopt.int8_grouped_linear.default",
                 "fxopt.int8_linear.default",
                 "fxopt.int8_linear_fused.default",
                 "fxopt.int8_product.default",

@@ -15,6 +15,9 @@ _ROUNDING = {
     torch.ops.fxopt.quantize_per_token.default,
     torch.ops.fxopt.quantize_per_token_affine.default,
     torch.ops.fxopt.quantize.default,
+    torch.ops.fxopt.round_groups.default,
+    torch.ops.fxopt.int8_grouped_linear.default,
+    torch.ops.fxopt.int4_grouped_linear.default,
 }
 
 

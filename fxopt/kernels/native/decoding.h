@@ -9,6 +9,8 @@ extern "C" void register_kernels() {
   registered->impl("cached_attention", fxopt::cached_attention);
   registered->impl("int8_weight_only_linear", fxopt::int8_weight_only_linear);
   registered->impl("int4_weight_only_linear", fxopt::int4_weight_only_linear);
+  registered->impl("int8_grouped_linear", fxopt::int8_grouped_linear);
+  registered->impl("int4_grouped_linear", fxopt::int4_grouped_linear);
   registered->impl("half_weight_only_linear", fxopt::half_weight_only_linear);
   registered->impl("int8_cached_attention", fxopt::int8_cached_attention);
   registered->impl("execute", fxopt::execute);

@@ -443,23 +443,26 @@ inline void product(Words& words, const Memory& memory) {
   const char *scale = memory.pointer<const char>(words), *zero = memory.pointer<const char>(words);
   const bool half = words.next();
   const int64_t group = words.next();
-  const auto times = [&](const auto& of, bool pairs, const float* scales) {
+  const bool rounds = words.next();
+  const auto times = [&](const auto& of, const float* scales) {
     const Results results{to, rows, outputs, scales, bias};
-    rows > kFewRows ? many_rows(of, x, results) : multiply(x, rows, of, pairs, results);
+    rows > kFewRows ? many_rows(of, x, results) : multiply(x, rows, of, results);
   };
   const auto plain = [&](auto like, const float* scales) {
     using T = decltype(like);
-    times(Plain<T>{reinterpret_cast<const T*>(weight), inner}, false, scales);
+    times(Plain<T>{reinterpret_cast<const T*>(weight), inner}, scales);
   };
   const auto grouped = [&](auto like) {
     using S = decltype(like);
     const S *scales = reinterpret_cast<const S*>(scale), *zeros = reinterpret_cast<const S*>(zero);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
+    const auto with = [&](const auto& grouped) {
+      rounds ? times(grouped, nullptr) : times(grouped.unrounded(), nullptr);
+    };
     if (stored == Stored::int4) {
-      const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
-      return times(Int4<S>{bytes, inner, scales, zeros, group}, true, nullptr);
+      return with(Rounded<S, true>{bytes, inner, outputs, scales, zeros, group});
     }
-    const auto* bytes = reinterpret_cast<const int8_t*>(weight);
-    times(Int8Groups<S>{bytes, inner, scales, group}, false, nullptr);
+    with(Rounded<S, false>{bytes, inner, outputs, scales, nullptr, group});
   };
   switch (stored) {
     case Stored::float32:

@@ -47,11 +47,45 @@ constexpr int chains(int rows, int together) {
   return together > 1 ? 1 : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
 }
 
+// Columns that lie in a vector's bytes.
+constexpr int64_t kPairs = 2 * kLanes;
+
+// Rows that are multiplied where there are `rows`; the others are zeros.
+inline int64_t filled_up(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
+
+// x [rows, K] as float32 [K / step, M, step], where rows and columns are filled up with zeros: what
+// is read together lies together. Where they are sorted, even columns come ahead of odd ones.
+template <bool sorted, class T>
+Floats in_steps(const T* x, int64_t rows, int64_t inner) {
+  const int64_t filled = filled_up(rows), step = sorted ? kPairs : kLanes;
+  Floats room((inner + step - 1) / step * step * filled);
+  for (int64_t m = 0; m < rows; ++m, x += inner) {
+    for (int64_t k = 0; k < inner; k += step) {
+      float* to = room.data() + k * filled + m * step;
+      if (sorted) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          to[i] = float(x[k + 2 * i]);
+          to[kLanes + i] = float(x[k + 2 * i + 1]);
+        }
+      } else {
+        const int64_t count = std::min(step, inner - k);
+        for (int64_t i = 0; i < count; ++i) to[i] = float(x[k + i]);
+      }
+    }
+  }
+  return room;
+}
+
 template <class T>
 struct Plain {
   const T* data;
   int64_t inner;
   int64_t bytes() const { return inner * int64_t(sizeof(T)); }
+
+  template <class X>
+  Floats laid_out(const X* x, int64_t rows) const {
+    return in_steps<false>(x, rows, inner);
+  }
 
   // W[row, first : first + count] as float32.
   void dense(int64_t row, int64_t first, int64_t count, float* to) const {
@@ -134,6 +168,11 @@ struct Int8Groups {
   int64_t group;
   int64_t bytes() const { return inner; }
 
+  template <class X>
+  Floats laid_out(const X* x, int64_t rows) const {
+    return in_steps<false>(x, rows, inner);
+  }
+
   void dense(int64_t row, int64_t first, int64_t count, float* to) const {
     const int8_t* from = data + row * inner;
     const S* scales = scale + row * (inner / group);
@@ -178,9 +217,6 @@ struct Int8Groups {
   }
 };
 
-// Columns that lie in a vector's bytes.
-constexpr int64_t kPairs = 2 * kLanes;
-
 #if FXOPT_LANES == 16
 // The values in the low and the high halves of 16 bytes, times a scale, plus what a zero is.
 inline void halves(const uint8_t* from, float scale, float zero, Vec& even, Vec& odd) {
@@ -220,6 +256,11 @@ struct Int4 {
   const S *scale, *zero_point;
   int64_t group;
   int64_t bytes() const { return inner / 2; }
+
+  template <class X>
+  Floats laid_out(const X* x, int64_t rows) const {
+    return in_steps<true>(x, rows, inner);
+  }
 
   // What a value of 0 stands for in a group.
   float zero_of(int64_t at) const {
@@ -328,46 +369,29 @@ int64_t blocks(const Weight& weight, const float* x, const Results& results, int
   return begin;
 }
 
+// Which rows of a weight go together, and whether they do at all.
+template <class Weight>
+struct Sharing {
+  static constexpr int together(int rows) { return fxopt::together(rows); }
+  static bool pays(const Weight& weight, int rows) {
+    return rows * weight.inner * int64_t(sizeof(float)) > kInCache;
+  }
+};
+
 template <int M, class Weight>
 void multiply_few(const Weight& weight, const float* x, const Results& results) {
   const int64_t grain = std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, weight.bytes()));
-  const bool shares = M * weight.inner * int64_t(sizeof(float)) > kInCache;
+  const bool shares = Sharing<Weight>::pays(weight, M);
   parallel(0, results.outputs, grain, [&](int64_t begin, int64_t end) {
-    if (shares) begin = blocks<M, together(M)>(weight, x, results, begin, end);
+    if (shares) begin = blocks<M, Sharing<Weight>::together(M)>(weight, x, results, begin, end);
     blocks<M, 1>(weight, x, results, begin, end);
   });
 }
 
-// Rows that are multiplied where there are `rows`; the others are zeros.
-inline int64_t filled_up(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kFewRows; }
-
-// x [rows, K] as float32 [K / step, M, step], where rows and columns are filled up with zeros: what
-// is read together lies together. The columns of pairs are sorted into even and odd ones.
-template <class T>
-Floats laid_out(const T* x, int64_t rows, int64_t inner, bool pairs) {
-  const int64_t filled = filled_up(rows), step = pairs ? kPairs : kLanes;
-  Floats room((inner + step - 1) / step * step * filled);
-  for (int64_t m = 0; m < rows; ++m, x += inner) {
-    for (int64_t k = 0; k < inner; k += step) {
-      float* to = room.data() + k * filled + m * step;
-      if (pairs) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          to[i] = float(x[k + 2 * i]);
-          to[kLanes + i] = float(x[k + 2 * i + 1]);
-        }
-      } else {
-        const int64_t count = std::min(step, inner - k);
-        for (int64_t i = 0; i < count; ++i) to[i] = float(x[k + i]);
-      }
-    }
-  }
-  return room;
-}
-
 // One to eight rows of x [rows, K] with a weight.
 template <class T, class Weight>
-void multiply(const T* x, int64_t rows, const Weight& weight, bool pairs, const Results& results) {
-  const Floats room = laid_out(x, rows, weight.inner, pairs);
+void multiply(const T* x, int64_t rows, const Weight& weight, const Results& results) {
+  const Floats room = weight.laid_out(x, rows);
   switch (filled_up(rows)) {
     case 8:
       multiply_few<8>(weight, room.data(), results);
@@ -402,7 +426,7 @@ inline bool is_product(const at::Tensor& x, const at::Tensor& weight, int64_t in
 }
 
 template <class Weight>
-at::Tensor product_of(const at::Tensor& x, const Weight& weight, int64_t outputs, bool pairs,
+at::Tensor product_of(const at::Tensor& x, const Weight& weight, int64_t outputs,
                       const at::Tensor& scale, const std::optional<at::Tensor>& bias) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
@@ -418,11 +442,11 @@ at::Tensor product_of(const at::Tensor& x, const Weight& weight, int64_t outputs
     return y;
   }
   if (x.scalar_type() == at::kBFloat16) {
-    multiply(given.const_data_ptr<at::BFloat16>(), count, weight, pairs, results);
+    multiply(given.const_data_ptr<at::BFloat16>(), count, weight, results);
   } else if (x.scalar_type() == at::kHalf) {
-    multiply(given.const_data_ptr<at::Half>(), count, weight, pairs, results);
+    multiply(given.const_data_ptr<at::Half>(), count, weight, results);
   } else {
-    multiply(given.const_data_ptr<float>(), count, weight, pairs, results);
+    multiply(given.const_data_ptr<float>(), count, weight, results);
   }
   return y.to(x.scalar_type());
 }
@@ -446,14 +470,14 @@ inline at::Tensor int8_weight_only_linear(const at::Tensor& x, const at::Tensor&
     const int64_t outputs = weight.size(0);
     if (is_float(weight_scale) && weight_scale.numel() == outputs) {
       const at::Tensor scale = weight_scale.to(at::kFloat).contiguous();
-      return product_of(x, Plain<int8_t>{data, inner}, outputs, false, scale, bias);
+      return product_of(x, Plain<int8_t>{data, inner}, outputs, scale, bias);
     }
     const int64_t groups = groups_of(weight_scale, outputs, inner);
     const int64_t group = groups ? inner / groups : 0;
     const auto of = [&](auto like) {
       using S = decltype(like);
       const Int8Groups<S> grouped{data, inner, weight_scale.const_data_ptr<S>(), group};
-      return product_of(x, grouped, outputs, false, at::Tensor(), bias);
+      return product_of(x, grouped, outputs, at::Tensor(), bias);
     };
     if (groups && (group % kLanes == 0 || x.numel() / inner > kFewRows)) {
       return weight_scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
@@ -480,7 +504,7 @@ inline at::Tensor int4_weight_only_linear(const at::Tensor& x, const at::Tensor&
     const S* zeros = zero_point ? zero_point->const_data_ptr<S>() : nullptr;
     const Int4<S> weight{packed.const_data_ptr<uint8_t>(), inner, scale.const_data_ptr<S>(), zeros,
                          group};
-    return product_of(x, weight, packed.size(0), true, at::Tensor(), bias);
+    return product_of(x, weight, packed.size(0), at::Tensor(), bias);
   };
   const bool whole = x.dim() && inner && x.numel() / inner > kFewRows ? group % 2 == 0
                                                                       : group % kPairs == 0;
@@ -496,7 +520,7 @@ inline at::Tensor half_weight_only_linear(const at::Tensor& x, const at::Tensor&
   const auto of = [&](auto like) {
     using T = decltype(like);
     const Plain<T> plain{weight.const_data_ptr<T>(), weight.size(1)};
-    return product_of(x, plain, weight.size(0), false, at::Tensor(), bias);
+    return product_of(x, plain, weight.size(0), at::Tensor(), bias);
   };
   if (fits && weight.scalar_type() == at::kBFloat16) return of(at::BFloat16());
   if (fits && weight.scalar_type() == at::kHalf) return of(at::Half());

@@ -80,7 +80,8 @@ PRODUCTS = KernelSet(
 
 
 def _decoding(capability: str, lanes: int) -> KernelSet:
-    kernels = ("cached_attention.h", "few_rows.h", "many_rows.h", "executor.h", "decoding.h")
+    products = ("few_rows.h", "many_rows.h", "rounded_rows.h")
+    kernels = ("cached_attention.h", *products, "executor.h", "decoding.h")
     sources = ("includes.h", "library.h", "team.h", "lanes.h", *kernels)
     wide = capability == "AVX512"
     needed = ("avx2", "fma", "f16c", *(_AVX512 if wide else ()))

@@ -5,6 +5,7 @@
     linear(dq(q, s, z), dq(Wq, Ws), b)         =  packed_int8_linear(q, s, z, Wq, Ws, b)   given
     linear(x, dq(Wq, Ws), b)                   =  int8_weight_only_linear(x, Wq, Ws, b)
     linear(x, view(dq(view(Wq), Ws)), b)       =  int8_weight_only_linear(x, Wq, Ws, b)    groups
+    linear(round_groups(x), view(dq(...)), b)  =  int8_grouped_linear(x, Wq, Ws, b)
     linear(x, W, b)                            =  linear_sparse24(x, V, P, b)   2:4 W, on CUDA
     int8_linear(...)                           =  int8_linear_fused(...)       if one kernel can
     quantize_per_token(x · m - z) before it    =  quantize_tokens(x, m, z)     on a CPU
@@ -37,8 +38,13 @@ from fxopt.passes.kernel_selection.int8_epilogues import (
 from fxopt.passes.kernel_selection.select_sparse24 import SelectSparse24Linear
 from fxopt.passes.mixed_precision.half_values import is_cast
 from fxopt.passes.quantization.float8_linear import SelectFloat8Linear
-from fxopt.passes.quantization.int4_linear import SelectInt4Linear
-from fxopt.passes.quantization.quantize_linear import in_groups, refuse_groups
+from fxopt.passes.quantization.int4_linear import SelectGroupedInt4Linear, SelectInt4Linear
+from fxopt.passes.quantization.quantize_linear import (
+    in_groups,
+    in_same_groups,
+    refuse_groups,
+    refuse_other_groups,
+)
 from fxopt.program import Mode, Program
 from fxopt.recipe import Recipe
 from fxopt.rewriting import (
@@ -215,6 +221,28 @@ class SelectInt8WeightOnlyLinear(Rule):
 
 
 class SelectGroupedInt8Linear(Rule):
+    """linear(round_groups(x, g), view(dq(view(Wq), Ws)), b) = int8_grouped_linear(x, Wq, Ws, b)"""
+
+    exclusive = False
+    pattern = in_same_groups(constant("weight", _INT8))
+
+    def refuse(self, match: Match) -> str | None:
+        return _refuse_zero_points(match) or refuse_other_groups(
+            match, *match["weight"].meta["val"].shape
+        )
+
+    def rewrite(self, match: Match, edit: Edit) -> fx.Node:
+        names = ("x", "weight", "scale", "bias")
+        return edit.call(ops.int8_grouped_linear.default, *(match[name] for name in names))
+
+
+def _refuse_zero_points(match: Match) -> str | None:
+    if match["zero_point"] is None:
+        return None
+    return "its weight has zero points, which the kernel of int8 groups doesn't take"
+
+
+class SelectInt8GroupsWeightOnly(Rule):
     """linear(x, view(dq(view(Wq), Ws)), b) = int8_weight_only_linear(x, Wq, Ws, b)"""
 
     exclusive = False
@@ -226,9 +254,9 @@ class SelectGroupedInt8Linear(Rule):
     )
 
     def refuse(self, match: Match) -> str | None:
-        if match["zero_point"] is not None:
-            return "its weight has zero points, which the kernel of int8 groups doesn't take"
-        return refuse_groups(match, *match["weight"].meta["val"].shape)
+        return _refuse_zero_points(match) or refuse_groups(
+            match, *match["weight"].meta["val"].shape
+        )
 
     def rewrite(self, match: Match, edit: Edit) -> fx.Node:
         names = ("x", "weight", "scale", "bias")
@@ -251,7 +279,7 @@ class SelectKernels(RulePass):
         return ()
 
     def rules(self, program: Program) -> Sequence[Rule]:
-        """Activations first: the weight-only rule would match the same linear."""
+        """Activations first: the weight-only rules would match the same linears."""
         # Before a weight is laid out for one library, and then once more for another.
         compiled = bool(native.load())
         return (
@@ -260,6 +288,8 @@ class SelectKernels(RulePass):
             SelectPackedInt8Linear(),
             SelectInt8WeightOnlyLinear(),
             SelectGroupedInt8Linear(),
+            SelectInt8GroupsWeightOnly(),
+            SelectGroupedInt4Linear(),
             SelectInt4Linear(),
             SelectFloat8Linear(),
             SelectSparse24Linear(program),

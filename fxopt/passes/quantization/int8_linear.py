@@ -1,7 +1,8 @@
 """Int8Linear: linear layers on int8 weights, at the numerics level: where values are rounded.
 
     weight_only   x @ Wᵀ + b  ~  x @ dq(q(W))ᵀ + b            q: one scale per output channel
-    dynamic       x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b     q(x): a scale per token, at run time
+    dynamic       x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b     q(x): a scale per token, at run time,
+                                                              or per token and group
     static        x @ Wᵀ + b  ~  dq(q(x)) @ dq(q(W))ᵀ + b     q(x): one scale, from calibration
 
 Symmetric: q(v) = clamp(round(v / s), -127, 127), s = max|v| / 127, dq(v) = v * s; affine spends
@@ -54,7 +55,8 @@ class Int8Linear(Pass[Int8Plan]):
     `"weight_only"` leaves it as it is. `activations="affine"` (static: the default) adds a zero
     point to the input's scale. `observer` takes a static range from the values seen: `"minmax"` all
     of them, `"percentile"` 99.99 % of them, `"mse"` what has the least squared error. `group` gives
-    each so many input channels of a weight their own scale (weight-only). `weights="gptq"` rounds
+    each so many input channels their own scale: of a weight (weight-only), and of a token too
+    (dynamic, symmetric), which serves the few rows of a step of generation. `weights="gptq"` rounds
     weights with error feedback from calibration, `"nearest"` without.
 
     `include` and `exclude` are globs over module paths (`"encoder.layer.*.output.dense"`) or
@@ -92,13 +94,20 @@ class Int8Linear(Pass[Int8Plan]):
     stage: ClassVar[Stage] = Stage.NUMERICS
 
     def conflict(self) -> Conflict | None:
-        """Groups of input channels have scales of their own where no int8 product is taken."""
+        """Groups of input channels have scales that are taken at run time, and no zero points."""
         if self.group is None or self.mode == "weight_only":
             return None
-        return Conflict(
-            ("group", "mode"),
-            "an int8 product has one scale per output channel; give mode='weight_only' with group",
-        )
+        if self.mode == "static":
+            return Conflict(
+                ("group", "mode"),
+                "a static input has one scale; give mode='weight_only' or 'dynamic' with group",
+            )
+        if self.activations == "affine":
+            return Conflict(
+                ("group", "activations"),
+                "groups have no zero points; give activations='symmetric' with group",
+            )
+        return None
 
     def default_activations(self) -> Activations:
         """Affine where one scale serves all tokens, symmetric otherwise."""

@@ -42,7 +42,8 @@ from fxopt.weights import quantize_rows
 from fxopt.weights.rounding_noise import rounding_db
 
 _KERNELS = {"dynamic": "int8", "static": "int8_static", "weight_only": "weight_only"}
-"""The name under which a mode's kernel is timed."""
+_KERNELS_OF_GROUPS = {"dynamic": "int8_groups", "weight_only": "weight_only_groups"}
+"""The names under which a mode's kernel is timed."""
 
 _UNSEEN = (
     "no value reached it on the calibration inputs, so its range isn't known: give calibration= "
@@ -99,7 +100,7 @@ class _Planning:
 
     def choose_range(self, given: Any) -> None:
         """How many bits the weights have, and what 7 of them cost."""
-        multiplied = [] if self.scheme.mode == "weight_only" else self.linears
+        multiplied = self.linears if self._multiplies_rows() else []
         bits = bits_of(given, multiplied)
         self.scheme = replace(self.scheme, bits=bits)
         if bits == 8 or not self.linears:
@@ -113,11 +114,15 @@ class _Planning:
 
     def _saturates(self, device: torch.device) -> bool:
         """Whether no int8 product of this scheme is both exact and fast on `device`."""
-        return self.scheme.mode != "weight_only" and self.scheme.bits == 8 and saturates(device)
+        return self._multiplies_rows() and self.scheme.bits == 8 and saturates(device)
+
+    def _multiplies_rows(self) -> bool:
+        """Whether whole rows are multiplied as integers; groups never saturate."""
+        return self.scheme.mode != "weight_only" and self.scheme.group is None
 
     def keep_slower(self) -> None:
         """Leave alone what is not faster in int8 here, at the example's number of rows."""
-        kernel = "weight_only_groups" if self.scheme.group else _KERNELS[self.scheme.mode]
+        kernel = (_KERNELS_OF_GROUPS if self.scheme.group else _KERNELS)[self.scheme.mode]
         table = {name: LINEAR_KERNELS[name] for name in ("float", kernel)}
         bits = self.scheme.bits
         speeds: dict[Any, BreakEven] = {}

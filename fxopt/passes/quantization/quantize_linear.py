@@ -130,6 +130,8 @@ class Scheme:
             scale, zero_point = static
             q = call(ops.quantize.default, x, scale, zero_point)
             return call(ops.dequantize.default, q, scale, dtype, zero_point)
+        if self.group is not None:
+            return call(ops.round_groups.default, x, self.group)
         affine = self.activations == "affine"
         quantize = ops.quantize_per_token_affine if affine else ops.quantize_per_token
         results = call(quantize.default, x)
@@ -224,6 +226,20 @@ def in_groups(values: Pattern) -> Op:
     grouped = op(aten.view.default, values, hole("grouped"))
     rest = (constant("scale"), hole("weight_dtype"), hole("zero_point"))
     return op(aten.view.default, op(ops.dequantize.default, grouped, *rest), hole("shape"))
+
+
+def in_same_groups(values: Pattern) -> Op:
+    """linear(round_groups(x, group), W, bias), W as `in_groups` has it."""
+    x = op(ops.round_groups.default, hole("x"), hole("group"))
+    return op(aten.linear.default, x, in_groups(values), hole("bias"))
+
+
+def refuse_other_groups(match: Match, rows: int, inner: int) -> str | None:
+    """Why what `in_same_groups` matched has x in other groups than its weight [rows, inner]."""
+    unfit = refuse_groups(match, rows, inner)
+    if unfit is not None or match["group"] == inner // match["scale"].meta["val"].shape[1]:
+        return unfit
+    return "its input is rounded in other groups than its weight"
 
 
 def refuse_groups(match: Match, rows: int, inner: int) -> str | None:
