@@ -55,7 +55,6 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "gain": st.floats(0.01, 0.99),
     "again": st.booleans(),
     "alpha": st.just("auto") | st.floats(0.0, 1.0),
-    "activations": st.sampled_from(["symmetric", "affine"]),
     "observer": st.sampled_from(["minmax", "percentile", "mse"]),
     "weights": st.sampled_from(["nearest", "gptq"]),
     "budget": st.none() | st.builds(Sqnr, _POSITIVE),
@@ -69,6 +68,10 @@ _IMPORTANCES = {
 }
 _RATIOS = {"split-outliers": st.floats(1.5, 1e6), "prune-channels": st.floats(0.01, 0.99)}
 _GROUPS = {"int8-linear": st.none(), "int4-linear": st.sampled_from([None, 32, 128])}
+_ACTIVATIONS = {
+    "int8-linear": st.sampled_from(["symmetric", "affine"]),
+    "int4-linear": st.sampled_from(["float", "int8"]),
+}
 _MODES = {
     "autocast": st.sampled_from(["mixed", "full", "half"]),
     "int8-linear": st.sampled_from(["dynamic", "static", "weight_only"]),
@@ -81,6 +84,7 @@ def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
     """Any values for any of the options of a pass."""
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     own = {"mode": _MODES, "group": _GROUPS, "importance": _IMPORTANCES, "ratio": _RATIOS}
+    own["activations"] = _ACTIVATIONS
     known = {**_OPTIONS, **{name: of.get(kind.name, st.nothing()) for name, of in own.items()}}
     drawn = {name: known[name] for name in fields if not name.startswith("target_")}
     return st.fixed_dictionaries({}, optional=drawn).filter(agree)

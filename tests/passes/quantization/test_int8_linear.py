@@ -17,6 +17,7 @@ from fxopt.capture import capture
 from fxopt.claim import sqnr
 from fxopt.interpreter import evaluate
 from fxopt.program import Program
+from fxopt.rewriting import rewrite
 from tests.check import check
 from tests.models import IntegerLinear, TiedHead
 
@@ -131,9 +132,14 @@ WRONG: list[tuple[Options, str]] = [
     ({"max_layers": 1.5}, "(max_layers=1.5): give a whole number from 0 on, or None"),
     ({"budget": 30}, "(budget=30): give decibels, as Sqnr(30.0), or None"),
     (
-        {"group": 8},
-        "(group=8, mode='dynamic'): an int8 product has one scale per output channel; give "
-        "mode='weight_only' with group",
+        {"group": 8, "mode": "static"},
+        "(group=8, mode='static'): a static input has one scale; give mode='weight_only' or "
+        "'dynamic' with group",
+    ),
+    (
+        {"group": 8, "activations": "affine"},
+        "(group=8, activations='affine'): groups have no zero points; give "
+        "activations='symmetric' with group",
     ),
     (
         {"include": (3,)},
@@ -215,6 +221,28 @@ def test_groups_of_input_channels_have_their_own_scale(group: int) -> None:
     assert tuple(result.state["0.weight_scale"].shape) == (8, 16 // group, 1)
     if group == 16:
         assert "its K = 8 is no multiple of group=16" in result.changes.refused[0].reason
+
+
+@pytest.mark.parametrize("group", [4, 32])
+def test_dynamic_groups_round_the_input_in_those_of_the_weight(group: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(3, 64)
+    pass_ = Int8Linear(group=group, where="always")
+    result = check(pass_, model, (x,), 2)
+    rounded = _targets(result, ops.round_groups.default)
+    assert [node.args[1] for node in rounded] == [group, group]
+    fused = rewrite(result, fxopt.SelectKernels().rules(result))
+    assert len(_targets(fused, ops.int8_grouped_linear.default)) == 2
+    assert not _targets(fused, ops.round_groups.default)
+    torch.testing.assert_close(evaluate(fused, (x,)), evaluate(result, (x,)), rtol=1e-2, atol=1e-2)
+
+
+def test_dynamic_groups_have_all_eight_bits_on_every_cpu(monkeypatch: Any) -> None:
+    monkeypatch.setattr("fxopt.passes.quantization.int8_planning.saturates", lambda device: True)
+    monkeypatch.setattr("fxopt.passes.quantization.quantize_linear.saturates", lambda device: True)
+    model, x = nn.Linear(64, 32), torch.randn(3, 64)
+    result = check(Int8Linear(group=32), model, (x,), 1)
+    assert int(result.state["weight_int8"].abs().max()) == 127
 
 
 def test_groups_stay_truer_where_channels_differ() -> None:
