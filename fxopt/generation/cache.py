@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -51,6 +52,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Slots [..., D] as they are held."""
         return key_states, value_states
 
+    @classmethod
+    def stored_of_all(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Slots of several layers as they are held, those of one name after those of another."""
+        return [*keys, *values]
+
     def floats(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, P, D] in floating point."""
         keys: Any = self.keys
@@ -62,8 +68,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, new in zip(self.HELD, self.stored(key_states, value_states), strict=True):
             setattr(self, name, new[:, :, :0])
-        self._rooms: dict[str, Tensor] = {}
-        self._filled: dict[str, Tensor] = {}  # what was appended last, the beginning of a room
+        self.rooms: dict[str, Tensor] = {}
         self.is_initialized = True
 
     def update(
@@ -99,16 +104,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _appended(self, name: str, heads: Tensor, new: Tensor) -> Tensor:
         """`heads` [B, G, P, D] with the slots `new` [S, B, G, D] behind them."""
-        room, held = self._rooms.get(name), heads.shape[2]
+        room, held = self.rooms.get(name), heads.shape[2]
         length = held + new.shape[0]
-        begins = heads is self._filled.get(name) or _begins(room, by_slot(heads))
-        if room is None or not begins or room.shape[0] < length:
+        if room is None or not _begins(room, by_slot(heads)) or room.shape[0] < length:
             room = new.new_empty(max(_LEAST, 2 * length), *new.shape[1:])
             room[:held] = by_slot(heads)
-            self._rooms[name] = room
+            self.rooms[name] = room
         room.narrow(0, held, new.shape[0]).copy_(new)
-        self._filled[name] = filled = by_head(room.narrow(0, 0, length))
-        return filled
+        return by_head(room.narrow(0, 0, length))
 
 
 class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
@@ -119,6 +122,17 @@ class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
     def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
         """Slots [..., D] as they are held."""
         return rounded(key_states, value_states)
+
+    @classmethod
+    def stored_of_all(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Slots of several layers as they are held, those of one name after those of another."""
+        shapes = {one.shape for one in (*keys, *values)}
+        if len(shapes) == 1:
+            # One rounding for all of them: a call takes longer than a slot.
+            made = rounded(torch.stack(tuple(keys)), torch.stack(tuple(values)))
+            return [one for side in made for one in side.unbind()]
+        each = [rounded(*pair) for pair in zip(keys, values, strict=True)]
+        return [one for side in zip(*each, strict=True) for one in side]
 
     def floats(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, P, D] in floating point."""
@@ -144,11 +158,10 @@ def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return key, value, key_scale, value_scale
 
 
-def _begins(room: Tensor | None, filled: Tensor) -> bool:
+def _begins(room: Tensor, filled: Tensor) -> bool:
     """Whether `filled` is the first slots of `room`."""
     return (
-        room is not None
-        and filled.data_ptr() == room.data_ptr()
+        filled.data_ptr() == room.data_ptr()
         and filled.stride() == room.stride()
         and filled.shape[1:] == room.shape[1:]
     )
@@ -157,19 +170,58 @@ def _begins(room: Tensor | None, filled: Tensor) -> bool:
 class PrefixCache(Cache):
     """The cache of an optimised model; transformers crops, reorders and repeats it as its own.
 
-    With `int8` it keeps keys and values in int8.
+    With `int8` it keeps keys and values in int8. All layers are written in one call as long as they
+    have room; what was handed out of them last is handed out again as long as no layer was changed.
     """
 
     def __init__(self, int8: bool = False) -> None:
         self.layer_class = Int8Layer if int8 else GrowingLayer
         super().__init__(layer_class_to_replicate=self.layer_class)
+        self._heads: list[Tensor] = []
+        self._slots: list[Tensor] = []  # the same tensors slot by slot
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values of new slots, [S, B, G, D], behind those of a layer."""
-        while len(self.layers) <= layer:
+    def append(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Put keys and values of new slots, [S, B, G, D] a layer, behind those of all layers."""
+        while len(self.layers) < len(keys):
             self.layers.append(self.layer_class())  # type: ignore[no-untyped-call]
-        held: Any = self.layers[layer]
-        held.append(keys, values)
+        layers: list[Any] = self.layers
+        if len(layers) != len(keys) or not self._append_in_place(keys, values):
+            for layer, key, value in zip(layers, keys, values, strict=False):
+                layer.append(key, value)
+
+    def slots(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors [P, B, G, ...] of every layer, those of one name after those of another."""
+        heads = self._all_heads()
+        if len(heads) != len(self._heads) or any(map(operator.is_not, heads, self._heads)):
+            length = int(self.get_seq_length())
+            self._heads, self._slots = heads, [_filled(one, length) for one in heads]
+        count = len(self.layers)
+        return tuple(
+            tuple(self._slots[first : first + count]) for first in range(0, len(heads), count)
+        )
+
+    def _all_heads(self) -> list[Tensor]:
+        layers: list[Any] = self.layers
+        return [getattr(one, name) for name in self.layer_class.HELD for one in layers]
+
+    def _append_in_place(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Whether all layers had room, and now hold the new slots."""
+        layers: list[Any] = self.layers
+        if not all(layer.is_initialized and layer.rooms for layer in layers):
+            return False
+        names = self.layer_class.HELD
+        rooms = [layer.rooms.get(name) for name in names for layer in layers]
+        if any(room is None for room in rooms):
+            return False
+        fresh = layers[0].stored_of_all(keys, values)
+        made = torch.ops.fxopt.append_slots(self._all_heads(), rooms, fresh)
+        if not made:
+            return False
+        self._heads, self._slots = made[: len(rooms)], made[len(rooms) :]
+        places = ((layer, name) for name in names for layer in layers)
+        for (layer, name), heads in zip(places, self._heads, strict=True):
+            setattr(layer, name, heads)
+        return True
 
 
 def prefix_of(cache: Cache, layers: int, int8: bool) -> tuple[tuple[Tensor, ...], ...]:
@@ -177,8 +229,11 @@ def prefix_of(cache: Cache, layers: int, int8: bool) -> tuple[tuple[Tensor, ...]
 
     They are views of what a `PrefixCache` of this kind holds, and copies of what others do.
     """
-    length = int(cache.get_seq_length())
     held: list[Any] = cache.layers[:layers]
+    same = all(isinstance(one, Int8Layer) == int8 for one in held)
+    if isinstance(cache, PrefixCache) and len(cache.layers) == layers and same:
+        return cache.slots()
+    length = int(cache.get_seq_length())
     slots = [tuple(_filled(heads, length) for heads in _held_as(one, int8)) for one in held]
     return tuple(zip(*slots, strict=True))
 
@@ -204,8 +259,8 @@ def _filled(heads: Tensor, length: int) -> Tensor:
 def append(cache: Cache, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Put keys and values of new slots, [S, B, G, D] a layer, behind those that `cache` holds."""
     with torch.no_grad():
+        if isinstance(cache, PrefixCache):
+            cache.append(keys, values)
+            return
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-            if isinstance(cache, PrefixCache):
-                cache.append(layer, key, value)
-            else:
-                cache.update(by_head(key), by_head(value), layer)
+            cache.update(by_head(key), by_head(value), layer)

@@ -56,6 +56,7 @@ from torch._ops import OpOverload
 
 from fxopt.device import Answer, Device
 from fxopt.kernels import (
+    append_slots,
     attention,
     cached_attention,
     execution,
@@ -158,6 +159,7 @@ __all__ = [
     "PACKED_WEIGHTS",
     "POST_OPS",
     "SHAPE_RULES",
+    "append_slots",
     "attention",
     "cached_attention",
     "execution",

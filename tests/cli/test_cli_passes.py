@@ -23,13 +23,15 @@ def test_every_pass_is_listed_with_its_options() -> None:
     assert [line.split()[0] for line in text.splitlines() if line[:1].strip()] == list(PASSES)
     assert (
         "int4-linear  (numerics, sqnr(5.0))\n"
-        "  Linear layers on int4 weights, two a byte; activations stay as they are, or become int8.\n"
+        "  Linear layers on int4 weights, two a byte; activations stay as they are, "
+        "or become int8.\n"
         "    group        a whole number from 2 on, a multiple of 2 | none  [none]\n"
         "    weights      nearest | gptq  [nearest]\n"
         "    include      globs over module paths, separated by |  [*]\n"
         "    exclude      globs over module paths, separated by |  [empty]\n"
         "    tied         true | false  [false]\n"
-        "    claim        exact | close | close(1e-4) | sqnr(30)  [sqnr(5.0), by the other options]\n"
+        "    claim        exact | close | close(1e-4) | sqnr(30)  "
+        "[sqnr(5.0), by the other options]\n"
         "    scheme       symmetric | affine  [symmetric]\n"
         "    activations  float | int8  [float]\n"
     ) in text

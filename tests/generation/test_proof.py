@@ -32,12 +32,14 @@ def _blind(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _short(original: Callable[..., Any]) -> Callable[..., Any]:
-    def filled(tensor: Any, length: int) -> Any:
-        found = original(tensor, length).clone()
-        found[-1] = 0.0
-        return found
+    def slots(cache: Any) -> Any:
+        found = [[one.clone() for one in side] for side in original(cache)]
+        for side in found:
+            for one in side:
+                one[-1] = 0.0
+        return tuple(map(tuple, found))
 
-    return filled
+    return slots
 
 
 def _lost(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +52,7 @@ def _lost(original: Callable[..., Any]) -> Callable[..., Any]:
 FAULTS = {
     "position": (generating.Generating, "_positions", _late_positions),
     "mask": (generating, "seen_slots", _blind),
-    "prefix": (caches, "_filled", _short),
+    "prefix": (caches.PrefixCache, "slots", _short),
     "append": (generating, "append", _lost),
 }
 

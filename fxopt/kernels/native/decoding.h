@@ -13,6 +13,7 @@ extern "C" void register_kernels() {
   registered->impl("int4_grouped_linear", fxopt::int4_grouped_linear);
   registered->impl("half_weight_only_linear", fxopt::half_weight_only_linear);
   registered->impl("int8_cached_attention", fxopt::int8_cached_attention);
+  registered->impl("append_slots", fxopt::append_slots);
   registered->impl("execute", fxopt::execute);
 }
 

@@ -81,7 +81,7 @@ PRODUCTS = KernelSet(
 
 def _decoding(capability: str, lanes: int) -> KernelSet:
     products = ("few_rows.h", "many_rows.h", "rounded_rows.h")
-    kernels = ("cached_attention.h", *products, "executor.h", "decoding.h")
+    kernels = ("cached_attention.h", *products, "executor.h", "slots.h", "decoding.h")
     sources = ("includes.h", "library.h", "team.h", "lanes.h", *kernels)
     wide = capability == "AVX512"
     needed = ("avx2", "fma", "f16c", *(_AVX512 if wide else ()))
