@@ -42,6 +42,7 @@ LISTS: dict[str, str | tuple[Any, ...]] = {
 """The lists of passes that are timed: textual, or tuples of passes."""
 
 _GROUPS = "int8-linear{mode=weight_only, group=32, tied=true, where=always"
+_ROUNDED = "int8-linear{mode=dynamic, group=32, tied=true, where=always"
 
 WRITING: dict[str, str | tuple[Any, ...]] = {
     "fp32": f"{_START}, lower",
@@ -49,6 +50,9 @@ WRITING: dict[str, str | tuple[Any, ...]] = {
     "int8": f"{_START}, {_GROUPS}}}, int8-embedding, lower",
     "int4": f"{_START}, {_GROUPS}, include=lm_head}}, int8-embedding, "
     "int4-linear{scheme=affine}, lower",
+    "int8 by int8": f"{_START}, {_ROUNDED}}}, int8-embedding, lower",
+    "int4 by int8": f"{_START}, {_ROUNDED}, include=lm_head}}, int8-embedding, "
+    "int4-linear{scheme=affine, activations=int8}, lower",
 }
 """The lists of passes with which text is written."""
 

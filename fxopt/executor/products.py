@@ -66,7 +66,8 @@ def _int8_linear(layout: Layout, node: fx.Node) -> Array:
     given = arguments(node)
     stored = layout.array(given["weight"], torch.int8)
     scale = layout.array(given["weight_scale"], torch.float32, torch.float16)
-    by_row = scale.count == stored.sizes[0] and scale.dtype == torch.float32
+    one_a_row = scale.count == stored.sizes[0] and scale.dtype == torch.float32
+    by_row = one_a_row and node.target not in _ROUNDING
     group = 0 if by_row else _group(stored.sizes[1], stored.sizes[0], scale, _VECTOR)
     rounds = _rounds(node, group)
     weight = _Weight(stored, layout.maybe_array(given["bias"]), scale, None, group, rounds)

@@ -20,13 +20,15 @@ def stored(built: Built, kind: str, weight: torch.Tensor) -> tuple[Any, tuple[An
     storage, *groups = kind.split()
     if storage in ("int8", "int4"):
         dtype = torch.float16 if "half" in groups else torch.float32
-        each = (outputs, inner // 32, 1) if "groups" in groups else (outputs, 1)
+        count = 1 if "whole" in groups else inner // 32
+        each = (outputs, count, 1) if "groups" in groups else (outputs, 1)
         scale = built.constant((torch.rand(each) + 0.1).to(dtype))
+        rounds = "grouped" if "rounded" in groups else "weight_only"
         if storage == "int8":
             q = (weight * 40).clamp(-127, 127).to(torch.int8)
-            return ops.int8_weight_only_linear.default, (built.constant(q), scale)
+            return getattr(ops, f"int8_{rounds}_linear").default, (built.constant(q), scale)
         packed = pack_int4((weight * 3).clamp(-8, 7).to(torch.int8))
-        return ops.int4_weight_only_linear.default, (built.constant(packed), scale)
+        return getattr(ops, f"int4_{rounds}_linear").default, (built.constant(packed), scale)
     if storage == "packed":
         return ops.packed_linear.default, (built.constant(weight),)
     half = weight.to(getattr(torch, storage))
@@ -42,6 +44,9 @@ KINDS = [
     "int8 groups half",
     "int4 groups",
     "int4 groups half",
+    "int8 groups rounded",
+    "int8 groups whole rounded",
+    "int4 groups half rounded",
 ]
 
 
@@ -73,6 +78,16 @@ def test_groups_that_are_no_whole_vectors_are_refused() -> None:
     y = built.call(ops.int8_weight_only_linear.default, x, q, scale, None)
     refusal = str(Executor(built.module(y)).refusal(built.inputs))
     assert "groups of 8 columns, no multiple of 16" in refusal
+
+
+def test_rounded_groups_that_the_kernels_lack_are_refused() -> None:
+    built = Built()
+    x = built.input(drawn(1, 3, 96))
+    q = built.constant((drawn(4, 96) * 9).to(torch.int8))
+    scale = built.constant(torch.rand(4, 1, 1) + 0.1)
+    y = built.call(ops.int8_grouped_linear.default, x, q, scale, None)
+    refusal = str(Executor(built.module(y)).refusal(built.inputs))
+    assert "rounded groups of 96 columns: not 32, 64 or a multiple of 128" in refusal
 
 
 def test_results_of_operators_are_kept_while_they_are_read() -> None:
