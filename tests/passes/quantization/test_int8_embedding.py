@@ -194,10 +194,11 @@ def test_a_tied_head_in_int8_and_its_embedding_share_one_table() -> None:
 
 @pytest.mark.parametrize("group", [2, 4, 16])
 @pytest.mark.parametrize("ids", [IDS, IDS[0], IDS[0, 0], IDS[:, :, None]], ids=lambda t: t.ndim)
-def test_groups_of_a_tied_head_are_its_embeddings(group: int, ids: Tensor) -> None:
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
+def test_groups_of_a_tied_head_are_its_embeddings(group: int, ids: Tensor, mode: Any) -> None:
     torch.manual_seed(0)
     model = TiedHead(16)
-    linears = Int8Linear(mode="weight_only", tied=True, where="always", group=group)
+    linears = Int8Linear(mode=mode, tied=True, where="always", group=group)
     program = capture(model, (ids,))
     program = replace(linears.apply(program, linears.plan(program)), changes=Changes())
     pass_ = Int8Embedding()
