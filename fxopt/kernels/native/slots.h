@@ -29,6 +29,7 @@ inline std::vector<at::Tensor> append_slots(at::TensorList heads, at::TensorList
   const size_t count = heads.size();
   TORCH_CHECK(rooms.size() == count && fresh.size() == count,
               "fxopt::append_slots: each tensor of heads has a room and what is put behind it");
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
   std::vector<at::Tensor> found;
   for (size_t i = 0; i < count; ++i) {
     if (!goes_behind(heads[i], rooms[i], fresh[i])) return found;
