@@ -7,6 +7,7 @@ which takes minutes, since each step captures a model.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+# pytest gives its handlers to every logger that doesn't propagate, and torch's trace of what it
+# compiles is written, with a stack for each size, as soon as it has one.
+logging.getLogger("torch.__trace").propagate = True
 
 settings.register_profile(
     "fixed",
