@@ -7,15 +7,19 @@ which takes minutes, since each step captures a model.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.config
+import torch.utils._traceback
 from hypothesis import HealthCheck, Phase, settings
 
 from fxopt.kernels import native
@@ -29,6 +33,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+# pytest gives its handlers to every logger that doesn't propagate, and torch's trace of what it
+# compiles is written, with a stack for each size, as soon as it has one.
+logging.getLogger("torch.__trace").propagate = True
 
 settings.register_profile(
     "fixed",
@@ -60,6 +68,21 @@ def _fakes_computed_anew() -> Iterator[None]:
     # A graph of few layers pays more for torch's cache of fake results than it gets back.
     # tests/capture has it, and so have the processes that tests start.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _lines_read_when_shown() -> Iterator[None]:
+    # A capture notes the stack at every node, of which it keeps the frames of the model: the code
+    # of the hundred others, pytest's and torch's own, need not be looked up.
+    def frames(symbolized: Sequence[Any], skip: int) -> traceback.StackSummary:
+        kept = ((one["filename"], one["line"], one["name"]) for one in symbolized[skip:])
+        return traceback.StackSummary(
+            reversed([traceback.FrameSummary(*one, lookup_line=False) for one in kept])
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils._traceback, "_extract_symbolized_tb", frames)
         yield
 
 

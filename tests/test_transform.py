@@ -20,8 +20,10 @@ from fxopt.errors import (
     PassError,
     RewriteError,
 )
+from fxopt.pipeline import nested
 from fxopt.program import Program
 from fxopt.rewriting import Edit, Match, Pass, Plan, Rule, hole, op, rewrite
+from tests.captured import canonicalized
 from tests.check import assert_state_equal
 
 aten = torch.ops.aten
@@ -353,3 +355,20 @@ def test_the_claim_of_the_capture_itself_is_recorded() -> None:
     assert record.claim == str(Close())
     assert record.holds
     assert record.fired == {"operations": capture(mlp(), (X,)).node_count()}
+
+
+def test_what_was_captured_is_transformed_once_more_without_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not for a trial either, at a size of 1 that its guards leave to another program."""
+    opt = canonicalized("llama")
+    assert any(guard.origin == "helper" for guard in opt.program.signature.guards)
+
+    def capture(*_: Any, **__: Any) -> None:
+        raise AssertionError("captured")
+
+    monkeypatch.setattr(nested, "capture", capture)
+    again = fxopt.transform(opt, "fuse-linears")
+    assert again.program.signature.guards[: len(opt.program.signature.guards)] == (
+        opt.program.signature.guards
+    )

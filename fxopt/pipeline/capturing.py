@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def captured(
     wellformed.check(program)
     capture_ms = since(start)
     if judging.verify:
-        program = with_edges(program, run_model(model, program))
+        program = with_edges(program, run_model(model, program), known=_is_known(model))
     if calibration is not None:
         instead = program.example if further else None
         given = Calibration(calibration, program.signature, judging.progress, instead)
@@ -89,12 +89,17 @@ def captured(
 
 def _program_of(model: nn.Module, inputs: Inputs | None, mode: Mode, further: bool) -> Program:
     config = getattr(model, "config", None)
-    if isinstance(model, Optimized) and model.is_captured:
+    if _is_known(model):
         program = model.program_for(inputs) if further else model.program
         program = replace(program, changes=Changes(), taken=frozenset(), config=config)
         observe_sizes(program)
         return program
     return replace(capture_whole(model, inputs, mode, empty=further), config=config)
+
+
+def _is_known(model: nn.Module) -> TypeGuard[Optimized]:
+    """Whether `model` has a program already."""
+    return isinstance(model, Optimized) and model.is_captured
 
 
 def _sorted_inputs(

@@ -18,13 +18,15 @@ from fxopt.verify.oracle import Run, run_program
 from fxopt.verify.sizes import Key, edge_sizes, reads, resized
 
 
-def with_edges(program: Program, reference: Run) -> Program:
+def with_edges(program: Program, reference: Run, *, known: bool = False) -> Program:
     """`program` with a guard for every size of 1 or 0 that it doesn't answer as `reference` does.
 
     Where the reference rejects such a size, so does the guard. Guards of helpers, which a size of 1
-    alone breaks, are dropped where the trials at 1 agree.
+    alone breaks, are dropped where the trials at 1 agree, but those of a program that is `known`
+    by a transformation before: past its guards the reference would have to be captured once more.
     """
-    trusted = _guarded(program, [one for one in program.signature.guards if one.origin != "helper"])
+    guards = [one for one in program.signature.guards if known or one.origin != "helper"]
+    trusted = _guarded(program, guards)
     if all(_agrees(trusted, sizes, reference) for sizes in _at_one(trusted)):
         program = trusted
     else:

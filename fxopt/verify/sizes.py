@@ -7,7 +7,7 @@ masks. Axes that have one size in the example keep having one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,27 +36,21 @@ def other_sizes(program: Program) -> Iterator[tuple[Tensor, ...] | None]:
         {key: 1 if key[0] else key[1] + 3 for key in limits},
         {key: key[1] + 1 if key[0] else max(2, (2 * key[1]) // 3) for key in limits},
     )
-    taken = [{key: key[1] for key in limits}]
+    taken = [tuple(key[1] for key in limits)]
+    fits = _fitting(program, list(limits))
     for wish in wishes:
-        near = {key: _near(size, key[1], limits[key]) for key, size in wish.items()}
-        found = next(
-            (
-                sizes
-                for chosen in itertools.islice(itertools.product(*near.values()), _MOST_TRIED)
-                if (sizes := dict(zip(near, chosen, strict=True))) not in taken
-                and program.signature.fit(_shapes(program, sizes))
-            ),
-            None,
-        )
+        near = [_near(size, key[1], limits[key]) for key, size in wish.items()]
+        tried = itertools.islice(itertools.product(*near), _MOST_TRIED)
+        found = next((sizes for sizes in tried if sizes not in taken and fits(sizes)), None)
         if found is not None:
             taken.append(found)
-        yield None if found is None else resized(program, found)
+        yield None if found is None else resized(program, dict(zip(limits, found, strict=True)))
 
 
 def edge_sizes(program: Program, size: int) -> list[Mapping[Key, int]]:
     """One map for each kind of axis that the guards let have `size`: it alone does."""
-    singles: list[Mapping[Key, int]] = [{key: size} for key in _limits(program) if key[1] != size]
-    return [one for one in singles if program.signature.fit(_shapes(program, one))]
+    keys = [key for key in _limits(program) if key[1] != size]
+    return [{key: size} for key in keys if _fitting(program, [key])([size])]
 
 
 def reads(program: Program, key: Key) -> list[Tree]:
@@ -111,8 +105,19 @@ def _near(wish: int, size: int, limit: int | None) -> list[int]:
     return sorted(within, key=lambda one: (abs(one - wish), -one))
 
 
-def _shapes(program: Program, sizes: Mapping[Key, int]) -> list[list[int]]:
+def _fitting(program: Program, keys: Sequence[Key]) -> Callable[[Sequence[int]], bool]:
+    """Whether the example with these sizes of `keys` is within the guards; asked many times."""
     shapes = [list(value.shape) for value in program.example]
-    for index, axis, _, key in _axes(program):
-        shapes[index][axis] = sizes.get(key, shapes[index][axis])
-    return shapes
+    number = {key: index for index, key in enumerate(keys)}
+    places = [
+        (shapes[index], axis, number[key])
+        for index, axis, _, key in _axes(program)
+        if key in number
+    ]
+
+    def fits(sizes: Sequence[int]) -> bool:
+        for shape, axis, index in places:
+            shape[axis] = sizes[index]
+        return program.signature.fit(shapes)
+
+    return fits

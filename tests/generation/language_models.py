@@ -77,10 +77,15 @@ def language_model(family: str, **changes: Any) -> Any:
 
 
 @functools.cache
+def original(family: str) -> Any:
+    """A model of `family`; no test writes to it."""
+    return language_model(family)
+
+
+@functools.cache
 def shared(family: str) -> tuple[Any, Any]:
-    """A model of `family` and what `Canonicalize` makes of it; no test writes to either."""
-    model = language_model(family)
-    return model, fxopt.transform(model, "canonicalize")
+    """The `original` of `family` and what `Canonicalize` makes of it; no test writes to either."""
+    return original(family), fxopt.transform(original(family), "canonicalize")
 
 
 def text(rows: int, length: int, seed: int = 0) -> torch.Tensor:

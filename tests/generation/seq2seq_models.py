@@ -72,10 +72,15 @@ def seq2seq_model(family: str, **changes: Any) -> Any:
 
 
 @functools.cache
+def original(family: str) -> Any:
+    """A model of `family`; no test writes to it."""
+    return seq2seq_model(family)
+
+
+@functools.cache
 def shared(family: str) -> tuple[Any, Any]:
-    """A model of `family` and what `Canonicalize` makes of it; no test writes to either."""
-    model = seq2seq_model(family)
-    return model, fxopt.transform(model, "canonicalize")
+    """The `original` of `family` and what `Canonicalize` makes of it; no test writes to either."""
+    return original(family), fxopt.transform(original(family), "canonicalize")
 
 
 def source(family: str, rows: int = 2, length: int = 9, seed: int = 0) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from fxopt.generation import generation_plan
 from fxopt.generation.examples import StepBatches, step_inputs, text_of
 from fxopt.generation.prefix import positions_of
 from fxopt.pipeline import Judging, captured
-from tests.generation.language_models import VOCAB, language_model, shared, text
+from tests.generation.language_models import VOCAB, language_model, original, text
 
 
 def test_a_model_writes_the_same_text_each_time() -> None:
@@ -53,7 +53,7 @@ def test_padding_is_in_the_steps_of_padded_text() -> None:
     st.integers(1, 3), st.integers(3, 12), st.integers(0, 6), st.sampled_from(["Llama", "Gemma3"])
 )
 def test_steps_of_other_sizes_read_text(rows: int, length: int, padding: int, name: str) -> None:
-    model = shared(name)[0]
+    model = original(name)
     prompts = {"input_ids": text(rows, length), "attention_mask": torch.ones(rows, length).long()}
     prompts["attention_mask"][0, : min(padding, length - 2)] = 0
     plan = generation_plan(model, prompts)

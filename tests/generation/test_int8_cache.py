@@ -22,7 +22,7 @@ from fxopt.errors import EquivalenceError, ModelError
 from fxopt.generation.cache import GrowingLayer, Int8Layer, PrefixCache
 from fxopt.measurement import fidelity
 from fxopt.measurement.reading import TextReader, cache_bytes
-from tests.generation.language_models import language_model, shared, text
+from tests.generation.language_models import language_model, original, shared, text
 
 ops = torch.ops.fxopt
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
@@ -31,7 +31,7 @@ GREEDY = {"max_new_tokens": 9, "do_sample": False}
 @functools.cache
 def rounding(family: str) -> Any:
     """What `QuantizeCache` makes of the shared model of a family; no test writes to it."""
-    return fxopt.transform(shared(family)[0], "canonicalize, quantize-cache")
+    return fxopt.transform(original(family), "canonicalize, quantize-cache")
 
 
 def rounded(heads: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_each_slot_is_rounded_once_whatever_happens_to_it(data: st.DataObject) -
 @given(st.data())
 def test_any_order_of_reading_is_that_of_a_rounded_prefix(family: str, data: st.DataObject) -> None:
     """Slots of a call are exact in it, and rounded in those that come after."""
-    model, opt = shared(family)[0], rounding(family)
+    model, opt = original(family), rounding(family)
     caches_: list[Any] = [reference_cache(), PrefixCache(int8=True)]
     rows, length = data.draw(st.integers(1, 2)), 0
     for step in range(data.draw(st.integers(1, 6))):
@@ -134,7 +134,7 @@ def test_any_order_of_reading_is_that_of_a_rounded_prefix(family: str, data: st.
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GPT2", "GptOss", "Qwen3"])
 def test_families_keep_the_claim(family: str) -> None:
-    model, opt = shared(family)[0], rounding(family)
+    model, opt = original(family), rounding(family)
     record = opt.report.steps[-1]
     assert record.fired == {"ReadInt8Prefix": 2}
     batches = [{"input_ids": text(2, 30, seed)} for seed in range(2)]
@@ -164,7 +164,7 @@ def test_it_generates_and_is_saved_copied_and_pickled(mode: dict[str, Any], tmp_
     }
     written = opt.generate(**prompt, **GREEDY, **mode)
     if mode.get("use_cache") is False:
-        wanted = shared("Llama")[0].generate(**prompt, **GREEDY, **mode)
+        wanted = original("Llama").generate(**prompt, **GREEDY, **mode)
         assert torch.equal(written, wanted)
     pickled = pickle.loads(pickle.dumps(opt))
     for twin in (fxopt.load(tmp_path / "saved"), copy.deepcopy(opt), pickled):
@@ -204,7 +204,7 @@ def test_a_module_with_a_cache_of_floats_is_refused() -> None:
 
 def test_without_a_cache_the_report_says_so() -> None:
     opt = fxopt.transform(
-        shared("Llama")[0], "quantize-cache", example_inputs={"input_ids": text(2, 5)}
+        original("Llama"), "quantize-cache", example_inputs={"input_ids": text(2, 5)}
     )
     assert any(note.startswith("QuantizeCache has no cache here") for note in opt.report.notes)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.errors import MeasureError
 from fxopt.measurement import Decoded, fidelity
-from tests.generation.language_models import language_model, shared, text
+from tests.generation.language_models import language_model, original, shared, text
 
 
 def texts(rows: int, length: int, padding: int = 0, count: int = 2) -> list[dict[str, Tensor]]:
@@ -57,7 +57,7 @@ def decoded(reference, candidate, batches, one_by_one: int) -> Decoded:  # type:
 def test_perplexities_are_those_of_transformers(
     rows: int, one_by_one: int, before: int, padding: int, optimised: bool
 ) -> None:
-    model = shared("Llama")[0]
+    model = original("Llama")
     batches = texts(rows, before + one_by_one, min(padding, before))
     found = decoded(model, shared("Llama")[optimised], batches, one_by_one)
     wanted = directly(model, batches, one_by_one)
@@ -128,7 +128,7 @@ def test_a_cache_that_loses_a_token_is_seen_in_steps_alone() -> None:
 
 
 def test_what_reads_no_text_is_told_in_a_note() -> None:
-    model = shared("Llama")[0]
+    model = original("Llama")
     found = fidelity(model, lambda **batch: model(**batch), texts(2, 9), one_by_one=4)
     assert found.decoded is None
     assert found.notes[-1].startswith("not read token by token: only a causal language model")
@@ -156,7 +156,7 @@ def test_numbers_out_of_range_are_told(one_by_one: int, message: str) -> None:
 def test_batches_that_are_no_text_are_told() -> None:
     batch = {**texts(2, 9)[0], "position_ids": torch.arange(9).expand(2, 9)}
     with pytest.raises(MeasureError, match=r"batch 0 of data must be text, .*, not position_ids"):
-        fidelity(shared("Llama")[0], shared("Llama")[0], [batch], one_by_one=4)
+        fidelity(original("Llama"), original("Llama"), [batch], one_by_one=4)
 
 
 def test_a_comparison_shows_what_writing_costs_and_is_worth() -> None:

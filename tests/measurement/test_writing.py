@@ -15,7 +15,7 @@ from fxopt.errors import MeasureError
 from fxopt.measurement import Ceilings, Energy, Generation, Measurement, Unmeasured, measure_all
 from fxopt.measurement.reading import TextReader, cache_bytes, why_unreadable
 from fxopt.measurement.writing import Task, Writer
-from tests.generation.language_models import language_model, shared, text
+from tests.generation.language_models import language_model, original, shared, text
 
 measuring = sys.modules["fxopt.measurement.measuring"]
 QUICK = {"repeats": 3, "seconds": 0.02, "count": False, "energy": False}
@@ -58,7 +58,7 @@ def test_both_kinds_of_model_are_measured_in_turns() -> None:
 
 
 def test_nothing_is_written_unless_asked() -> None:
-    found = fxopt.measure(shared("Llama")[0], prompt(), **QUICK)
+    found = fxopt.measure(original("Llama"), prompt(), **QUICK)
     assert found.generation is None
     assert "generation" not in found.reasons
     assert "first token" not in str(found)
@@ -157,7 +157,7 @@ def test_what_writes_no_text_is_told(model, reason: str) -> None:  # type: ignor
 
 
 def test_a_graph_of_single_calls_says_how_it_would_write() -> None:
-    single = fxopt.transform(shared("Llama")[0], "canonicalize", example_inputs=prompt())
+    single = fxopt.transform(original("Llama"), "canonicalize", example_inputs=prompt())
     found = fxopt.measure(single, prompt(), **QUICK, new_tokens=2)
     assert found.generation is None
     assert (
@@ -187,14 +187,14 @@ def test_a_model_that_raises_is_told_and_the_others_are_measured() -> None:
 
     broken.forward = refusing
     found = measure_all(
-        {"broken": broken, "whole": shared("Llama")[0]}, prompt(), **QUICK, new_tokens=2
+        {"broken": broken, "whole": original("Llama")}, prompt(), **QUICK, new_tokens=2
     )
     assert found["broken"].reasons["generation"] == "RuntimeError: no cache for you"
     assert found["whole"].generation is not None
 
 
 def test_contexts_beyond_the_positions_are_told() -> None:
-    found = fxopt.measure(shared("Llama")[0], prompt(), **QUICK, new_tokens=4, contexts=(0, 125))
+    found = fxopt.measure(original("Llama"), prompt(), **QUICK, new_tokens=4, contexts=(0, 125))
     assert found.reasons["generation"] == "the model has 128 positions, and 129 are asked for"
 
 
@@ -210,7 +210,7 @@ def test_contexts_beyond_the_positions_are_told() -> None:
 )
 def test_numbers_out_of_range_are_told(options: dict[str, object], message: str) -> None:
     with pytest.raises(MeasureError, match=message):
-        fxopt.measure(shared("Llama")[0], prompt(), **QUICK, **options)  # type: ignore[arg-type]
+        fxopt.measure(original("Llama"), prompt(), **QUICK, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -222,4 +222,4 @@ def test_numbers_out_of_range_are_told(options: dict[str, object], message: str)
 )
 def test_inputs_that_are_no_text_are_told(inputs, given: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(MeasureError, match=f"inputs must be text, .* token by token, not {given}"):
-        fxopt.measure(shared("Llama")[0], inputs, **QUICK, new_tokens=2)
+        fxopt.measure(original("Llama"), inputs, **QUICK, new_tokens=2)
