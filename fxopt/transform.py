@@ -13,11 +13,11 @@ from fxopt.capture import callers_modes_off, check_is_module, uncompiled
 from fxopt.claim import Claim, Close
 from fxopt.errors import CalibrationError, ModelError, NotCapturedError, PassError
 from fxopt.interpreter import fork_rng
-from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, Source, make_optimized
+from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, make_optimized
 from fxopt.pass_list import resolve_passes, scheduled
 from fxopt.pass_registry import AUTO
 from fxopt.passes import QuantizeCache
-from fxopt.pipeline import Judging, OnViolation, Run, captured, completed
+from fxopt.pipeline import Judging, OnViolation, Run, captured, completed, with_source
 from fxopt.program import Mode, check_mode
 from fxopt.progress import Progress, silent
 from fxopt.recommendation import Recommendation, recommend
@@ -26,12 +26,12 @@ from fxopt.verify import compose
 if TYPE_CHECKING:
     from fxopt.generation import GenerationPlan
 
-_UNCOMPILED = (
+UNCOMPILED = (
     "torch.compile's wrapper was taken off, and the model in it transformed; with Lower() at the "
     "end of the list the result is compiled too"
 )
 
-_NO_CACHE = (
+NO_CACHE = (
     "QuantizeCache has no cache here: it is for a causal language model that goes on to generate, "
     "transformed without example_inputs or with generation=True"
 )
@@ -106,7 +106,7 @@ def transform(
     plan, missing = _generation_plan(model, example_inputs, generation, mode)
     rounds_cache = any(isinstance(one, QuantizeCache) for one in listed)
     if rounds_cache and plan is None:
-        missing = (*missing, _NO_CACHE)
+        missing = (*missing, NO_CACHE)
     resized: Sequence[Inputs] = ()
     if plan is not None:
         plan = plan.with_int8_cache() if rounds_cache else plan
@@ -119,7 +119,7 @@ def transform(
     resolved = listed if advised is None else resolve_passes(advised.passes)
     schedule = scheduled(resolved, mode)
     judging = Judging(verify, on_violation, budget, progress or silent)
-    notes = [*([_UNCOMPILED] if was_compiled else []), *missing]
+    notes = [*([UNCOMPILED] if was_compiled else []), *missing]
     if advised is not None:
         notes += advised.notes()
         for line in advised.lines():
@@ -147,11 +147,10 @@ def transform(
 
     def result_of(run: Run, cost: bool | None) -> PipelineResult:
         result = completed(run, schedule, judging, cost)
-        report = replace(result.report, most_programs=most)
-        source = Source.of(run.model, result.program, further, most)
-        if plan is not None:
-            source = replace(source, model=plan.step)
-        return replace(result, report=report, source=source)
+        result = with_source(result, run.model, further, most)
+        if plan is not None and result.source is not None:
+            return replace(result, source=replace(result.source, model=plan.step))
+        return result
 
     def further(model: nn.Module, inputs: Inputs) -> PipelineResult:
         with callers_modes_off(), fork_rng():

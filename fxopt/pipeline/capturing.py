@@ -56,6 +56,22 @@ def captured(
     `EquivalenceError` where the capture computes something else than the model, and what `capture`
     raises.
     """
+    run = captured_alone(model, inputs, mode, judging, more=more, resized=resized, further=further)
+    return begun(run, judging, calibration=calibration, notes=notes, further=further)
+
+
+def captured_alone(
+    model: nn.Module,
+    inputs: Inputs | None,
+    mode: Mode,
+    judging: Judging,
+    *,
+    more: Sequence[Inputs] = (),
+    resized: Sequence[Inputs] = (),
+    further: bool = False,
+) -> Run:
+    """What of `captured` depends on the model and its inputs alone: several runs can be `begun`
+    with it."""
     judging.progress(f"capturing {type(model).__name__}")
     start = time.perf_counter()
     program = _program_of(model, inputs, mode, further)
@@ -63,10 +79,6 @@ def captured(
     capture_ms = since(start)
     if judging.verify:
         program = with_edges(program, run_model(model, program), known=_is_known(model))
-    if calibration is not None:
-        instead = program.example if further else None
-        given = Calibration(calibration, program.signature, judging.progress, instead)
-        program = replace(program, calibration=given)
     own, elsewhere = _sorted_inputs(program, more, further)
     other_sizes, _ = _sorted_inputs(program, resized, True)
     run = Run(
@@ -75,7 +87,7 @@ def captured(
         program,
         Reference(program),
         capture_ms,
-        notes=(*notes, *program.notes),
+        notes=program.notes,
         elsewhere=elsewhere,
     )
     claim: Claim = Close()
@@ -85,6 +97,26 @@ def captured(
     fired = {"operations": program.node_count()}
     step = StepTaken("capture", "capture", program, program, claim, verdict, start, fired=fired)
     return run.recording(step, judging)
+
+
+def begun(
+    run: Run,
+    judging: Judging,
+    *,
+    calibration: Iterable[Any] | None = None,
+    notes: Sequence[str] = (),
+    further: bool = False,
+) -> Run:
+    """A run with what was captured alone: `calibration` is streamed to its passes, and its notes
+    begin with `notes`."""
+    run = replace(run, notes=(*notes, *run.notes))
+    if calibration is None:
+        return run
+    program = run.program
+    instead = program.example if further else None
+    given = Calibration(calibration, program.signature, judging.progress, instead)
+    program = replace(program, calibration=given)
+    return replace(run, program=program, reference=replace(run.reference, captured=program))
 
 
 def _program_of(model: nn.Module, inputs: Inputs | None, mode: Mode, further: bool) -> Program:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.errors import FxoptError
 from fxopt.eval_graph import evaluation_mode, without_dropout
 from fxopt.graph_modules import graph_module
-from fxopt.optimized import Evaluation, Optimized, Origins, PipelineResult
+from fxopt.optimized import Evaluation, Optimized, Origins, PipelineResult, Source
 from fxopt.pipeline.domains import domain_of
 from fxopt.pipeline.evaluation import Evaluator
 from fxopt.pipeline.result import Result
@@ -55,6 +57,17 @@ def finished(run: Run, judging: Judging, measure_cost: bool | None) -> PipelineR
         origins=origins,
         claim=judging.budget or (None if run.reference.oracle else run.reference.budget),
     )
+
+
+def with_source(
+    result: PipelineResult,
+    model: nn.Module,
+    further: Callable[[nn.Module, Any], PipelineResult],
+    most: int,
+) -> PipelineResult:
+    """`result` with where more programs of `model` come from: `further`, up to `most` in all."""
+    report = replace(result.report, most_programs=most)
+    return replace(result, report=report, source=Source.of(model, result.program, further, most))
 
 
 def _note_on_calibration(program: Program) -> tuple[str, ...]:

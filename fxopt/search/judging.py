@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,14 +23,12 @@ from torch import nn
 from fxopt.comparison.pareto import dominates
 from fxopt.errors import FxoptError, SearchError
 from fxopt.optimized import Optimized
-from fxopt.pass_list import resolve_passes
-from fxopt.rewriting import Pass, Stage
+from fxopt.program import Program
 from fxopt.search.found import TrialRecord
-from fxopt.search.measuring import parameter_bytes
 from fxopt.search.objectives import Measure, Measured, checked_measured
 from fxopt.search.quiet import Turns
+from fxopt.search.staged import Captures, Staged
 from fxopt.search.static_cost import least_milliseconds, least_ratios
-from fxopt.transform import transform
 
 Direction = Literal["maximize", "minimize"]
 Metric = Callable[[Any, Any], float]
@@ -79,8 +77,8 @@ def judge_metric(metric: Metric, model: Any, data: Any) -> float:
 class Judging:
     """One trial under way; `record` grows with each stage."""
 
-    def __init__(self, task: Task, record: TrialRecord, turns: Turns) -> None:
-        self.task, self.record, self.turns = task, record, turns
+    def __init__(self, task: Task, record: TrialRecord, turns: Turns, captures: Captures) -> None:
+        self.task, self.record, self.turns, self.captures = task, record, turns, captures
 
     def run(self, rivals: Sequence[TrialRecord]) -> TrialRecord:
         """Take the record's list of passes as far as it deserves.
@@ -103,44 +101,30 @@ class Judging:
 
     def _candidate(self, rivals: Sequence[TrialRecord]) -> Optimized | None:
         """The finished model; None where the list ended before."""
-        numerics, kernels, lowering = _stages(resolve_passes(self.record.passes))
-        rewritten = self._transformed(self.task.model, numerics)
-        milliseconds = None
-        if isinstance(rewritten, Optimized):
-            milliseconds = least_milliseconds(rewritten.program)
-        ready = self._transformed(rewritten, kernels)
-        if lowering and isinstance(ready, Optimized):
-            reason = self._hopeless(milliseconds, parameter_bytes(ready), rivals)
+        task = self.task
+        staged = Staged(self.captures, self.record.passes, task.inputs, task.calibration)
+        numerics, ready = staged.numerics(), staged.kernels()
+        if staged.lowers and staged.rewrites:
+            reason = self._hopeless(numerics, ready.parameter_bytes(), rivals)
             if reason is not None:
                 self._end("pruned", reason)
                 return None
-        if isinstance(ready, Optimized) and not self._keeps_metric(ready):
-            return None
-        if lowering:
-            ready = self._transformed(ready, lowering)
-            if not self._keeps_metric(ready):
+        if staged.rewrites:
+            module = staged.module()
+            if not self._keeps_metric(module):
                 return None
-        assert isinstance(ready, Optimized)
-        return ready
+        if staged.lowers:
+            module = staged.lowered()
+            if not self._keeps_metric(module):
+                return None
+        return module
 
-    def _transformed(self, model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
-        if not passes:
-            return model
-        return transform(
-            model,
-            passes,
-            example_inputs=self.task.inputs,
-            calibration=self.task.calibration,
-            measure_cost=False,
-        )
-
-    def _hopeless(
-        self, milliseconds: float | None, size: int, rivals: Sequence[TrialRecord]
-    ) -> str | None:
+    def _hopeless(self, numerics: Program, size: int, rivals: Sequence[TrialRecord]) -> str | None:
         """Why the list can't beat the front, whatever a compiler makes of it."""
         if not rivals:
             return None
         objectives = self.task.objectives
+        milliseconds = least_milliseconds(numerics)
         least = least_ratios(objectives, milliseconds, size, rivals[-1].original)
         for rival in rivals:
             if dominates([rival.ratios[name] for name in objectives], least):
@@ -177,13 +161,3 @@ class Judging:
 
     def _end(self, state: Literal["pruned", "infeasible"], reason: str) -> None:
         self.record = replace(self.record, state=state, reason=reason)
-
-
-def _stages(passes: Iterable[Pass]) -> tuple[list[Pass], list[Pass], list[Pass]]:
-    """The list cut in three: numerics, kernels, lowering."""
-    cut: tuple[list[Pass], list[Pass], list[Pass]] = ([], [], [])
-    place = 0
-    for pass_ in passes:
-        place = max(place, 2 if pass_.stage is Stage.LOWER else int(pass_.stage is Stage.KERNELS))
-        cut[place].append(pass_)
-    return cut

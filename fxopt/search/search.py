@@ -31,6 +31,7 @@ from fxopt.search.storage import (
     quiet_optuna,
     reading,
     storage_url,
+    study_there,
 )
 from fxopt.search.study import (
     Terms,
@@ -117,19 +118,22 @@ def search(
     try:
         with quiet_optuna(), _kept_at(storage, workers) as url, reading(url):
             opened = _opened(url, study, make_sampler(len(objectives), trials, seed), objectives)
-            say("judging the original")
-            original = judge_metric(metric, model, data)
-            asked = partial(Terms, objectives, direction, tolerance, original, model_digest(model))
-            given = space if space is None or isinstance(space, Space) else Space.of(space)
-            standard = partial(_standard, model, inputs, calibration, say)
-            terms = _terms(opened, asked, given, tuple(start), standard)
-            task = Task(
-                model, data, metric, inputs, calibration, objectives, direction,
-                terms.threshold, measure or measure_beside,
-            )  # fmt: skip
-            budget = Budget(trials, deadline)
-            finished, notes = _work(opened, task, terms, budget, url, seed, workers, tell)
-            return found_in(opened, terms, this_machine(opened), not finished, notes)
+            with study_there(opened):
+                say("judging the original")
+                original = judge_metric(metric, model, data)
+                asked = partial(
+                    Terms, objectives, direction, tolerance, original, model_digest(model)
+                )
+                given = space if space is None or isinstance(space, Space) else Space.of(space)
+                standard = partial(_standard, model, inputs, calibration, say)
+                terms = _terms(opened, asked, given, tuple(start), standard)
+                task = Task(
+                    model, data, metric, inputs, calibration, objectives, direction,
+                    terms.threshold, measure or measure_beside,
+                )  # fmt: skip
+                budget = Budget(trials, deadline)
+                finished, notes = _work(opened, task, terms, budget, url, seed, workers, tell)
+                return found_in(opened, terms, this_machine(opened), not finished, notes)
     finally:
         log.close()
 

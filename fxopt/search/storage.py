@@ -1,31 +1,23 @@
-"""Where a study is kept: memory, a SQLite file, or a database by URL; and who works on it.
-
-A worker signs each trial that it begins. A trial whose worker is gone, by its process (on this
-machine) or by its heartbeat (on any), is put back in the queue: a killed worker loses at most that.
-"""
+"""Where a study is kept: memory, a SQLite file, or a database by URL."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fxopt.errors import SearchError
+from fxopt.search.signs_of_life import put_back
 
 if TYPE_CHECKING:
     import optuna
 
-WORKER = "worker"
 _HEARTBEAT_SECONDS, _GRACE_SECONDS = 10, 120
-# A list that kills its worker (out of memory) must not do so for ever.
-_MOST_RETRIES = 2
 # Several workers write one SQLite file.
 _LOCK_SECONDS = 60
 
@@ -48,6 +40,8 @@ def quiet_optuna() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # It knows the heartbeats of its own loop alone; ours are in `signs_of_life`.
+            warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(before)
@@ -93,7 +87,7 @@ def open_storage(url: str | None) -> optuna.storages.BaseStorage:
                 engine_kwargs=waits,
                 heartbeat_interval=_HEARTBEAT_SECONDS,
                 grace_period=_GRACE_SECONDS,
-                heartbeat_stale_trial_callback=_retry(),
+                heartbeat_stale_trial_callback=put_back,
             )
     except (ImportError, RuntimeError) as error:
         raise _unusable(url, error) from error
@@ -135,69 +129,18 @@ def without_password(url: str) -> str:
         return url
 
 
-def sign(trial: optuna.trial.Trial) -> None:
-    """Say who works on `trial`."""
-    signature = {"node": platform.node(), "pid": os.getpid(), "since": _since(os.getpid())}
-    trial.set_user_attr(WORKER, signature)
-
-
-def put_back_dead(study: optuna.Study) -> int:
-    """Queue the running trials whose worker, on this machine, is gone; how many there were."""
-    from optuna.exceptions import UpdateFinishedTrialError
-    from optuna.trial import TrialState
-
-    count = 0
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_gone(trial.user_attrs.get(WORKER)):
-            try:
-                study.tell(trial.number, state=TrialState.FAIL)
-            except (UpdateFinishedTrialError, ValueError):
-                continue  # another worker saw it too
-            put_back(study, trial)
-            count += 1
-    return count
-
-
-def put_back(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Queue an unfinished trial once more, unless it has been too often."""
-    _retry()(study, trial)
-
-
-def _retry() -> Any:
-    from optuna.storages import RetryHeartbeatStaleTrialCallback
-
-    return RetryHeartbeatStaleTrialCallback(max_retry=_MOST_RETRIES)
-
-
-def _is_gone(worker: Any) -> bool:
-    # On Windows the signal 0 would be Ctrl-C.
-    here = os.name == "posix" and isinstance(worker, dict) and worker["node"] == platform.node()
-    if not here:
-        return False
-    pid = int(worker["pid"])
-    if pid == os.getpid() and worker["since"] == _since(pid):
-        return False
-    return not _is_alive(pid) or worker["since"] != _since(pid)
-
-
-def _is_alive(pid: int) -> bool:
+@contextmanager
+def study_there(study: optuna.Study) -> Iterator[None]:
+    """Inside, that somebody has deleted the study becomes a `SearchError`."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        yield
+    except (KeyError, ValueError) as error:
+        import optuna
 
-
-def _since(pid: int) -> str:
-    """When a process began, since its number may be given out again; empty where unknown."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    # The second field is the command in parentheses; the 22nd is the start (proc(5)).
-    fields = text.rpartition(")")[2].split()
-    if fields[0] == "Z":
-        return "ended"
-    return fields[19]
+        name = study.study_name
+        if name not in optuna.get_all_study_names(storage=study._storage):
+            raise SearchError(
+                f"the study {name!r} was deleted from its storage while the search went on: begin "
+                "again, or give another study="
+            ) from error
+        raise

@@ -6,21 +6,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fxopt.errors import SearchError
 from fxopt.search.found import Found, TrialRecord
+from fxopt.search.signs_of_life import OUTCOME, WORKER
 from fxopt.search.space import Space
-from fxopt.search.storage import WORKER
 from fxopt.timing import fingerprint
 
 if TYPE_CHECKING:
     import optuna
 
-_TERMS, _MACHINE, PASSES, MACHINE, OUTCOME = "terms", "machine:", "passes", "machine", "outcome"
+_TERMS, _MACHINE, PASSES, MACHINE, INSTEAD_OF = (
+    "terms", "machine:", "passes", "machine", "instead_of",
+)  # fmt: skip
 # What a fingerprint says of the moment, not of the machine.
 _PASSING = ("load",)
 
@@ -121,7 +123,22 @@ def check_same(known: Terms, asked: Terms, study: str) -> None:
 
 def records(study: optuna.Study) -> list[TrialRecord]:
     """The trials of a study, by number."""
-    return [record_of(trial) for trial in study.get_trials(deepcopy=False)]
+    trials = study.get_trials(deepcopy=False)
+    found = [record_of(trial) for trial in trials]
+    for lost, anew in recorded_anew(trials).items():
+        if found[lost].state == "lost":
+            reason = f"taken for lost while its worker lived; what it found is trial {anew}"
+            found[lost] = replace(found[lost], reason=reason)
+    return found
+
+
+def recorded_anew(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[int, int]:
+    """The trials that others had ended under their workers, each with the one recorded instead."""
+    return {
+        int(trial.user_attrs[INSTEAD_OF]): trial.number
+        for trial in trials
+        if INSTEAD_OF in trial.user_attrs
+    }
 
 
 def record_of(trial: optuna.trial.FrozenTrial) -> TrialRecord:
@@ -135,7 +152,7 @@ def record_of(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     if trial.state.name == "RUNNING":
         return TrialRecord(trial.number, passes, "running", machine=machine)
     if not outcome:
-        reason = "interrupted, or its worker died"
+        reason = "interrupted, or its worker died or gave no sign of life"
         return TrialRecord(trial.number, passes, "lost", reason, machine=machine)
     return TrialRecord(trial.number, passes, machine=machine, **outcome)
 
@@ -164,6 +181,11 @@ def found_in(
         for name, value in study.user_attrs.items()
         if name.startswith(_MACHINE)
     }
+    anew = recorded_anew(study.get_trials(deepcopy=False))
+    told = [
+        f"trial {lost} was taken for lost while its worker lived; what it found is trial {number}"
+        for lost, number in anew.items()
+    ]
     return Found(
         terms.objectives,
         tuple(records(study)),
@@ -173,5 +195,5 @@ def found_in(
         terms.threshold,
         terms.space,
         interrupted,
-        tuple(notes),
+        (*notes, *told),
     )

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fxopt.search.ending import Ending, write, write_anew
 from fxopt.search.found import TrialRecord
+from fxopt.search.interrupts import held_back
 from fxopt.search.judging import Judging, Task
+from fxopt.search.leftovers import Leftovers
 from fxopt.search.quiet import Turns
+from fxopt.search.signs_of_life import beating, begin_trial, give_back, is_ended, put_back_dead
 from fxopt.search.space import Point, Space
-from fxopt.search.storage import put_back, put_back_dead, sign
-from fxopt.search.study import (
-    MACHINE,
-    OUTCOME,
-    PASSES,
-    plain_outcome,
-    record_of,
-    records,
-    taken,
-    this_machine,
-)
+from fxopt.search.staged import Captures
+from fxopt.search.study import MACHINE, PASSES, records, taken, this_machine
 
 if TYPE_CHECKING:
     import optuna
@@ -72,77 +67,98 @@ class Worker:
         self.study, self.task, self.space = study, task, space
         self.budget, self.turns, self.seed, self.tell = budget, turns, seed, tell
         self.machine = this_machine(study)
+        self.captures = Captures(task.model)
         self.repeats = 0
         self.number: int | None = None
         self.notes: list[str] = []
 
     def run(self) -> bool:
-        """Work until the budget is spent or no list is left; False when it was interrupted."""
+        """Work until the budget is spent or no list is left; False when it was interrupted.
+
+        However it ends, but for a kill, no trial of its own is left running.
+        """
+        try:
+            with Leftovers() as leftovers:
+                self._work(leftovers)
+        except BaseException as end:
+            if self.number is not None:
+                # Neither a second Ctrl-C nor a storage that has failed hides the reason.
+                with suppress(Exception, KeyboardInterrupt), held_back():
+                    give_back(self.study, self.number)
+            if not isinstance(end, KeyboardInterrupt):
+                raise
+            return False
+        return True
+
+    def _work(self, leftovers: Leftovers) -> None:
+        record: TrialRecord | None = None
         while True:
             put_back_dead(self.study)
             if self.budget.is_spent(self.study):
-                return True
+                return
             if self.repeats >= _MOST_REPEATS:
                 point = self._unvisited()
                 if point is None:
                     self.notes.append("every list of the space has been tried")
-                    return True
+                    return
                 self.study.enqueue_trial(dict(point))
                 self.repeats = 0
-            if not self._one_trial():
-                return False
+            if record is not None and record.same_as is None:
+                leftovers.free()
+            record = self._one_trial()
+            if record is not None:
+                self.repeats = self.repeats + 1 if record.same_as is not None else 0
+                self.tell(record)
 
-    def _one_trial(self) -> bool:
+    def _one_trial(self) -> TrialRecord | None:
+        """What became of the next trial; None where another worker ended it before it began."""
         from optuna.exceptions import UpdateFinishedTrialError
 
-        self.number = None
         try:
-            self.study.optimize(self._objective, n_trials=1, catch=(Exception,))
+            with held_back():
+                trial = begin_trial(self.study)
+                self.number = trial.number
+            point = {
+                slot.name: str(trial.suggest_categorical(slot.name, slot.choices))
+                for slot in self.space.slots
+            }
+            passes = self.space.passes(point)
+            trial.set_user_attr(PASSES, passes)
+            trial.set_user_attr(MACHINE, self.machine)
         except UpdateFinishedTrialError:
-            # It was taken for dead, after a long sleep of the machine, and is in the queue again.
-            return True
-        except KeyboardInterrupt:
-            for trial in self._present():
-                put_back(self.study, trial)
-            return False
-        for trial in self._present():
-            record = record_of(trial)
-            self.repeats = self.repeats + 1 if record.same_as is not None else 0
-            self.tell(record)
-        return True
-
-    def _present(self) -> list[optuna.trial.FrozenTrial]:
-        """The trial that was begun last, where one was."""
-        return [] if self.number is None else [self.study.get_trials(deepcopy=False)[self.number]]
-
-    def _objective(self, trial: optuna.trial.Trial) -> tuple[float, ...]:
-        from optuna import TrialPruned
-
-        self.number = trial.number
-        sign(trial)
-        point = {
-            slot.name: str(trial.suggest_categorical(slot.name, slot.choices))
-            for slot in self.space.slots
-        }
-        passes = self.space.passes(point)
-        trial.set_user_attr(PASSES, passes)
-        trial.set_user_attr(MACHINE, self.machine)
+            self.number = None
+            return None
         record = TrialRecord(trial.number, passes, "running", machine=self.machine)
-        try:
+        with beating(self.study, trial.number):
             record = self._known(record) or self._judged(record)
-        except Exception as error:
-            record = replace(record, state="failed", reason=f"{type(error).__name__}: {error}")
-            trial.set_user_attr(OUTCOME, plain_outcome(record))
-            raise
-        trial.set_user_attr(OUTCOME, plain_outcome(record))
-        if record.metric is not None and "metric" not in trial.constraints:
-            trial.set_constraint("metric", self.task.violation(record.metric))
-        if record.state == "measured":
-            return tuple(record.ratios[name] for name in self.task.objectives)
-        if record.state == "infeasible":
-            # It has no values; samplers rank it by its violation alone.
-            return (float("inf"),) * len(self.task.objectives)
-        raise TrialPruned(record.reason)
+        with held_back():
+            record = self._written(trial, point, record)
+            self.number = None
+        return record
+
+    def _written(self, trial: optuna.trial.Trial, point: Point, record: TrialRecord) -> TrialRecord:
+        """The record as it was written down: as another trial where this one was ended meanwhile.
+
+        A worker that doesn't come to run for a while is taken for dead by the others, and its list
+        is in the queue again. What it has found is right all the same.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            write(self.study, trial, self._ending(record))
+        except (UpdateFinishedTrialError, ValueError):
+            if not is_ended(self.study, trial.number):
+                raise
+            kept = records(self.study)[trial.number]
+            if kept.state != "lost":
+                return kept  # ended by another just after its outcome was written
+            known = self._known(record) or record
+            return write_anew(self.study, self._ending(known), point, self.space)
+        return record
+
+    def _ending(self, record: TrialRecord) -> Ending:
+        violation = None if record.metric is None else self.task.violation(record.metric)
+        return Ending(record, self.task.objectives, violation)
 
     def _judged(self, record: TrialRecord) -> TrialRecord:
         if not record.passes:
@@ -154,10 +170,9 @@ class Worker:
             if other.state == "measured" and other.machine == self.machine
         ]
         try:
-            return Judging(self.task, record, self.turns).run(rivals)
-        finally:
-            # Graph modules hold themselves in cycles; the next trial needs this one's memory.
-            gc.collect()
+            return Judging(self.task, record, self.turns, self.captures).run(rivals)
+        except Exception as error:
+            return replace(record, state="failed", reason=f"{type(error).__name__}: {error}")
 
     def _known(self, record: TrialRecord) -> TrialRecord | None:
         """What became of the same list on this machine before."""

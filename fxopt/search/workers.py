@@ -8,6 +8,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -16,9 +17,11 @@ import torch
 
 from fxopt.errors import SearchError
 from fxopt.search.found import TrialRecord
+from fxopt.search.interrupts import held_back
 from fxopt.search.judging import Task
 from fxopt.search.quiet import Turns
-from fxopt.search.storage import open_storage, put_back_dead, quiet_optuna
+from fxopt.search.signs_of_life import put_back_dead
+from fxopt.search.storage import open_storage, quiet_optuna
 from fxopt.search.study import known_terms, records
 from fxopt.search.worker import Budget, Worker, make_sampler
 
@@ -65,12 +68,14 @@ def run_workers(
             _tell_new(study, known, tell)
         finished = True
     except KeyboardInterrupt:
-        _end(processes)
         finished = False
+        with suppress(KeyboardInterrupt):
+            _ask_to_end(processes)
     finally:
-        _end(processes)
+        with suppress(KeyboardInterrupt), held_back():
+            _end(processes)
+            put_back_dead(study)
     _tell_new(study, known, tell)
-    put_back_dead(study)
     dead = [process.exitcode for process in processes if process.exitcode]
     notes = [f"a worker died (exit code {code}); its trial is in the queue again" for code in dead]
     return finished, notes if finished else []
@@ -109,17 +114,20 @@ def _tell_new(study: optuna.Study, known: set[int], tell: Callable[[TrialRecord]
             tell(record)
 
 
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Ask the processes to stop as Ctrl-C does; a second one, or 30 seconds, and they are ended."""
+def _ask_to_end(processes: Sequence[BaseProcess]) -> None:
+    """Stop the processes as Ctrl-C does, and wait for them to put their trials back."""
     living = [process for process in processes if process.is_alive() and process.pid]
     for process in living:
-        try:
+        with suppress(ProcessLookupError):
             _interrupt(process)
-        except ProcessLookupError:
-            continue
     until = time.monotonic() + _FAREWELL_SECONDS
     for process in living:
         process.join(max(until - time.monotonic(), 0.1))
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """End the processes that are still there; their trials are those of dead workers."""
+    for process in processes:
         if process.is_alive():
             process.terminate()
             process.join()

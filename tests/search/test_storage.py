@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import shutil
 import signal
@@ -20,9 +21,10 @@ import sqlalchemy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fxopt.search import Found, SearchError, search, storage
+from fxopt.search import Found, SearchError, search, signs_of_life, storage
 from fxopt.search.quiet import Turns
-from fxopt.search.storage import WORKER, open_storage, quiet_optuna, storage_url
+from fxopt.search.signs_of_life import WORKER
+from fxopt.search.storage import open_storage, quiet_optuna, storage_url
 from tests.search.small import INPUTS, SPACE, KillsItself, by_graph, constant, mlp, slow_by_graph
 
 optuna = pytest.importorskip("optuna")
@@ -98,9 +100,9 @@ def test_a_list_that_always_kills_its_worker_is_given_up(tmp_path: Path) -> None
         for attempt in range(3):
             trial = study.ask()
             trial.set_user_attr("passes", "the bad list")
-            gone = {"node": storage.platform.node(), "pid": 2**22 + 1, "since": "1"}
+            gone = {"node": platform.node(), "pid": 2**22 + 1, "since": "1"}
             trial.set_user_attr(WORKER, gone)
-            assert storage.put_back_dead(study) == 1
+            assert signs_of_life.put_back_dead(study) == 1
             queued = [t for t in study.get_trials() if t.state.name == "WAITING"]
             assert len(queued) == (1 if attempt < 2 else 0)
 
@@ -118,7 +120,7 @@ def test_a_silent_machine_is_noticed_by_its_heartbeat(
         trial = study.ask()
         trial.set_user_attr(WORKER, {"node": "elsewhere", "pid": 1, "since": "1"})
         kept.record_heartbeat(trial._trial_id)
-    assert storage.put_back_dead(study) == 0
+    assert signs_of_life.put_back_dead(study) == 0
     time.sleep(3)
     found = resume(file, trials=4)
     assert found.trials[trial.number].state == "lost"
@@ -131,11 +133,11 @@ def test_a_trial_of_a_living_worker_is_left_alone(tmp_path: Path) -> None:
     with quiet_optuna():
         study = optuna.load_study(study_name="fxopt", storage=open_storage(storage_url(file)))
         trial = study.ask()
-        storage.sign(trial)
-        assert storage.put_back_dead(study) == 0
+        signs_of_life.sign(trial)
+        assert signs_of_life.put_back_dead(study) == 0
         taken_over = {**trial.user_attrs[WORKER], "since": "long ago"}
         trial.set_user_attr(WORKER, taken_over)
-        assert storage.put_back_dead(study) == 1
+        assert signs_of_life.put_back_dead(study) == 1
 
 
 def test_one_measures_while_nobody_builds() -> None:
