@@ -14,6 +14,7 @@ from fxopt.analyses.precision import rounding_claim
 from fxopt.calibration import Calibration
 from fxopt.calls import Inputs
 from fxopt.capture import normalize_inputs
+from fxopt.choices import Choices
 from fxopt.claim import Claim, Close
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, InputError, OutsideError
@@ -47,14 +48,15 @@ def captured(
     calibration: Iterable[Any] | None = None,
     notes: Sequence[str] = (),
     further: bool = False,
+    choices: Choices | None = None,
 ) -> Run:
     """The run that begins with `model`, captured on `inputs`, or with the program that it is.
 
     It is judged on the inputs `more` as well, and on those of `resized` that are its own in place
     of the example at other sizes. A `further` program of a model is judged on those of `more` that
-    are its own, and calibrated on the example where none of the batches is. Raises
-    `EquivalenceError` where the capture computes something else than the model, and what `capture`
-    raises.
+    are its own, and calibrated on the example where none of the batches is. `choices` are those of
+    passes for the programs before it. Raises `EquivalenceError` where the capture computes
+    something else than the model, and what `capture` raises.
     """
     judging.progress(f"capturing {type(model).__name__}")
     start = time.perf_counter()
@@ -67,6 +69,7 @@ def captured(
         instead = program.example if further else None
         given = Calibration(calibration, program.signature, judging.progress, instead)
         program = replace(program, calibration=given)
+    program = replace(program, choices=choices)
     own, elsewhere = _sorted_inputs(program, more, further)
     other_sizes, _ = _sorted_inputs(program, resized, True)
     run = Run(

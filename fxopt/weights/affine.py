@@ -80,7 +80,7 @@ def affine_groups(
     assert second_moment is not None
     with torch.no_grad():
         moment = normalised_moment(second_moment, weight.device)
-        weighted = _rounded(weight, group, _fitted_lines(weight, group, moment.diagonal()))
+        weighted = weighted_groups(weight, group, moment.diagonal())
         found = _better(weight, nearest, weighted, moment)
         if method == "gptq":
             grid = weighted
@@ -91,6 +91,11 @@ def affine_groups(
                 grid = _with_lines(fed_back.values, lines)
                 found = _better(weight, found, grid, moment)
     return found
+
+
+def weighted_groups(weight: Tensor, group: int, power: Tensor) -> AffineWeight:
+    """`weight` [N, K], finite, a column of which counts as much as its `power` [K]."""
+    return _rounded(weight, group, _fitted_lines(weight, group, power))
 
 
 def dense_groups(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
