@@ -47,10 +47,10 @@ def activation_scale(
     logarithm = (logarithm / 2).where(alive, 0.0)
     count = torch.zeros_like(power).index_add_(0, ties, alive.double())
     mean = torch.zeros_like(power).index_add_(0, ties, logarithm) / count.clamp_min(1.0)
-    shared = mean[ties]
-    scale = torch.exp2(shared - shared[alive].median()).clamp(1 / _WIDEST, _WIDEST)
-    # A channel that is tied to a live one is scaled with it.
-    return torch.where(count[ties] > 0, scale, 1.0)
+    scale = torch.exp2(mean - mean[ties][alive].median()).clamp(1 / _WIDEST, _WIDEST)
+    # Taken by tie, not computed by channel: a vector's remainder may be rounded another way. A
+    # channel that is tied to a live one is scaled with it.
+    return torch.where(count > 0, scale, 1.0)[ties]
 
 
 def choose_scale(

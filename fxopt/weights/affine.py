@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fxopt.errors import PassError
 from fxopt.weights.error_feedback import normalised_moment, settle_in_order
 from fxopt.weights.gptq import better_rows, refuse_non_finite
 from fxopt.weights.grid_refit import refitted_lines
@@ -65,9 +66,10 @@ def affine_groups(
     "nearest" has the least squared error found, "hqq" one that spares outliers. "weighted" and
     "gptq" need `second_moment` [K, K], the sum of x xᵀ over inputs x in any unit; no row of either
     errs more on these inputs than the nearest.
+
     Scales and zero points are float16, or float32 where float16 has no scale as small or as large.
     Raises `KernelError` for a weight that holds NaN or infinity, and `PassError` for a moment that
-    is none.
+    is none or is missing.
     """
     refuse_non_finite(weight, "affine_groups")
     weight = weight.detach()
@@ -77,7 +79,13 @@ def affine_groups(
     if method == "hqq":
         lines = half_quadratic(weight, group, *_wide(nearest), LOW, STEPS)
         return _rounded(weight, group, lines)
-    assert second_moment is not None
+    inner = weight.shape[1]
+    if second_moment is None or second_moment.shape != (inner, inner):
+        given = "none" if second_moment is None else f"of {tuple(second_moment.shape)}"
+        raise PassError(
+            f"affine_groups(method={method!r}) needs second_moment, float [{inner}, {inner}]: the "
+            f"sum of x xᵀ over the inputs of this weight; given was {given}"
+        )
     with torch.no_grad():
         moment = normalised_moment(second_moment, weight.device)
         weighted = weighted_groups(weight, group, moment.diagonal())

@@ -14,7 +14,7 @@ from fxopt.constant_expressions import stored
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
 from fxopt.nodes import label
-from fxopt.operators import Linear
+from fxopt.operators import Linear, as_linear
 from fxopt.passes.linear_layers.weight_inputs import watch_moments
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.passes.quantization.scaled_groups import Group, scaled_groups
@@ -220,6 +220,16 @@ def _is_tied(scale: Tensor, ties: Tensor) -> bool:
 
 
 def scaled(program: Program, smoothings: Sequence[Smoothing]) -> tuple[Program, Mapping[str, str]]:
-    """The program with its inputs divided and its weights multiplied, and what node became what."""
+    """The program with its inputs divided and its weights multiplied, and the names that its
+    linears have then.
+
+    Changes tell of nodes that keep their value alone; a linear that takes the scale of another has
+    none of that kind, but all stay in their order.
+    """
     result = rewrite(replace(program, changes=Changes()), (SmoothLinear(smoothings, {}),))
-    return replace(result, changes=program.changes.then(result.changes)), result.changes.replaced
+    before, after = (
+        [node.name for node in one.graph.nodes if as_linear(node) is not None]
+        for one in (program, result)
+    )
+    renamed = dict(zip(before, after, strict=True))
+    return replace(result, changes=program.changes.then(result.changes)), renamed
