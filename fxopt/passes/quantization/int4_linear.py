@@ -27,6 +27,8 @@ import torch
 from torch import fx
 
 from fxopt.claim import Claim, Sqnr
+from fxopt.errors import PassError
+from fxopt.nodes import label
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selections
@@ -112,6 +114,11 @@ class QuantizeInt4Linear(QuantizeLinear):
         """The packed weight, its scales and, if affine, its zero points."""
         values = self.ahead.get(weight_key(linear))
         if values is None:
+            if self.options.rounding.needs_inputs:
+                raise PassError(
+                    f"{label(linear.node)} isn't among the weights that {self.options!r} planned: "
+                    "apply the plan to the program that it was made for"
+                )
             rows = materialize(linear.weight_nk(edit.state(linear.weight)))
             group = self.options.group_of(linear.in_features)
             assert group is not None

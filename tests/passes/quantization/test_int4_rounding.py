@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxopt import Int4Linear
+from fxopt import Int4Linear, PassError
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.choices import Choices
@@ -218,3 +218,14 @@ def test_choices_of_another_program_are_taken_over(monkeypatch: pytest.MonkeyPat
     replace(pass_, group=16).plan(replace(program, choices=choices))
     pass_.plan(replace(calibrated(Block(1, True), batches), choices=choices))
     assert asked[2:] == [3, 3, 3, 3]
+
+
+def test_a_plan_of_another_program_is_refused() -> None:
+    """Rounded to the nearest it would be worse than promised, without a word."""
+    pass_ = Int4Linear(scheme="affine", weights="gptq")
+    plan = pass_.plan(calibrated(Block(0, True), inputs(0)))
+    other = calibrated(nn.Linear(32, 32), inputs(0))
+    with pytest.raises(
+        PassError, match=r"linear isn't among the weights that Int4Linear\(.*planned"
+    ):
+        pass_.apply(other, plan)
