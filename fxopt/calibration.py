@@ -27,9 +27,8 @@ class Calibration:
     `source` is any iterable of inputs, each a tensor, a tuple of positionals or a dict of keywords,
     and must give the same batches each time it is iterated. `progress` is called with a line now
     and then while batches are streamed. `was_read` tells whether any pass has asked for them.
-    Batches for which the model takes another branch than in the captured graph are passed over.
-    `instead`, of a further program, stands in where none is left; all that are outside of such a
-    program are passed over.
+    Batches for which the model takes another branch than in the captured graph are passed over;
+    `instead` stands in where none is left.
 
     Raises `CalibrationError` when `source` is no iterable of inputs.
     """
@@ -81,8 +80,7 @@ class Calibration:
         try:
             return tuple(self.signature.flatten(*spread(batch)))
         except InputError as error:
-            # A further program has calls of its own: batches of other calls are another's.
-            if isinstance(error, OutsideError) and (error.branch or self.instead is not None):
+            if isinstance(error, OutsideError) and error.branch:
                 self._refused = str(error)
                 return None
             raise CalibrationError(
