@@ -78,6 +78,10 @@ def test_perplexity_of_weights(language: Language, benchmark, record: Record) ->
     figures["channels scaled, off the grid"] = _table(
         language, scaled, {name: _LISTS[name] for name in _OFF_THE_GRID} | _LARGER_GROUPS
     )
+    turned = _turned(language.model)
+    figures["hidden states turned, off the grid"] = _table(
+        language, turned, {name: _LISTS[name] for name in _OFF_THE_GRID}
+    )
     figures["channels scaled, off the grid"]["peers"] = _peers(language, scaled)
     benchmark.extra_info.update(figures)
     record("smollm2_weights", figures)
@@ -106,6 +110,43 @@ def _table(language: Language, model: nn.Module, lists: dict[str, str]) -> dict[
                 "megabytes": round(opt.program.parameter_bytes() / 1e6, 1),
             }
     return {"perplexity of fp32": round(original, 4), "lists": rows}
+
+
+@torch.no_grad()
+def _turned(model: nn.Module) -> nn.Module:
+    """An equal model whose hidden states are turned by a drawn rotation R: no scale of channels
+    leads back to the grid.
+
+    The weight of each norm goes into what reads it, since x / rms(x) turns with x: then
+    W (R y) = (W R) y for readers and y = Rᵀ (W x) for writers. Source: Ashkboos et al., "SliceGPT",
+    ICLR 2024.
+    """
+    turned: Any = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    size = turned.config.hidden_size
+    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(drawn).Q
+
+    def set_to(parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(value.to(parameter.dtype))
+
+    def read(norm: nn.Module, readers: list[nn.Module]) -> None:
+        for reader in readers:
+            set_to(reader.weight, reader.weight.double() * norm.weight.double() @ rotation)
+        norm.weight.fill_(1.0)
+
+    head, table = turned.lm_head, turned.model.embed_tokens
+    head.weight = nn.Parameter(head.weight.clone())  # the last norm goes into the head alone
+    turned.config.tie_word_embeddings = False
+    set_to(table.weight, table.weight.double() @ rotation)
+    for layer in turned.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        read(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj])
+        read(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+        for writer in (attention.o_proj, mlp.down_proj):
+            set_to(writer.weight, rotation.T @ writer.weight.double())
+    read(turned.model.norm, [head])
+    return turned  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
