@@ -8,7 +8,8 @@ mean square of column j, which levels a group; the error is that of the outputs 
 second moment H, (w - w') H (w - w')ᵀ, of the rounding that will be used, clipping included.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and
-Acceleration", MLSys 2024 (arXiv:2306.00978); c: AutoAWQ's "duo scaling".
+Acceleration", MLSys 2024 (arXiv:2306.00978); c, after AutoAWQ's "duo scaling", which takes means of
+magnitudes.
 """
 
 from __future__ import annotations
