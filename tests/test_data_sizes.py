@@ -28,6 +28,7 @@ SPECS = [
     "int8-linear{where=always, mode=weight_only, weights=gptq}",
     "int8-linear{where=always, budget=sqnr(40)}",
     "int4-linear{weights=gptq}",
+    "int4-linear{scheme=affine, weights=awq-gptq}",
     "half-linear{dtype=float16, force=true}",
     "float8-linear{force=true}",
     "autocast{dtype=bfloat16, force=true}",

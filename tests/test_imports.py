@@ -24,6 +24,7 @@ ROOMS = (
     "guards",
     "signature",
     "calibration",
+    "choices",
     "recipe",
     "program",
     "nodes",

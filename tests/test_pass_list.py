@@ -56,7 +56,6 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "again": st.booleans(),
     "alpha": st.just("auto") | st.floats(0.0, 1.0),
     "observer": st.sampled_from(["minmax", "percentile", "mse"]),
-    "weights": st.sampled_from(["nearest", "gptq"]),
     "budget": st.none() | st.builds(Sqnr, _POSITIVE),
     "max_layers": st.none() | st.integers(0, 99),
     "where": st.sampled_from(["faster", "always"]),
@@ -72,6 +71,10 @@ _ACTIVATIONS = {
     "int8-linear": st.sampled_from(["symmetric", "affine"]),
     "int4-linear": st.sampled_from(["float", "int8"]),
 }
+_WEIGHTS = {
+    "int8-linear": st.sampled_from(["nearest", "gptq"]),
+    "int4-linear": st.sampled_from(["nearest", "hqq", "weighted", "gptq", "awq", "awq-gptq"]),
+}
 _MODES = {
     "autocast": st.sampled_from(["mixed", "full", "half"]),
     "int8-linear": st.sampled_from(["dynamic", "static", "weight_only"]),
@@ -83,8 +86,14 @@ _MODES = {
 def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
     """Any values for any of the options of a pass."""
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    own = {"mode": _MODES, "group": _GROUPS, "importance": _IMPORTANCES, "ratio": _RATIOS}
-    own["activations"] = _ACTIVATIONS
+    own = {
+        "mode": _MODES,
+        "group": _GROUPS,
+        "importance": _IMPORTANCES,
+        "ratio": _RATIOS,
+        "weights": _WEIGHTS,
+        "activations": _ACTIVATIONS,
+    }
     known = {**_OPTIONS, **{name: of.get(kind.name, st.nothing()) for name, of in own.items()}}
     drawn = {name: known[name] for name in fields if not name.startswith("target_")}
     return st.fixed_dictionaries({}, optional=drawn).filter(agree)
@@ -92,10 +101,11 @@ def options_of(kind: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
 
 def agree(options: dict[str, Any]) -> bool:
     """Whether these options go together, where the test of each pass says that some don't."""
-    affine = options.get("scheme") == "affine" and options.get("weights") == "gptq"
+    fits_zero_points = options.get("weights") in ("hqq", "weighted")
+    without = fits_zero_points and options.get("scheme", "symmetric") == "symmetric"
     if options.get("weight_only"):
         return not options.get("force") and options.get("device") is None
-    return not affine and options.get("lossless", True)
+    return not without and options.get("lossless", True)
 
 
 passes = st.sampled_from(sorted(PASSES)).flatmap(

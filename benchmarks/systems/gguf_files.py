@@ -60,6 +60,18 @@ def rewritten(source: Path, target: Path, weights: str) -> Path:
     return target
 
 
+def as_stored(weights: str, name: str, values: Any, layers: int) -> tuple[Any, int]:
+    """What float32 `values` [N, K] of the tensor `name` are in a file of the type `weights`.
+
+    As float32 once more, and in how many bytes. The file would have so many `layers`.
+    """
+    import gguf
+
+    kind = _kind(weights, name, values.shape[1], layers)
+    stored = _rounded(values, kind)
+    return gguf.dequantize(stored, kind), stored.nbytes
+
+
 def weight_bytes(file: Path) -> int:
     """Bytes of all tensors, which a token reads: a tied head reads the embedding."""
     import gguf

@@ -14,6 +14,7 @@ from fxopt.analyses.precision import rounding_claim
 from fxopt.calibration import Calibration
 from fxopt.calls import Inputs
 from fxopt.capture import normalize_inputs
+from fxopt.choices import Choices
 from fxopt.claim import Claim, Close
 from fxopt.data_sizes import observe_sizes
 from fxopt.errors import EquivalenceError, InputError, OutsideError
@@ -47,17 +48,20 @@ def captured(
     calibration: Iterable[Any] | None = None,
     notes: Sequence[str] = (),
     further: bool = False,
+    choices: Choices | None = None,
 ) -> Run:
     """The run that begins with `model`, captured on `inputs`, or with the program that it is.
 
     It is judged on the inputs `more` as well, and on those of `resized` that are its own in place
     of the example at other sizes. A `further` program of a model is judged on those of `more` that
-    are its own, and calibrated on the example where none of the batches is. Raises
-    `EquivalenceError` where the capture computes something else than the model, and what `capture`
-    raises.
+    are its own, and calibrated on the example where none of the batches is. `choices` are those of
+    passes for the programs before it. Raises `EquivalenceError` where the capture computes
+    something else than the model, and what `capture` raises.
     """
     run = captured_alone(model, inputs, mode, judging, more=more, resized=resized, further=further)
-    return begun(run, judging, calibration=calibration, notes=notes, further=further)
+    return begun(
+        run, judging, calibration=calibration, notes=notes, further=further, choices=choices
+    )
 
 
 def captured_alone(
@@ -106,16 +110,16 @@ def begun(
     calibration: Iterable[Any] | None = None,
     notes: Sequence[str] = (),
     further: bool = False,
+    choices: Choices | None = None,
 ) -> Run:
-    """A run with what was captured alone: `calibration` is streamed to its passes, and its notes
-    begin with `notes`."""
+    """A run with what was captured alone: `calibration` is streamed to its passes, which find in
+    `choices` what those before them chose, and its notes begin with `notes`."""
     run = replace(run, notes=(*notes, *run.notes))
-    if calibration is None:
-        return run
-    program = run.program
-    instead = program.example if further else None
-    given = Calibration(calibration, program.signature, judging.progress, instead)
-    program = replace(program, calibration=given)
+    program = replace(run.program, choices=choices)
+    if calibration is not None:
+        instead = program.example if further else None
+        given = Calibration(calibration, program.signature, judging.progress, instead)
+        program = replace(program, calibration=given)
     return replace(run, program=program, reference=replace(run.reference, captured=program))
 
 

@@ -35,7 +35,7 @@ def finished(run: Run, judging: Judging, measure_cost: bool | None) -> PipelineR
             "these is changed in place, calls raise ModelError; transform again then"
         )
     run, evaluation = _evaluation(run, program, judging)
-    program = replace(program, changes=Changes(), notes=run.notes, calibration=None)
+    program = replace(program, changes=Changes(), notes=run.notes, calibration=None, choices=None)
     result = Result(program, module, run.compiled)
     end_to_end = _judged(run, result, judging) if judging.verify else None
     steps = tuple(step.record for step in run.steps)
@@ -100,7 +100,7 @@ def _evaluation(run: Run, program: Program, judging: Judging) -> tuple[Run, Eval
     if program.mode == "eval":
         return run, Evaluation()
     judging.progress("capturing the evaluation graph")
-    captured = replace(run.reference.captured, calibration=None)
+    captured = replace(run.reference.captured, calibration=None, choices=None)
     kept = (name for name, one in captured.state.items() if program.state.get(name) is one)
     evaluator = Evaluator(run.model, captured, run.applied, frozenset(kept), run.joined)
     held = run.reference if judging.budget is None else run.reference.original()

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxopt.capture import callers_modes_off, uncompiled
+from fxopt.choices import Choices
 from fxopt.interpreter import fork_rng
 from fxopt.optimized import MOST_PROGRAMS, Optimized, PipelineResult, make_optimized
 from fxopt.optimized.members import stamp
@@ -92,6 +93,7 @@ class Staged:
         self.passes = resolve_passes(passes)
         self.schedule = scheduled(self.passes, "eval")
         self.judging = Judging()
+        self.choices = Choices()
         self._left = list(self.schedule.rewrites)
         self._run: Run | None = None
 
@@ -133,7 +135,14 @@ class Staged:
         run = self.captures.run(inputs, further)
         cache = any(isinstance(one, QuantizeCache) for one in self.passes)
         notes = (*self.captures.notes, *((NO_CACHE,) if cache else ()))
-        return begun(run, self.judging, calibration=self.calibration, notes=notes, further=further)
+        return begun(
+            run,
+            self.judging,
+            calibration=self.calibration,
+            notes=notes,
+            further=further,
+            choices=self.choices,
+        )
 
     def _module(self, lower: bool) -> Optimized:
         assert self._run is not None

@@ -48,6 +48,30 @@ def feed_back(
             left[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
 
 
+def settle_in_order(
+    weight: Tensor,
+    moment: Tensor,
+    damping: float,
+    settle: Callable[[int, Tensor], Tensor],
+    order: bool,
+    stride: int | None = None,
+) -> None:
+    """Settle the columns of `weight` `[N, K]`, with `order` those of large inputs first.
+
+    `settle(place, waiting)` gives what column `place` of the weight becomes `[N]`, float32;
+    `waiting[0]` is what it should be by now, and the columns to come follow it. `moment` `[K, K]`
+    is normalised, `stride` as `feed_back` has it, in the weight's own order alone.
+    """
+    left = weight.detach().t().to(torch.float32, copy=True).contiguous()
+    places = list(range(len(left)))
+    if order:
+        permutation = moment.diagonal().argsort(descending=True, stable=True)
+        left, moment = left[permutation], moment[permutation][:, permutation]
+        places = permutation.tolist()
+    factor = inverse_factor(moment, damping)
+    feed_back(left, factor, lambda k: left[k] - settle(places[k], left[k:]), stride)
+
+
 def errs_less(weight: Tensor, other: Tensor, plain: Tensor, moment: Tensor) -> Tensor:
     """bool `[N, 1]`: the rows of `weight` that `other` errs less on than `plain`, all float64.
 

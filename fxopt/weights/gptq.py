@@ -13,7 +13,7 @@ stays nearest, so no row is ever worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -25,9 +25,8 @@ from fxopt.kernels.quantization import row_scale
 from fxopt.weights.error_feedback import (
     LARGEST_DAMPING,
     errs_less,
-    feed_back,
-    inverse_factor,
     normalised_moment,
+    settle_in_order,
 )
 
 Rounding = Literal["nearest", "gptq"]
@@ -64,7 +63,8 @@ def quantize_rows(
         moment = normalised_moment(second_moment, weight.device)
         largest = 2 ** (bits - 1) - 1
         fed_back = _fed_back(weight, nearest[1], largest, group, moment, damping, order)
-        return _better_rows(weight, nearest, fed_back, moment)
+        better_rows(weight, nearest, fed_back, moment, _dense)
+    return nearest
 
 
 def _check(
@@ -152,48 +152,43 @@ def _fed_back(
     order: bool,
 ) -> tuple[Tensor, Tensor]:
     """q [N, K] and scale [N, groups], rounded column by column with the scales given first."""
-    columns = weight.shape[1]
-    size = group or columns
+    size = group or weight.shape[1]
     # Rounded out of order, a group has no first column to take its scale from.
     stride = None if order else group
     scale = scale.t().clone(memory_format=torch.contiguous_format)
-    left = weight.detach().t().to(torch.float32, copy=True).contiguous()
-    places = list(range(columns))
-    if order:
-        permutation = moment.diagonal().argsort(descending=True, stable=True)
-        left, moment = left[permutation], moment[permutation][:, permutation]
-        places = permutation.tolist()
-    q = torch.empty_like(left, dtype=torch.int8)
+    q = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
 
-    def rounded(k: int) -> Tensor:
-        if stride and k % stride == 0:
-            scale[k // stride] = row_scale(left[k : k + stride].t(), largest).view(-1)
-        unit = scale[places[k] // size]
-        integers = _round(left[k], unit, largest)
-        q[places[k]] = integers
-        return left[k] - integers.mul_(unit)
+    def rounded(place: int, waiting: Tensor) -> Tensor:
+        if stride and place % stride == 0:
+            scale[place // stride] = row_scale(waiting[:stride].t(), largest).view(-1)
+        unit = scale[place // size]
+        integers = _round(waiting[0], unit, largest)
+        q[place] = integers
+        return integers.mul_(unit)
 
-    feed_back(left, inverse_factor(moment, damping), rounded, stride)
+    settle_in_order(weight, moment, damping, rounded, order, stride)
     return q.t().contiguous(), scale.t().contiguous()
 
 
-def _better_rows(
+def better_rows(
     weight: Tensor,
-    nearest: tuple[Tensor, Tensor],
-    other: tuple[Tensor, Tensor],
+    plain: Sequence[Tensor],
+    other: Sequence[Tensor],
     moment: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The rows of `other` where they err less than the nearest, the nearest elsewhere."""
-    (q, scale), (q2, scale2) = nearest, other
+    dense: Callable[..., Tensor],
+) -> None:
+    """The rows of `plain` become those of `other` where these err less, in place.
+
+    Both hold integers, scales and what else a row of `weight` is rounded to, rows first; `dense`
+    makes float64 `[rows, K]` of them.
+    """
     wide = moment.double()
     for first, last in _chunks(weight):
         part = slice(first, last)
-        exact = weight.detach()[part].double()
-        dense = _dense(q2[part], scale2[part]), _dense(q[part], scale[part])
-        better = errs_less(exact, *dense, wide)
-        q[part] = torch.where(better, q2[part], q[part])
-        scale[part] = torch.where(better, scale2[part], scale[part])
-    return q, scale
+        two, one = (dense(*(tensor[part] for tensor in pair)) for pair in (other, plain))
+        better = errs_less(weight.detach()[part].double(), two, one, wide)
+        for kept, new in zip(plain, other, strict=True):
+            kept[part] = torch.where(better, new[part], kept[part])
 
 
 def _dense(q: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ from fxopt.pass_list import PASSES, parse_passes
 from tests.cli.command import run
 from tests.test_pass_registry import install
 
-NEEDING_OTHERS = {("prune-channels", "weighting"), ("half-linear", "lossless")}
+NEEDING_OTHERS = {
+    ("prune-channels", "weighting"),
+    ("half-linear", "lossless"),
+    ("int4-linear", "weights"),
+}
 """Options whose other choice needs another option."""
 
 
@@ -26,7 +30,7 @@ def test_every_pass_is_listed_with_its_options() -> None:
         "  Linear layers on int4 weights, two a byte; activations stay as they are, "
         "or become int8.\n"
         "    group        a whole number from 2 on, a multiple of 2 | none  [none]\n"
-        "    weights      nearest | gptq  [nearest]\n"
+        "    weights      nearest | hqq | weighted | gptq | awq | awq-gptq  [nearest]\n"
         "    include      globs over module paths, separated by |  [*]\n"
         "    exclude      globs over module paths, separated by |  [empty]\n"
         "    tied         true | false  [false]\n"

@@ -1,6 +1,9 @@
-"""Four bits in affine groups: no worse than the range of a group, and exact on a grid."""
+"""Four bits in affine groups: no worse than the range of a group, exact on a grid, and no worse on
+the inputs that they were fitted to."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.claim import sqnr
-from fxopt.errors import KernelError
+from fxopt.errors import KernelError, PassError
 from fxopt.weights import affine
 from fxopt.weights.affine import AffineWeight, affine_groups
 
@@ -99,3 +102,159 @@ def test_what_integers_cannot_express_names_its_row() -> None:
     weight[2, 5] = float("nan")
     with pytest.raises(KernelError, match="affine_groups: output channel 2 holds NaN or infinity"):
         affine_groups(weight, 32)
+
+
+FITTINGS: tuple[Any, ...] = ("nearest", "weighted", "gptq")
+
+
+def outputs_error(weight: Tensor, found: AffineWeight, moment: Tensor) -> Tensor:
+    """(w - w') H (w - w')ᵀ of each row, in float64."""
+    off = weight.double() - dense(found)
+    return ((off @ moment.double()) * off).sum(1)
+
+
+def correlated(samples: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Inputs [samples, columns] that are correlated and of unequal size, as activations are."""
+    x = torch.randn(samples, columns, generator=generator)
+    x = x @ torch.randn(columns, columns, generator=generator) / columns**0.5
+    return x * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+
+
+@st.composite
+def fitted(draw: st.DrawFn) -> tuple[Tensor, int, Tensor]:
+    """A weight, a group, and the second moment of inputs drawn with it."""
+    group = draw(st.sampled_from([2, 16, 32]))
+    columns = group * draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(draw(st.sampled_from([1, 2, 9])), columns, generator=generator)
+    kind = draw(st.sampled_from(["plain", "equal", "outlier", "zeros", "tiny", "huge", "wide"]))
+    if kind == "equal":
+        weight.fill_(-0.3)
+    elif kind == "outlier":
+        weight[0, -1] = 1e4
+    elif kind in ("zeros", "tiny", "huge"):
+        weight[::2] *= {"zeros": 0.0, "tiny": 1e-42, "huge": 3e37}[kind]
+    elif kind == "wide":
+        weight *= torch.logspace(-4, 4, columns)
+    x = correlated(draw(st.sampled_from([1, columns // 2 + 1, 3 * columns])), columns, generator)
+    if draw(st.booleans()):
+        x[:, ::3] = 0.0
+    return weight, group, x.t() @ x * draw(st.sampled_from([1.0, 1e-30, 1e20]))
+
+
+@given(fitted(), st.sampled_from(["weighted", "gptq"]))
+def test_no_row_errs_more_on_its_inputs_than_the_nearest(drawn: Any, method: Any) -> None:
+    weight, group, moment = drawn
+    before = weight.clone(), moment.clone()
+    nearest = affine_groups(weight, group)
+    found = affine_groups(weight, group, method, moment)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(moment, before[1])
+    assert [t.shape for t in found] == [t.shape for t in nearest]
+    assert found.scale.dtype == found.zero_point.dtype
+    assert all(bool(t.isfinite().all()) for t in found)
+    assert int(found.values.min()) >= -8
+    assert int(found.values.max()) <= 7
+    assert bool((found.scale > 0).all())
+    worse = outputs_error(weight, found, moment) - outputs_error(weight, nearest, moment)
+    # What the moment's own rounding to float32 in other units can hide.
+    magnitude = (weight.double() - dense(nearest)).abs()
+    hidden = ((magnitude @ moment.double().abs()) * magnitude).sum(1)
+    assert bool((worse <= 1e-6 * hidden).all()), (worse / hidden).max()
+
+
+def test_each_step_from_the_nearest_to_feedback_pays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = correlated(2000, 256, generator)
+    weight = torch.randn(48, 256, generator=generator)
+    weight *= torch.randn(256, generator=generator).mul(0.3).exp()
+    moment = x.t() @ x
+    errors = {
+        method: float(
+            outputs_error(weight, affine_groups(weight, 32, method, moment), moment).sum()
+        )
+        for method in ("nearest", "weighted", "gptq")
+    }
+    assert errors["weighted"] < 0.75 * errors["nearest"]
+    assert errors["gptq"] < 0.5 * errors["weighted"]
+
+
+def test_numbers_refitted_to_their_integers_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = correlated(2000, 256, generator)
+    weight, moment = torch.randn(48, 256, generator=generator), x.t() @ x
+    refitted = outputs_error(weight, affine_groups(weight, 32, "gptq", moment), moment).sum()
+    monkeypatch.setattr(
+        affine,
+        "refitted_lines",
+        lambda weight, q, scale, zero, moment: (scale.float(), zero.float()),
+    )
+    plain = outputs_error(weight, affine_groups(weight, 32, "gptq", moment), moment).sum()
+    assert refitted < 0.97 * plain
+
+
+def test_feedback_that_comes_back_to_other_places_would_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No row can be worse than the nearest, so what is broken shows in what it no longer gains."""
+    generator = torch.Generator().manual_seed(0)
+    x = correlated(2000, 128, generator)
+    weight, moment = torch.randn(48, 128, generator=generator), x.t() @ x
+    right = outputs_error(weight, affine_groups(weight, 32, "gptq", moment), moment).sum()
+    plain = affine.settle_in_order
+
+    def misplaced(weight: Tensor, moment: Tensor, damping: float, settle: Any, order: bool) -> None:
+        plain(weight, moment, damping, lambda k, left: settle((k + 1) % 128, left), order)
+
+    monkeypatch.setattr(affine, "settle_in_order", misplaced)
+    wrong = outputs_error(weight, affine_groups(weight, 32, "gptq", moment), moment).sum()
+    assert wrong > 1.5 * right
+
+
+@pytest.mark.parametrize("method", ["weighted", "gptq", "hqq"])
+def test_a_grid_of_sixteen_is_kept_by_every_method(method: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(0, 16, (16, 4, 32), generator=generator)
+    steps[..., 0], steps[..., 1] = 0, 15
+    scale = torch.rand(16, 4, 1, generator=generator).half().float()
+    low = -scale * (4 + 8 * torch.rand(16, 4, 1, generator=generator))
+    weight = (steps * scale + low).view(16, 128)
+    x = correlated(500, 128, generator)
+    found = affine_groups(weight, 32, method, x.t() @ x)
+    assert sqnr(weight, dense(found)) > 58.0
+
+
+def test_without_any_input_weighted_groups_are_the_nearest() -> None:
+    weight = torch.randn(5, 64)
+    for method in ("weighted", "gptq"):
+        found = affine_groups(weight, 32, method, torch.zeros(64, 64))
+        for one, other in zip(found, affine_groups(weight, 32), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["nearest", "hqq", "weighted", "gptq"])
+def test_rows_at_a_time_are_the_rows_at_once(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(9, 64, generator=generator), correlated(200, 64, generator)
+    whole = affine_groups(weight, 16, method, x.t() @ x)
+    monkeypatch.setattr(affine, "_CHUNK_ELEMENTS", 100)
+    for one, other in zip(affine_groups(weight, 16, method, x.t() @ x), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["nearest", "hqq", "weighted", "gptq"])
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0)])
+def test_empty_weights(method: Any, shape: tuple[int, int]) -> None:
+    found = affine_groups(torch.zeros(shape), 32, method, torch.zeros(shape[1], shape[1]))
+    assert [tuple(t.shape) for t in found] == [shape, *[(shape[0], shape[1] // 32)] * 2]
+
+
+def test_a_moment_that_is_none_is_refused() -> None:
+    weight = torch.randn(3, 32)
+    for method in ("weighted", "gptq"):
+        with pytest.raises(PassError, match="holds NaN, infinity or a negative diagonal"):
+            affine_groups(weight, 32, method, -torch.eye(32))
+        with pytest.raises(
+            PassError, match=r"needs second_moment, float \[32, 32\].*given was none"
+        ):
+            affine_groups(weight, 32, method)

@@ -16,28 +16,35 @@ With `activations="int8"` the input is rounded too, in the groups of the weight,
 A weight takes 4 bits and a float32 scale per group, 4.25 bits at 128; or two float16 numbers, 5
 bits at 32. It saves memory, and time where few rows meet it, as in the decoding of a language
 model.
-Source: Frantar et al., "GPTQ", ICLR 2023; groups: Shen et al., "Q-BERT", AAAI 2020.
+Source: groups: Shen et al., "Q-BERT", AAAI 2020; how they are fitted: `fxopt.weights.affine`,
+`fxopt.weights.gptq` and `fxopt.weights.activation_scales`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxopt.claim import Claim, Sqnr
-from fxopt.constant_expressions import stored
-from fxopt.errors import KernelError, PassError
-from fxopt.kernels import pack_int4
+from fxopt.errors import PassError
 from fxopt.nodes import label
 from fxopt.operators import Linear
 from fxopt.passes.linear_layers.linear_rule import chosen_linears
 from fxopt.passes.linear_layers.selection import Selections
-from fxopt.passes.linear_layers.weight_inputs import watch_moments
+from fxopt.passes.quantization.int4_rounding import (
+    Int4Scheme,
+    Int4Weights,
+    Packed,
+    Rounding,
+    choose_scales,
+    round_by_inputs,
+    scaled,
+)
 from fxopt.passes.quantization.quantize_linear import (
     QuantizeLinear,
     Scheme,
@@ -48,6 +55,7 @@ from fxopt.passes.quantization.quantize_linear import (
     refuse_other_groups,
     weight_key,
 )
+from fxopt.passes.quantization.smoothing_rule import Smoothing
 from fxopt.program import Program
 from fxopt.recipe import materialize
 from fxopt.rewriting import (
@@ -66,16 +74,8 @@ from fxopt.rewriting import (
 from fxopt.rewriting.option_annotations import Give
 from fxopt.rewriting.option_types import Bounds
 from fxopt.rewriting.options import Conflict, follows
-from fxopt.weights import quantize_rows
-from fxopt.weights.affine import affine_groups
-from fxopt.weights.gptq import Rounding
 
 aten, ops = torch.ops.aten, torch.ops.fxopt
-
-Packed = tuple[Tensor, ...]
-"""A weight: uint8 [N, K/2], float scales [N, K/g, 1] and, if affine, zero points like them."""
-
-Int4Scheme = Literal["symmetric", "affine"]
 
 Int4Activations = Literal["float", "int8"]
 
@@ -86,7 +86,7 @@ _GROUPS: Mapping[Int4Scheme, tuple[int, ...]] = {
 _FLOOR: Mapping[Int4Scheme, Claim] = {"symmetric": Sqnr(5.0), "affine": Sqnr(7.0)}
 """Decibels end to end: of the table of architectures, with random weights, 5.9 and 7.9 dB are kept.
 """
-_BITS = 4
+_AFFINE_ALONE = ("hqq", "weighted")
 
 
 class QuantizeInt4Linear(QuantizeLinear):
@@ -130,8 +130,15 @@ class QuantizeInt4Linear(QuantizeLinear):
         """The packed weight, its scales and, if affine, its zero points."""
         values = self.ahead.get(weight_key(linear))
         if values is None:
+            if self.options.rounding.needs_inputs:
+                raise PassError(
+                    f"{label(linear.node)} isn't among the weights that {self.options!r} planned: "
+                    "apply the plan to the program that it was made for"
+                )
             rows = materialize(linear.weight_nk(edit.state(linear.weight)))
-            values = self.options.round(linear, rows, None)
+            group = self.options.group_of(linear.in_features)
+            assert group is not None
+            values = self.options.rounding.round(linear, rows, group, None)
         roles = ("int4", "scale", "zero_point")
         named = zip(roles, values, strict=False)
         return tuple(edit.constant(f"{linear.name}_{role}", value) for role, value in named)
@@ -181,8 +188,10 @@ class SelectInt4Linear(Rule):
 
 @dataclass(frozen=True)
 class Int4Plan(Plan):
-    """A plan with the weights that calibration rounded."""
+    """A plan with what calibration told: how inputs are scaled, and weights by the names that they
+    have then."""
 
+    scales: tuple[Smoothing, ...] = field(default=(), repr=False, compare=False)
     weights: Mapping[WeightKey, Packed] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -194,8 +203,14 @@ class Int4Linear(Pass[Int4Plan]):
     128, 64 and 32 that divides their number, and a layer that none divides is refused.
     `scheme="affine"` gives a group a zero point as well, fits both to it by least squares, its ends
     clipped where that pays, and stores them in float16; `group` left out is 32 where that divides.
-    `weights="gptq"` rounds with error feedback from `transform(calibration=)`, all layers on the
-    inputs that the unrounded model gives them, columns of large inputs first; `"nearest"` without.
+
+    `weights` says what the integers and their scales are fitted to. Without data: `"nearest"`, the
+    weight; `"hqq"` (affine), the weight but for its outliers. From `transform(calibration=)`, all
+    layers on the inputs that the unrounded model gives them, and no row worse than the nearest on
+    these: `"weighted"` (affine), the weight, a column counting as the squares of its inputs;
+    `"gptq"`, the outputs, by error feedback, columns of large inputs first; `"awq"`, which scales
+    the channels of each input before, folded into what computes it or as a multiply, and `"awq-
+    gptq"` both. All programs of a model that generates round a weight alike.
 
     `activations="int8"` rounds each token of the input as well, with a scale for each group, taken
     at run time: few rows are then multiplied as integers, about twice as fast where a CPU has the
@@ -217,7 +232,7 @@ class Int4Linear(Pass[Int4Plan]):
             "these that fits"
         ),
     ] = None
-    weights: Rounding = "nearest"
+    weights: Int4Weights = "nearest"
     include: Selections = ("*",)
     exclude: Selections = ()
     tied: bool = False
@@ -228,12 +243,13 @@ class Int4Linear(Pass[Int4Plan]):
     stage: ClassVar[Stage] = Stage.NUMERICS
 
     def conflict(self) -> Conflict | None:
-        """Error feedback rounds to scales that it is given, and the affine ones are fitted."""
-        if self.weights == "nearest" or self.scheme == "symmetric":
+        """What fits zero points needs some."""
+        if self.scheme == "affine" or self.weights not in _AFFINE_ALONE:
             return None
         return Conflict(
             ("scheme", "weights"),
-            "error feedback has symmetric groups; give weights='nearest' with scheme='affine'",
+            f"weights={self.weights!r} fits zero points, which symmetric groups have none of; give "
+            "scheme='affine', or weights='nearest', 'gptq', 'awq' or 'awq-gptq'",
         )
 
     def default_claim(self) -> Claim:
@@ -254,56 +270,52 @@ class Int4Linear(Pass[Int4Plan]):
         """The groups that are tried, the wanted one first."""
         return _GROUPS[self.scheme] if self.group is None else (self.group,)
 
-    def round(self, linear: Linear, rows: Tensor, moment: Tensor | None) -> Packed:
-        """The weight `rows` [N, K] of a layer in four bits; with feedback where `moment` is given.
-
-        Raises `PassError`, naming the layer, for NaN and infinity.
-        """
-        group = self.group_of(linear.in_features)
-        assert group is not None
-        try:
-            if self.scheme == "affine":
-                q, *numbers = affine_groups(rows, group)
-            else:
-                q, *numbers = quantize_rows(
-                    rows.detach(),
-                    bits=_BITS,
-                    group=group,
-                    method="nearest" if moment is None else "gptq",
-                    second_moment=moment,
-                    order=True,
-                )
-        except KernelError as error:
-            raise PassError(f"{label(linear.node)}: {error}; exclude= takes it out") from error
-        return pack_int4(q), *(number.unsqueeze(-1) for number in numbers)
+    @property
+    def rounding(self) -> Rounding:
+        """How a weight becomes four bits."""
+        return Rounding(self.scheme, self.weights, repr(self))
 
     def plan(self, program: Program) -> Int4Plan:
         """The linears that will be rewritten, and why the others will not."""
-        rule = QuantizeInt4Linear(self)
+        rule, rounding = QuantizeInt4Linear(self), self.rounding
         plan = plan_rules(program, (rule,), repr(self))
-        if self.weights == "nearest" or not plan.sites:
+        if not rounding.needs_inputs or not plan.sites:
             return Int4Plan(plan.spec, plan.sites, plan.refusals)
-        linears = chosen_linears(program, rule, plan.sites)
-        weights, warnings = _round_by_inputs(self, program, linears)
+        warnings: dict[str, None] = {}
+        linears = self._with_groups(chosen_linears(program, rule, plan.sites))
+        scales: tuple[Smoothing, ...] = ()
+        details: tuple[str, ...] = ()
+        if rounding.scales:
+            scales, details = choose_scales(rounding, program, linears, warnings)
+            program, renamed = scaled(program, scales)
+            sites = [replace(one, node=renamed.get(one.node, one.node)) for one in plan.sites]
+            linears = self._with_groups(chosen_linears(program, rule, sites))
+        # The second look at the same inputs has nothing to add to what the first one warned of.
+        again: dict[str, None] = {}
+        weights = round_by_inputs(rounding, program, linears, again)
+        warnings = warnings or again
         return Int4Plan(
-            plan.spec, plan.sites, plan.refusals, warnings=tuple(warnings), weights=weights
+            plan.spec,
+            plan.sites,
+            plan.refusals,
+            warnings=tuple(warnings),
+            details=details,
+            scales=scales,
+            weights=weights,
         )
 
     def apply(self, program: Program, plan: Int4Plan) -> Program:
-        """Rewrite the plan's linears, sparing its excluded nodes."""
-        return rewrite(program, (QuantizeInt4Linear(self, plan.weights),), plan.excluded)
+        """Rewrite the plan's linears, sparing its excluded nodes.
 
+        Scales are put in as one: they are exact whatever is rounded, and a weight is rounded for
+        those of its neighbours too.
+        """
+        excluded = plan.excluded
+        if plan.scales and plan.sites:
+            program, renamed = scaled(program, plan.scales)
+            excluded = frozenset(renamed.get(name, name) for name in excluded)
+        return rewrite(program, (QuantizeInt4Linear(self, plan.weights),), excluded)
 
-def _round_by_inputs(
-    options: Int4Linear, program: Program, linears: Sequence[Linear]
-) -> tuple[dict[WeightKey, Packed], dict[str, None]]:
-    """The weights of `linears` rounded with feedback, and what calibration warns of."""
-    rounded: dict[WeightKey, Packed] = {}
-    warnings: dict[str, None] = {}
-    without = "weights='nearest'"
-    for layers, moment in watch_moments(program, linears, warnings, "the nearest", without):
-        for linear in layers:
-            rows = materialize(linear.weight_nk(stored(program, linear.weight)))
-            matrix = moment.matrix if moment.rows else None
-            rounded[weight_key(linear)] = options.round(linear, rows, matrix)
-    return rounded, warnings
+    def _with_groups(self, linears: Sequence[Linear]) -> list[tuple[Linear, int]]:
+        groups = ((linear, self.group_of(linear.in_features)) for linear in linears)
+        return [(linear, group) for linear, group in groups if group is not None]

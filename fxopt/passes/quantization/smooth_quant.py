@@ -18,19 +18,20 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from fxopt.analyses.channel_scaling import Absorption, find_absorption, view_source
+from fxopt.analyses.channel_scaling import Absorption
 from fxopt.claim import Claim, Close
 from fxopt.nodes import label, origins
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
-from fxopt.operators.linears import Linear, as_linear, refuse_shared_weight
+from fxopt.operators.linears import Linear
 from fxopt.passes.linear_layers.linear_rule import check_unquantized
 from fxopt.passes.linear_layers.selection import (
     refuse_by_path,
     refuse_weight,
 )
 from fxopt.passes.quantization.quantize_linear import Range, bits_of
-from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear, readers
+from fxopt.passes.quantization.scaled_groups import Group, scaled_groups
+from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear
 from fxopt.program import Program, Refusal
 from fxopt.recipe import materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
@@ -83,23 +84,6 @@ class SmoothQuant(Pass[SmoothPlan]):
         return rewrite(program, (SmoothLinear(groups, plan.reasons),), plan.excluded)
 
 
-@dataclass
-class _Group:
-    """Linears that share one input (or views of it), and where its scale can go."""
-
-    linears: list[Linear]
-    home: Absorption | str
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return list(dict.fromkeys(linear.x for linear in self.linears))
-
-    @property
-    def name(self) -> str:
-        more = len(self.linears) - 1
-        return label(self.linears[0].node) + (f" and {more} more" if more else "")
-
-
 class _Planning:
     """One plan in the making."""
 
@@ -114,7 +98,7 @@ class _Planning:
     def plan(self) -> SmoothPlan:
         nodes = self.program.graph.nodes
         check_unquantized(self.program, repr(self.options), "smooth")
-        groups = self._groups()
+        groups, self.reasons = scaled_groups(self.program, self._reason_to_refuse)
         warnings = self._observe(groups) if groups else ()
         # From the end, since a scale that a linear's rows absorb changes its own columns' largest.
         found = [self._smoothing(group) for group in reversed(groups)][::-1]
@@ -134,27 +118,6 @@ class _Planning:
             reasons=self.reasons,
         )
 
-    def _groups(self) -> list[_Group]:
-        by_source: dict[fx.Node, list[Linear]] = {}
-        for linear in filter(None, map(as_linear, self.program.graph.nodes)):
-            reason = self._reason_to_refuse(linear)
-            if reason is None:
-                by_source.setdefault(view_source(linear.x)[0], []).append(linear)
-            else:
-                self.reasons[linear.node.name] = reason
-        groups: list[_Group] = []
-        taken: set[fx.Node] = set()
-        for source, linears in by_source.items():
-            kept = self._unshared(linears)
-            if kept:
-                home = find_absorption(source, readers(kept))
-                if isinstance(home, Absorption) and home.producer in taken:
-                    home = f"{label(home.producer)} takes the scale of another part already"
-                if isinstance(home, Absorption):
-                    taken.add(home.producer)
-                groups.append(_Group(kept, home))
-        return groups
-
     def _reason_to_refuse(self, linear: Linear) -> str | None:
         unfit = refuse_by_path(linear, self.options.include, self.options.exclude)
         unfit = unfit or refuse_weight(linear)
@@ -166,21 +129,7 @@ class _Planning:
             return "it is smoothed already"
         return None
 
-    def _unshared(self, linears: list[Linear]) -> list[Linear]:
-        """Those whose weight nothing outside of the group reads."""
-        nodes = {linear.node for linear in linears}
-        kept = []
-        for linear in linears:
-            reason = refuse_shared_weight(
-                linear, lambda user: user in nodes or (bool(user.users) and nodes >= {*user.users})
-            )
-            if reason is None:
-                kept.append(linear)
-            else:
-                self.reasons[linear.node.name] = reason
-        return kept
-
-    def _observe(self, groups: Sequence[_Group]) -> tuple[str, ...]:
+    def _observe(self, groups: Sequence[Group]) -> tuple[str, ...]:
         layers: dict[str, Sequence[Observer]] = {}
         for group in groups:
             for x in group.inputs:
@@ -190,7 +139,7 @@ class _Planning:
         watched = {x: seen if auto else seen[:1] for x, seen in self.observers.items()}
         return calibration_warnings(observe(self.program, watched), layers)
 
-    def _smoothing(self, group: _Group) -> Smoothing | None:
+    def _smoothing(self, group: Group) -> Smoothing | None:
         activations = torch.stack(
             [self._largest(x, group.linears[0].in_features) for x in group.inputs]
         ).amax(0)
@@ -225,7 +174,7 @@ class _Planning:
         seen = self.observers[x][0].largest
         return seen.double().cpu() if len(seen) else torch.zeros(channels, dtype=torch.float64)
 
-    def _weights(self, group: _Group) -> tuple[Tensor, list[Tensor]]:
+    def _weights(self, group: Group) -> tuple[Tensor, list[Tensor]]:
         """The largest magnitude per input channel of all weights, and samples of their rows."""
         largest: Tensor | None = None
         samples = []
@@ -241,16 +190,12 @@ class _Planning:
         assert largest is not None
         return largest, samples
 
-    def _leave(self, group: _Group, reason: str) -> Smoothing | None:
+    def _leave(self, group: Group, reason: str) -> Smoothing | None:
         self.reasons.update({linear.node.name: reason for linear in group.linears})
         return None
 
-    def _note(self, group: _Group, alpha: float, scale: Tensor) -> None:
-        if isinstance(group.home, Absorption):
-            where = f"absorbed by {label(group.home.producer)}"
-        else:
-            where = f"a multiply stays, since {group.home}"
+    def _note(self, group: Group, alpha: float, scale: Tensor) -> None:
         low, high = float(scale.min()), float(scale.max())
         self.details.append(
-            f"{group.name}: alpha {alpha:g}, scales {low:.3g} to {high:.3g}, {where}"
+            f"{group.name}: alpha {alpha:g}, scales {low:.3g} to {high:.3g}, {group.place}"
         )

@@ -248,12 +248,63 @@ def test_feedback_keeps_what_every_pass_owes() -> None:
     check(Int4Linear(weights="gptq"), Shared(), (torch.randn(90, 64),), 3)
 
 
-def test_feedback_from_too_little_is_warned_of() -> None:
+LEARNT = [
+    ("symmetric", "gptq"),
+    ("symmetric", "awq"),
+    ("symmetric", "awq-gptq"),
+    ("affine", "weighted"),
+    ("affine", "gptq"),
+    ("affine", "awq"),
+    ("affine", "awq-gptq"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "weights"), LEARNT)
+def test_what_learns_from_calibration_keeps_what_every_pass_owes(scheme: Any, weights: Any) -> None:
+    torch.manual_seed(0)
+    pass_ = Int4Linear(weights=weights, scheme=scheme)
+    # A weight that two inputs meet has no scale, nor one that is read transposed too; one that
+    # doesn't gain isn't put in.
+    gains = {"symmetric": 1, "affine": 2}[scheme] if weights.startswith("awq") else 0
+    fired = {"QuantizeInt4Linear": 4, "SmoothLinear": gains}
+    check(pass_, Spellings(), (torch.randn(30, 4, 64),), fired)
+    fired = {"QuantizeInt4Linear": 3, "SmoothLinear": int(gains > 0)}
+    check(pass_, Shared(), (torch.randn(90, 64),), fired)
+
+
+@pytest.mark.parametrize(("scheme", "weights"), LEARNT)
+def test_from_too_little_is_warned_of(scheme: Any, weights: Any) -> None:
     program = capture(nn.Linear(64, 8), (torch.randn(3, 64),))
-    printed = str(Int4Linear(weights="gptq").plan(program))
+    printed = str(Int4Linear(weights=weights, scheme=scheme).plan(program))
     assert "calibrated on the example alone (3 x 64), since calibration= was left out" in printed
+    assert "give calibration= at least 32 samples of real inputs" in printed
     assert "was fitted to 3 rows of 64 channels, and can be worse than the nearest" in printed
+    assert "give calibration= more inputs, or weights='nearest'" in printed
+    assert printed.count("warning") == 2
+
+
+def test_what_needs_no_data_asks_for_none() -> None:
+    program = capture(nn.Linear(64, 8), (torch.randn(3, 64),))
     assert "warning" not in str(Int4Linear().plan(program))
+    assert "warning" not in str(Int4Linear(scheme="affine", weights="hqq").plan(program))
+
+
+@pytest.mark.parametrize("weights", ["weighted", "gptq", "awq", "awq-gptq"])
+def test_affine_groups_learn_from_calibration(weights: Any) -> None:
+    """Outputs on calibration are truer than by the nearest, by as much as each method promises."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    model.weight.data *= torch.randn(64).mul(0.5).exp()
+    program = calibrated(model, [mixed(200, seed) for seed in range(4)])
+    x = torch.cat([mixed(200, seed) for seed in range(4)])
+    expected = model(x).detach()
+
+    def decibels(one: Any) -> float:
+        pass_ = Int4Linear(scheme="affine", weights=one)
+        return sqnr(expected, evaluate(pass_.apply(program, pass_.plan(program)), (x,))[0])
+
+    gained = decibels(weights) - decibels("nearest")
+    assert gained > {"weighted": 0.7, "gptq": 4.0, "awq": 1.0, "awq-gptq": 4.0}[weights]
 
 
 def test_moments_are_learnt_in_as_many_passes_as_memory_asks(
@@ -297,7 +348,10 @@ def test_a_weight_that_is_not_finite_names_layer_and_row() -> None:
     [
         ({"group": 3}, r"group=3\): give an even number of input channels, such as 128, 64 or 32"),
         ({"group": "big"}, r"group='big'\): give an even number"),
-        ({"weights": "awq"}, r"weights='awq'\): give one of 'nearest', 'gptq'"),
+        (
+            {"weights": "best"},
+            r"weights='best'\): give one of 'nearest', 'hqq', 'weighted', 'gptq'",
+        ),
         ({"include": (3,)}, r"include=\(3,\)\): give globs over module paths, or functions of"),
     ],
 )
@@ -306,9 +360,11 @@ def test_wrong_options_say_what_to_give(options: dict[str, Any], message: str) -
         Int4Linear(**options)
 
 
-def test_error_feedback_has_symmetric_groups() -> None:
-    with pytest.raises(PassError, match="give weights='nearest' with scheme='affine'"):
-        Int4Linear(scheme="affine", weights="gptq")
+@pytest.mark.parametrize("weights", ["hqq", "weighted"])
+def test_what_fits_zero_points_needs_affine_groups(weights: Any) -> None:
+    with pytest.raises(PassError, match="give scheme='affine', or weights='nearest', 'gptq'"):
+        Int4Linear(weights=weights)
+    assert Int4Linear(weights=weights, scheme="affine").weights == weights
 
 
 def test_it_has_a_textual_form_and_a_repr() -> None:
@@ -335,11 +391,12 @@ def test_regions_of_other_shapes_are_not_selected() -> None:
     assert "its scales are not one for each group of columns" in str(plan)
 
 
+@pytest.mark.parametrize("weights", ["nearest", "awq-gptq"])
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_it_is_saved_and_loaded(fused: bool, scheme: Any, tmp_path: Path) -> None:
+def test_it_is_saved_and_loaded(fused: bool, scheme: Any, weights: Any, tmp_path: Path) -> None:
     x = torch.randn(3, 4, 64)
-    program = applied(Int4Linear(scheme=scheme), capture(Spellings(), (x,)))
+    program = applied(Int4Linear(scheme=scheme, weights=weights), capture(Spellings(), (x,)))
     if fused:
         program = replace(rewrite(program, (SelectInt4Linear(),)), changes=Changes())
     save(program.materialized(), tmp_path / "saved")
