@@ -81,6 +81,7 @@ OWN: dict[tuple[str, str], Any] = {
     ("smooth-quant", "mode"): "static",
     ("int4-linear", "group"): 64,
     ("int4-linear", "scheme"): "affine",
+    ("int4-linear", "activations"): "int8",
     ("prune-channels", "importance"): "taylor",
     ("prune-channels", "ratio"): 0.125,
     ("sparsify24", "importance"): "wanda",
