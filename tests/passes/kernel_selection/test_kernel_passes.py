@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -69,17 +69,21 @@ def test_quantized_regions_become_one_operator(mode: str, rule: str, target: str
     st.lists(st.integers(1, 5), max_size=2),
     st.booleans(),
 )
+@pytest.mark.parametrize(
+    ("mode", "rule"),
+    [("weight_only", "SelectInt8GroupsWeightOnly"), ("dynamic", "SelectGroupedInt8Linear")],
+)
 def test_groups_of_int8_become_one_operator(
-    shape: tuple[int, int], group: int, rows: list[int], bias: bool
+    mode: Any, rule: str, shape: tuple[int, int], group: int, rows: list[int], bias: bool
 ) -> None:
     outputs, inner = shape
     fits = inner % group == 0
     torch.manual_seed(0)
     x = torch.randn(*rows, inner)
     model = nn.Linear(inner, outputs, bias=bias)
-    program = _after(Int8Linear(mode="weight_only", group=group), model, x)
+    program = _after(Int8Linear(mode=mode, group=group, where="always"), model, x)
     result = SelectKernels().apply(program, SelectKernels().plan(program))
-    assert result.changes.fired.get("SelectGroupedInt8Linear", 0) == fits
+    assert result.changes.fired.get(rule, 0) == fits
     (before,), (after,) = evaluate(program, (x,)), evaluate(result, (x,))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
