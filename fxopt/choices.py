@@ -7,12 +7,12 @@ must be rounded once all the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from fxopt.tensor_digest import tensor_digest
 
 
 class Choices:
@@ -24,17 +24,8 @@ class Choices:
     def known(self, key: Hashable, values: Iterable[Tensor]) -> Any:
         """What was chosen under `key`, where it was for equal `values`; else None."""
         found = self._made.get(key)
-        return found[1] if found is not None and found[0] == _digest(values) else None
+        return found[1] if found is not None and found[0] == tensor_digest(values) else None
 
     def note(self, key: Hashable, values: Iterable[Tensor], chosen: Any) -> None:
         """Have `known` give `chosen` from now on."""
-        self._made[key] = (_digest(values), chosen)
-
-
-def _digest(values: Iterable[Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in values:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.digest()
+        self._made[key] = (tensor_digest(values), chosen)

@@ -24,6 +24,7 @@ ROOMS = (
     "guards",
     "signature",
     "calibration",
+    "tensor_digest",
     "choices",
     "recipe",
     "program",

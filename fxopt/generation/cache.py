@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxopt.calls import CACHE_NAMES
 from fxopt.errors import InputError
+from fxopt.kernels.append_slots import begins
 
 CACHE = CACHE_NAMES["cache" in CausalLMOutputWithPast.__dataclass_fields__]
 """What this transformers calls the cache that a model takes and returns."""
@@ -106,7 +107,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """`heads` [B, G, P, D] with the slots `new` [S, B, G, D] behind them."""
         room, held = self.rooms.get(name), heads.shape[2]
         length = held + new.shape[0]
-        if room is None or not _begins(room, by_slot(heads)) or room.shape[0] < length:
+        if room is None or not begins(room, by_slot(heads)) or room.shape[0] < length:
             room = new.new_empty(max(_LEAST, 2 * length), *new.shape[1:])
             room[:held] = by_slot(heads)
             self.rooms[name] = room
@@ -156,15 +157,6 @@ def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     key, key_scale = torch.ops.fxopt.quantize_per_token(keys)
     value, value_scale = torch.ops.fxopt.quantize_per_token(values)
     return key, value, key_scale, value_scale
-
-
-def _begins(room: Tensor, filled: Tensor) -> bool:
-    """Whether `filled` is the first slots of `room`."""
-    return (
-        filled.data_ptr() == room.data_ptr()
-        and filled.stride() == room.stride()
-        and filled.shape[1:] == room.shape[1:]
-    )
 
 
 class PrefixCache(Cache):

@@ -40,12 +40,20 @@ def append_slots(
     return [*(one.permute(1, 2, 0, 3) for one in slots), *slots]
 
 
-def _goes_behind(heads: Tensor, room: Tensor, fresh: Tensor) -> bool:
-    slots = heads.permute(2, 0, 1, 3)
+def begins(room: Tensor, slots: Tensor) -> bool:
+    """Whether `slots` [P, B, G, ...] are the first ones of `room`."""
     return (
         slots.data_ptr() == room.data_ptr()
         and slots.stride() == room.stride()
-        and slots.shape[1:] == room.shape[1:] == fresh.shape[1:]
+        and slots.shape[1:] == room.shape[1:]
+    )
+
+
+def _goes_behind(heads: Tensor, room: Tensor, fresh: Tensor) -> bool:
+    slots = heads.permute(2, 0, 1, 3)
+    return (
+        begins(room, slots)
+        and fresh.shape[1:] == room.shape[1:]
         and heads.dtype == room.dtype == fresh.dtype
         and room.is_contiguous()
         and fresh.is_contiguous()

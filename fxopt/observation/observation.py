@@ -6,7 +6,6 @@ learn the range of its input.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fxopt.nodes import is_pure, label, source_line
 from fxopt.observation.observers import Observer
 from fxopt.program import Program
 from fxopt.progress import Progress
+from fxopt.tensor_digest import tensor_digest
 
 _SECONDS_BETWEEN_LINES = 5.0
 # Ranges learnt from fewer samples than this are often exceeded by the next ones.
@@ -146,7 +146,7 @@ class _Tally:
             self.shape = tuple(main.shape)
         self.samples += main.shape[0] if main.ndim else 1
         if self.all_equal:
-            digest = _digest(inputs)
+            digest = tensor_digest(inputs)
             self.first = self.first or digest
             self.all_equal = digest == self.first
         self.batches += 1
@@ -197,15 +197,6 @@ def check_no_nan(node: fx.Node, value: Tensor, index: int) -> None:
             f"values at {label(node)}{where}: no range can be learnt from it. Take the batch out, "
             "or look for what makes the model itself give NaN."
         )
-
-
-def _digest(inputs: Sequence[Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in inputs:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.digest()
 
 
 def _is_empty(observer: Observer) -> bool:

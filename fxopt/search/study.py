@@ -127,8 +127,7 @@ def records(study: optuna.Study) -> list[TrialRecord]:
     found = [record_of(trial) for trial in trials]
     for lost, anew in recorded_anew(trials).items():
         if found[lost].state == "lost":
-            reason = f"taken for lost while its worker lived; what it found is trial {anew}"
-            found[lost] = replace(found[lost], reason=reason)
+            found[lost] = replace(found[lost], reason=_taken_for_lost(anew))
     return found
 
 
@@ -139,6 +138,10 @@ def recorded_anew(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[int, int]:
         for trial in trials
         if INSTEAD_OF in trial.user_attrs
     }
+
+
+def _taken_for_lost(anew: int) -> str:
+    return f"taken for lost while its worker lived; what it found is trial {anew}"
 
 
 def record_of(trial: optuna.trial.FrozenTrial) -> TrialRecord:
@@ -182,10 +185,7 @@ def found_in(
         if name.startswith(_MACHINE)
     }
     anew = recorded_anew(study.get_trials(deepcopy=False))
-    told = [
-        f"trial {lost} was taken for lost while its worker lived; what it found is trial {number}"
-        for lost, number in anew.items()
-    ]
+    told = [f"trial {lost} was {_taken_for_lost(number)}" for lost, number in anew.items()]
     return Found(
         terms.objectives,
         tuple(records(study)),

@@ -70,24 +70,27 @@ def test_few_rows_and_many(kind: str, rows: int, affine: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_groups_that_are_no_whole_vectors_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "inner", "groups", "text"),
+    [
+        ("int8_weight_only_linear", 24, 3, "groups of 8 columns, no multiple of 16"),
+        (
+            "int8_grouped_linear",
+            96,
+            1,
+            "rounded groups of 96 columns: not 32, 64 or a multiple of 128",
+        ),
+    ],
+)
+def test_groups_that_the_kernels_lack_are_refused(
+    name: str, inner: int, groups: int, text: str
+) -> None:
     built = Built()
-    x = built.input(drawn(1, 3, 24))
-    q = built.constant((drawn(4, 24) * 9).to(torch.int8))
-    scale = built.constant(torch.rand(4, 3, 1) + 0.1)
-    y = built.call(ops.int8_weight_only_linear.default, x, q, scale, None)
-    refusal = str(Executor(built.module(y)).refusal(built.inputs))
-    assert "groups of 8 columns, no multiple of 16" in refusal
-
-
-def test_rounded_groups_that_the_kernels_lack_are_refused() -> None:
-    built = Built()
-    x = built.input(drawn(1, 3, 96))
-    q = built.constant((drawn(4, 96) * 9).to(torch.int8))
-    scale = built.constant(torch.rand(4, 1, 1) + 0.1)
-    y = built.call(ops.int8_grouped_linear.default, x, q, scale, None)
-    refusal = str(Executor(built.module(y)).refusal(built.inputs))
-    assert "rounded groups of 96 columns: not 32, 64 or a multiple of 128" in refusal
+    x = built.input(drawn(1, 3, inner))
+    q = built.constant((drawn(4, inner) * 9).to(torch.int8))
+    scale = built.constant(torch.rand(4, groups, 1) + 0.1)
+    y = built.call(getattr(ops, name).default, x, q, scale, None)
+    assert text in str(Executor(built.module(y)).refusal(built.inputs))
 
 
 def test_results_of_operators_are_kept_while_they_are_read() -> None:

@@ -79,15 +79,19 @@ def test_clipping_pays() -> None:
     assert gained > 0.9
 
 
-def test_a_grid_of_sixteen_comes_back() -> None:
-    generator = torch.Generator().manual_seed(0)
+def on_a_grid_of_sixteen(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A weight [16, 128], whose groups of 32 have sixteen values each, and which they are."""
     steps = torch.randint(0, 16, (16, 4, 32), generator=generator)
     steps[..., 0], steps[..., 1] = 0, 15
     scale = torch.rand(16, 4, 1, generator=generator).half().float()
     low = -scale * (4 + 8 * torch.rand(16, 4, 1, generator=generator))
-    weight = (steps * scale + low).view(16, 128)
+    return (steps * scale + low).view(16, 128), steps.view(16, 128)
+
+
+def test_a_grid_of_sixteen_comes_back() -> None:
+    weight, steps = on_a_grid_of_sixteen(torch.Generator().manual_seed(0))
     found = affine_groups(weight, 32)
-    assert torch.equal(found.values + 8, steps.view(16, 128).to(torch.int8))
+    assert torch.equal(found.values + 8, steps.to(torch.int8))
     assert sqnr(weight, dense(found)) > 60.0
 
 
@@ -214,11 +218,7 @@ def test_feedback_that_comes_back_to_other_places_would_be_seen(
 @pytest.mark.parametrize("method", ["weighted", "gptq", "hqq"])
 def test_a_grid_of_sixteen_is_kept_by_every_method(method: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(0, 16, (16, 4, 32), generator=generator)
-    steps[..., 0], steps[..., 1] = 0, 15
-    scale = torch.rand(16, 4, 1, generator=generator).half().float()
-    low = -scale * (4 + 8 * torch.rand(16, 4, 1, generator=generator))
-    weight = (steps * scale + low).view(16, 128)
+    weight, _ = on_a_grid_of_sixteen(generator)
     x = correlated(500, 128, generator)
     found = affine_groups(weight, 32, method, x.t() @ x)
     assert sqnr(weight, dense(found)) > 58.0

@@ -455,14 +455,14 @@ inline void product(Words& words, const Memory& memory) {
   const auto grouped = [&](auto like) {
     using S = decltype(like);
     const S *scales = reinterpret_cast<const S*>(scale), *zeros = reinterpret_cast<const S*>(zero);
-    const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
-    const auto with = [&](const auto& grouped) {
-      rounds ? times(grouped, nullptr) : times(grouped.unrounded(), nullptr);
+    const auto with = [&](const auto& groups) {
+      using Weight = std::decay_t<decltype(groups)>;
+      rounds ? times(Rounded<Weight>{groups, outputs}, nullptr) : times(groups, nullptr);
     };
     if (stored == Stored::int4) {
-      return with(Rounded<S, true>{bytes, inner, outputs, scales, zeros, group});
+      return with(Int4<S>{reinterpret_cast<const uint8_t*>(weight), inner, scales, zeros, group});
     }
-    with(Rounded<S, false>{bytes, inner, outputs, scales, nullptr, group});
+    with(Int8Groups<S>{reinterpret_cast<const int8_t*>(weight), inner, scales, group});
   };
   switch (stored) {
     case Stored::float32:

@@ -166,6 +166,9 @@ struct Int8Groups {
   int64_t inner;
   const S* scale;
   int64_t group;
+  // One value a byte, and never a zero point.
+  static constexpr bool kHalves = false;
+  static constexpr const S* zero_point = nullptr;
   int64_t bytes() const { return inner; }
 
   template <class X>
@@ -255,6 +258,7 @@ struct Int4 {
   int64_t inner;
   const S *scale, *zero_point;
   int64_t group;
+  static constexpr bool kHalves = true;
   int64_t bytes() const { return inner / 2; }
 
   template <class X>
@@ -461,28 +465,63 @@ inline int64_t groups_of(const at::Tensor& scale, int64_t outputs, int64_t inner
   return fits && known ? groups : 0;
 }
 
+// What `use` makes of an int8 weight in groups and how many rows it has; nothing where there is no
+// such weight, or nothing that it can be multiplied with.
+template <class Use>
+at::Tensor with_int8_groups(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                            const std::optional<at::Tensor>& bias, const Use& use) {
+  const int64_t inner = weight.dim() == 2 ? weight.size(1) : 0;
+  if (inner == 0 || !is_product(x, weight, inner, bias) || weight.scalar_type() != at::kChar) {
+    return {};
+  }
+  const int64_t outputs = weight.size(0), groups = groups_of(scale, outputs, inner);
+  const auto of = [&](auto like) {
+    using S = decltype(like);
+    const auto* data = weight.const_data_ptr<int8_t>();
+    return use(Int8Groups<S>{data, inner, scale.const_data_ptr<S>(), inner / groups}, outputs);
+  };
+  if (!groups) return {};
+  return scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
+}
+
+// The same of an int4 weight.
+template <class Use>
+at::Tensor with_int4(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale,
+                     const std::optional<at::Tensor>& bias,
+                     const std::optional<at::Tensor>& zero_point, const Use& use) {
+  const int64_t inner = packed.dim() == 2 ? 2 * packed.size(1) : 0;
+  if (inner == 0 || !is_product(x, packed, inner, bias) || packed.scalar_type() != at::kByte) {
+    return {};
+  }
+  const int64_t outputs = packed.size(0), groups = groups_of(scale, outputs, inner);
+  const bool alike = !zero_point || (zero_point->scalar_type() == scale.scalar_type() &&
+                                     groups_of(*zero_point, outputs, inner) == groups);
+  const auto of = [&](auto like) {
+    using S = decltype(like);
+    const S* zeros = zero_point ? zero_point->const_data_ptr<S>() : nullptr;
+    const auto* data = packed.const_data_ptr<uint8_t>();
+    return use(Int4<S>{data, inner, scale.const_data_ptr<S>(), zeros, inner / groups}, outputs);
+  };
+  if (!groups || !alike) return {};
+  return scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
+}
+
 inline at::Tensor int8_weight_only_linear(const at::Tensor& x, const at::Tensor& weight,
                                           const at::Tensor& weight_scale,
                                           const std::optional<at::Tensor>& bias) {
   const int64_t inner = weight.dim() == 2 ? weight.size(1) : 0;
-  if (inner > 0 && is_product(x, weight, inner, bias) && weight.scalar_type() == at::kChar) {
-    const auto* data = weight.const_data_ptr<int8_t>();
-    const int64_t outputs = weight.size(0);
-    if (is_float(weight_scale) && weight_scale.numel() == outputs) {
-      const at::Tensor scale = weight_scale.to(at::kFloat).contiguous();
-      return product_of(x, Plain<int8_t>{data, inner}, outputs, scale, bias);
-    }
-    const int64_t groups = groups_of(weight_scale, outputs, inner);
-    const int64_t group = groups ? inner / groups : 0;
-    const auto of = [&](auto like) {
-      using S = decltype(like);
-      const Int8Groups<S> grouped{data, inner, weight_scale.const_data_ptr<S>(), group};
-      return product_of(x, grouped, outputs, at::Tensor(), bias);
-    };
-    if (groups && (group % kLanes == 0 || x.numel() / inner > kFewRows)) {
-      return weight_scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
-    }
+  if (inner > 0 && is_product(x, weight, inner, bias) && weight.scalar_type() == at::kChar &&
+      is_float(weight_scale) && weight_scale.numel() == weight.size(0)) {
+    const Plain<int8_t> plain{weight.const_data_ptr<int8_t>(), inner};
+    const at::Tensor scale = weight_scale.to(at::kFloat).contiguous();
+    return product_of(x, plain, weight.size(0), scale, bias);
   }
+  const auto grouped = [&](const auto& groups, int64_t outputs) {
+    const bool whole = groups.group % kLanes == 0 || x.numel() / inner > kFewRows;
+    return whole ? product_of(x, groups, outputs, at::Tensor(), bias) : at::Tensor();
+  };
+  const at::Tensor y = with_int8_groups(x, weight, weight_scale, bias, grouped);
+  if (y.defined()) return y;
   static const auto by_library =
       library_of(int8_weight_only_linear, "fxopt::int8_weight_only_linear_by_library");
   return by_library.call(x, weight, weight_scale, bias);
@@ -492,23 +531,13 @@ inline at::Tensor int4_weight_only_linear(const at::Tensor& x, const at::Tensor&
                                           const at::Tensor& scale,
                                           const std::optional<at::Tensor>& bias,
                                           const std::optional<at::Tensor>& zero_point) {
-  const int64_t inner = packed.dim() == 2 ? 2 * packed.size(1) : 0;
-  const bool fits = inner > 0 && is_product(x, packed, inner, bias) &&
-                    packed.scalar_type() == at::kByte;
-  const int64_t groups = fits ? groups_of(scale, packed.size(0), inner) : 0;
-  const int64_t group = groups ? inner / groups : 1;
-  const bool alike = !zero_point || (zero_point->scalar_type() == scale.scalar_type() &&
-                                     groups_of(*zero_point, packed.size(0), inner) == groups);
-  const auto of = [&](auto like) {
-    using S = decltype(like);
-    const S* zeros = zero_point ? zero_point->const_data_ptr<S>() : nullptr;
-    const Int4<S> weight{packed.const_data_ptr<uint8_t>(), inner, scale.const_data_ptr<S>(), zeros,
-                         group};
-    return product_of(x, weight, packed.size(0), at::Tensor(), bias);
+  const auto grouped = [&](const auto& groups, int64_t outputs) {
+    const bool many = x.numel() / groups.inner > kFewRows;
+    const bool whole = groups.group % (many ? 2 : kPairs) == 0;
+    return whole ? product_of(x, groups, outputs, at::Tensor(), bias) : at::Tensor();
   };
-  const bool whole = x.dim() && inner && x.numel() / inner > kFewRows ? group % 2 == 0
-                                                                      : group % kPairs == 0;
-  if (groups && alike && whole) return scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
+  const at::Tensor y = with_int4(x, packed, scale, bias, zero_point, grouped);
+  if (y.defined()) return y;
   static const auto by_library =
       library_of(int4_weight_only_linear, "fxopt::int4_weight_only_linear_by_library");
   return by_library.call(x, packed, scale, bias, zero_point);

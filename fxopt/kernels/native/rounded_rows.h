@@ -146,13 +146,18 @@ inline __m128i wanted_of(int64_t count) {
   return _mm_cmpgt_epi32(_mm_set1_epi32(int(count)), _mm_setr_epi32(0, 1, 2, 3));
 }
 
-// A weight that rounded rows meet: int4, two a byte, or int8; scales in groups, zero points or none.
-template <class S, bool four>
-struct Rounded {
-  const uint8_t* data;
-  int64_t inner, outputs;
-  const S *scale, *zero_point;
-  int64_t group;
+// A weight in groups, `Int4` or `Int8Groups`, that rounded rows meet.
+template <class Weight>
+struct Rounded : Weight {
+  int64_t outputs;
+
+  using Weight::bytes;
+  using Weight::data;
+  using Weight::group;
+  using Weight::inner;
+  using Weight::scale;
+  using Weight::zero_point;
+  static constexpr bool four = Weight::kHalves;
 
   // Columns of a lane, and of a vector of W.
   static constexpr int64_t kColumns = four ? 8 : 4, kStep = kColumns * kLanes;
@@ -160,17 +165,6 @@ struct Rounded {
   static constexpr int64_t kBytes = (four ? 2 : 1) * kLanes, kPlace = kBytes + kLanes;
   static constexpr int kOffset = four ? 8 : kInt8Offset;
   static_assert(kLanes >= 8, "four scales and four sums");
-
-  int64_t bytes() const { return four ? inner / 2 : inner; }
-
-  // In float32, for rows that were rounded ahead.
-  auto unrounded() const {
-    if constexpr (four) {
-      return Int4<S>{data, inner, scale, zero_point, group};
-    } else {
-      return Int8Groups<S>{reinterpret_cast<const int8_t*>(data), inner, scale, group};
-    }
-  }
 
   template <int M, int R>
   inline void multiply(const float* x, int64_t row, Vec (&sums)[R][M]) const {
@@ -189,7 +183,7 @@ struct Rounded {
     const Ints which = groups_of_lanes(lanes);
     const __m128i whole = wanted_of(std::max<int64_t>(1, step_groups));
     const __m128 offset = _mm_set1_ps(kOffset);
-    const uint8_t* from = data + row * bytes();
+    const auto* from = reinterpret_cast<const uint8_t*>(data) + row * bytes();
     int64_t place = row * groups, within = 0;
     for (int64_t k = 0; k < inner; k += kStep, x += M * kPlace) {
       const int64_t left = inner - k;
@@ -278,10 +272,12 @@ struct Rounded {
 };
 
 // A weight's bytes are unpacked, and x is loaded, once for the rows that go together.
-template <class S, bool four>
-struct Sharing<Rounded<S, four>> {
-  static constexpr int together(int rows) { return rows <= 2 ? (four ? 4 : 1) : rows <= 4 ? 2 : 1; }
-  static bool pays(const Rounded<S, four>&, int) { return true; }
+template <class Weight>
+struct Sharing<Rounded<Weight>> {
+  static constexpr int together(int rows) {
+    return rows <= 2 ? (Weight::kHalves ? 4 : 1) : rows <= 4 ? 2 : 1;
+  }
+  static bool pays(const Rounded<Weight>&, int) { return true; }
 };
 
 // x [rows, K] as it is once rounded, in float32.
@@ -299,30 +295,26 @@ inline Floats rounded_rows(const float* x, int64_t rows, int64_t inner, int64_t 
   return room;
 }
 
-template <class S, bool four>
-void many_rows(const Rounded<S, four>& weight, const float* x, const Results& results) {
+template <class Weight>
+void many_rows(const Rounded<Weight>& weight, const float* x, const Results& results) {
   const Floats room = rounded_rows(x, results.rows, weight.inner, weight.group);
-  many_rows(weight.unrounded(), room.data(), results);
+  many_rows(static_cast<const Weight&>(weight), room.data(), results);
+}
+
+// The product of a weight in groups and x, rounded in the same, where the kernels have them.
+inline auto grouped_product(const at::Tensor& x, const std::optional<at::Tensor>& bias) {
+  return [&x, &bias](const auto& groups, int64_t outputs) {
+    const Rounded<std::decay_t<decltype(groups)>> weight{groups, outputs};
+    return rounds_in(groups.group) ? product_of(x, weight, outputs, at::Tensor(), bias)
+                                   : at::Tensor();
+  };
 }
 
 inline at::Tensor int8_grouped_linear(const at::Tensor& x, const at::Tensor& weight,
                                       const at::Tensor& weight_scale,
                                       const std::optional<at::Tensor>& bias) {
-  const int64_t inner = weight.dim() == 2 ? weight.size(1) : 0;
-  const bool fits = inner > 0 && is_product(x, weight, inner, bias) &&
-                    weight.scalar_type() == at::kChar;
-  const int64_t outputs = fits ? weight.size(0) : 1;
-  const int64_t groups = fits ? groups_of(weight_scale, outputs, inner) : 0;
-  const auto of = [&](auto like) {
-    using S = decltype(like);
-    const auto* bytes = reinterpret_cast<const uint8_t*>(weight.const_data_ptr<int8_t>());
-    const S* scales = weight_scale.const_data_ptr<S>();
-    const Rounded<S, false> grouped{bytes, inner, outputs, scales, nullptr, inner / groups};
-    return product_of(x, grouped, outputs, at::Tensor(), bias);
-  };
-  if (groups && rounds_in(inner / groups)) {
-    return weight_scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
-  }
+  const at::Tensor y = with_int8_groups(x, weight, weight_scale, bias, grouped_product(x, bias));
+  if (y.defined()) return y;
   static const auto by_library =
       library_of(int8_grouped_linear, "fxopt::int8_grouped_linear_by_library");
   return by_library.call(x, weight, weight_scale, bias);
@@ -332,23 +324,8 @@ inline at::Tensor int4_grouped_linear(const at::Tensor& x, const at::Tensor& pac
                                       const at::Tensor& scale,
                                       const std::optional<at::Tensor>& bias,
                                       const std::optional<at::Tensor>& zero_point) {
-  const int64_t inner = packed.dim() == 2 ? 2 * packed.size(1) : 0;
-  const bool fits = inner > 0 && is_product(x, packed, inner, bias) &&
-                    packed.scalar_type() == at::kByte;
-  const int64_t outputs = fits ? packed.size(0) : 1;
-  const int64_t groups = fits ? groups_of(scale, outputs, inner) : 0;
-  const bool alike = !zero_point || (zero_point->scalar_type() == scale.scalar_type() &&
-                                     groups_of(*zero_point, outputs, inner) == groups);
-  const auto of = [&](auto like) {
-    using S = decltype(like);
-    const S* zeros = zero_point ? zero_point->const_data_ptr<S>() : nullptr;
-    const Rounded<S, true> grouped{packed.const_data_ptr<uint8_t>(), inner, outputs,
-                                   scale.const_data_ptr<S>(), zeros, inner / groups};
-    return product_of(x, grouped, outputs, at::Tensor(), bias);
-  };
-  if (groups && alike && rounds_in(inner / groups)) {
-    return scale.scalar_type() == at::kFloat ? of(0.0f) : of(at::Half());
-  }
+  const at::Tensor y = with_int4(x, packed, scale, bias, zero_point, grouped_product(x, bias));
+  if (y.defined()) return y;
   static const auto by_library =
       library_of(int4_grouped_linear, "fxopt::int4_grouped_linear_by_library");
   return by_library.call(x, packed, scale, bias, zero_point);

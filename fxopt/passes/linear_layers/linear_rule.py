@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fxopt.constant_expressions import stored
 from fxopt.errors import PassError
 from fxopt.nodes import module_path
 from fxopt.observation import Observer, calibration_warnings, observe
 from fxopt.operators import LINEAR_TARGETS, PRODUCT_TARGETS, Linear, as_linear, why_no_linear
 from fxopt.program import Mode, Program
+from fxopt.recipe import materialize
 from fxopt.rewriting import Match, Plan, Rule, Site, plan_rules
 from fxopt.rewriting.pattern import Target
 
 Seen = TypeVar("Seen", bound=Observer)
+
+
+def rows_of(program: Program, linear: Linear) -> Tensor:
+    """The weight [N, K] of `linear` as `program` holds or computes it, apart from its gradient."""
+    return materialize(linear.weight_nk(stored(program, linear.weight))).detach()
 
 
 class LinearRule(Rule):

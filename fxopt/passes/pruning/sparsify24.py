@@ -25,7 +25,7 @@ from fxopt.device import Answer, Device
 from fxopt.kernels.sparse24 import GROUP, is_sparse24
 from fxopt.nodes import origins
 from fxopt.operators import Linear, as_linear, reads_as_linear, refuse_shared_weight
-from fxopt.passes.linear_layers.linear_rule import LinearRule
+from fxopt.passes.linear_layers.linear_rule import LinearRule, rows_of
 from fxopt.passes.linear_layers.selection import (
     Selections,
     refuse_by_path,
@@ -34,7 +34,7 @@ from fxopt.passes.linear_layers.selection import (
 from fxopt.passes.linear_layers.weight_inputs import watch_inputs, watch_moments
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.program import Origin, Program
-from fxopt.recipe import Recipe, materialize
+from fxopt.recipe import Recipe
 from fxopt.rewriting import Edit, Match, Pass, Plan, Stage, plan_rules, rewrite
 from fxopt.rewriting.option_annotations import DeviceOption
 from fxopt.weights.sparsegpt import ChannelPower, Importance, mask24, masked24, prune24
@@ -92,7 +92,7 @@ class MaskLinear(LinearRule):
     def _reason_in_values(self, linear: Linear) -> str | None:
         key = weight_key(linear)
         if key not in self.reasons:
-            rows = _rows(self.program, linear)
+            rows = rows_of(self.program, linear)
             reason = None
             if not bool(rows.isfinite().all()):
                 reason = "its weight holds NaN or infinity"
@@ -216,13 +216,8 @@ class Sparsify24(Pass[Sparse24Plan]):
         without = "importance='wanda'"
         for layers, moment in watch_moments(program, linears, warnings, "masked", without):
             for linear in layers if moment.rows else ():
-                learnt[weight_key(linear)] = prune24(_rows(program, linear), moment.matrix)
+                learnt[weight_key(linear)] = prune24(rows_of(program, linear), moment.matrix)
         return learnt
-
-
-def _rows(program: Program, linear: Linear) -> Tensor:
-    state = program.state[str(linear.weight.target)]
-    return materialize(linear.weight_nk(state)).detach()
 
 
 def _slow(options: Sparsify24, linears: Sequence[Linear]) -> list[str]:

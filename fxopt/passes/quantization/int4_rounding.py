@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from fxopt.analyses.channel_scaling import Absorption
-from fxopt.constant_expressions import stored
 from fxopt.errors import KernelError, PassError
 from fxopt.kernels import pack_int4
 from fxopt.nodes import label
 from fxopt.operators import Linear, as_linear
+from fxopt.passes.linear_layers.linear_rule import rows_of
 from fxopt.passes.linear_layers.weight_inputs import watch_moments
 from fxopt.passes.quantization.quantize_linear import WeightKey, weight_key
 from fxopt.passes.quantization.scaled_groups import Group, scaled_groups
 from fxopt.passes.quantization.smoothing_rule import Smoothing, SmoothLinear
 from fxopt.program import Changes, Program
-from fxopt.recipe import materialize
 from fxopt.rewriting import rewrite
 from fxopt.weights import quantize_rows
 from fxopt.weights.activation_scales import choose_scale
@@ -94,11 +93,6 @@ class Rounding:
             return dense_groups(*weighted_groups(rows, group, power))
         q, scale = quantize_rows(rows, bits=_BITS, group=group)
         return (q.view(*scale.shape, group) * scale.unsqueeze(2)).view(q.shape)
-
-
-def rows_of(program: Program, linear: Linear) -> Tensor:
-    """W [N, K]."""
-    return materialize(linear.weight_nk(stored(program, linear.weight))).detach()
 
 
 def round_by_inputs(

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,13 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxopt.analyses.sensitivity import Candidate, Sensitivity, measure_sensitivity, measured_batches
-from fxopt.constant_expressions import stored
 from fxopt.kernels import saturates
 from fxopt.kernels.linear_speed import LINEAR_KERNELS, ROWS, BreakEven, linear_speeds
 from fxopt.kernels.onednn import dense_linear
 from fxopt.nodes import module_path, size_at_capture
 from fxopt.observation import Histogram, Observer, SecondMoment, calibration_warnings, observe
 from fxopt.operators import Linear
-from fxopt.passes.linear_layers.linear_rule import chosen_linears
+from fxopt.passes.linear_layers.linear_rule import chosen_linears, rows_of
 from fxopt.passes.quantization.quantize_linear import (
     QuantizeLinear,
     Rounded,
@@ -36,7 +36,6 @@ from fxopt.passes.quantization.quantize_linear import (
     weight_key,
 )
 from fxopt.program import Program
-from fxopt.recipe import materialize
 from fxopt.rewriting import Plan, plan_rules
 from fxopt.weights import quantize_rows
 from fxopt.weights.rounding_noise import rounding_db
@@ -107,7 +106,8 @@ class _Planning:
             return
         why = "this CPU has no int8 dot product" if given == "auto" else "range=7"
         weights = {weight_key(linear): linear for linear in self.linears}.values()
-        seven, eight = (rounding_db(map(self._rows_of, weights), each) for each in (7, 8))
+        rows = partial(rows_of, self.program)
+        seven, eight = (rounding_db(map(rows, weights), each) for each in (7, 8))
         self.details.append(
             f"weights of 7 bits ({why}): rounding leaves them {seven:.1f} dB, 8 bits {eight:.1f} dB"
         )
@@ -263,13 +263,8 @@ class _Planning:
         for linear in self.linears:
             key = weight_key(linear)
             if key not in weights:
-                weights[key] = self.scheme.round_weight(self._rows_of(linear))
+                weights[key] = self.scheme.round_weight(rows_of(self.program, linear))
         self.scheme = replace(self.scheme, weights=weights)
-
-    def _rows_of(self, linear: Linear) -> Tensor:
-        """W [N, K]."""
-        state = stored(self.program, linear.weight)
-        return materialize(linear.weight_nk(state)).detach()
 
     def _rounded_by(self, moments: Mapping[fx.Node, SecondMoment]) -> dict[WeightKey, Rounded]:
         """Each weight rounded for all the inputs that meet it: their moments are summed.
@@ -286,7 +281,7 @@ class _Planning:
         for key, linear in linears.items():
             seen = [one.matrix for one in meeting[key].values() if one.rows]
             rounded[key] = quantize_rows(
-                self._rows_of(linear),
+                rows_of(self.program, linear),
                 bits=self.scheme.bits,
                 group=self.scheme.group,
                 method="gptq" if seen else "nearest",

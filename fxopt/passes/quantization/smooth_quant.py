@@ -24,7 +24,7 @@ from fxopt.nodes import label, origins
 from fxopt.observation.observation import calibration_warnings, observe
 from fxopt.observation.observers import ChannelMagnitude, Observer, Rows
 from fxopt.operators.linears import Linear
-from fxopt.passes.linear_layers.linear_rule import check_unquantized
+from fxopt.passes.linear_layers.linear_rule import check_unquantized, rows_of
 from fxopt.passes.linear_layers.selection import (
     refuse_by_path,
     refuse_weight,
@@ -33,7 +33,6 @@ from fxopt.passes.quantization.quantize_linear import Range, bits_of
 from fxopt.passes.quantization.scaled_groups import Group, scaled_groups
 from fxopt.passes.quantization.smoothing_rule import SMOOTHED, Smoothing, SmoothLinear
 from fxopt.program import Program, Refusal
-from fxopt.recipe import materialize
 from fxopt.rewriting import Pass, Plan, Site, Stage, rewrite
 from fxopt.rewriting.option_annotations import Globs
 from fxopt.rewriting.option_types import Bounds
@@ -179,8 +178,7 @@ class _Planning:
         largest: Tensor | None = None
         samples = []
         for linear in group.linears:
-            weight = self.program.state[str(linear.weight.target)]
-            rows = materialize(linear.weight_nk(weight)).detach().cpu()
+            rows = rows_of(self.program, linear).cpu()
             if linear.node in self.row_factors:
                 rows = rows * self.row_factors[linear.node].to(rows)[:, None]
             found = largest_per_channel(rows)
